@@ -1,0 +1,1 @@
+"""gptoss: an event-sourced server for gpt-oss and other causal language models."""

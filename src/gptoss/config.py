@@ -1,0 +1,162 @@
+"""Settings: one frozen value, layered from command line, environment, TOML file and defaults.
+
+Only this module reads the environment. Later layers never hide a mistake in an earlier one: an unknown key or a bad
+value in any layer refuses to start and is named together with where it stands.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+import platformdirs
+from msgspec import Meta
+
+from gptoss.errors import ConfigError
+
+ENV_PREFIX = "GPTOSS_"
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+CountOrAuto = Annotated[int, Meta(ge=0, le=1_000_000_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that can be set. A number that ends in ``_s`` is seconds, ``_mb`` mebibytes; 0 means automatic.
+
+    Attributes:
+        model: ``demo``, ``20b``, ``120b``, a hub id, a folder or a ``.gguf`` file.
+        served_model_name: the name clients use; empty derives it from ``model``.
+        host, port: where HTTP listens; ``auto_port`` takes the next free port when this one is in use.
+        allow_public: permit a ``host`` other than loopback although the API has no keys.
+        data_dir: journal and node key; ``cache_dir``: prepared models.
+        devices: ``auto``, ``cpu``, ``cpu:2`` (two CPU executors), or a list such as ``cuda:0,cuda:1``.
+        num_threads: torch threads of each CPU executor.
+        profile: ``latency_first`` or ``quality_first``; sets the defaults for batch, tokens and temperature.
+        max_batch_size, max_model_len, kv_budget_mb: limits of each executor.
+        max_queue: requests that may wait for admission.
+        queue_timeout_s: how long one may wait there; ``request_timeout_s`` bounds its whole life.
+        step_timeout_s: an engine with running requests that is silent for this long is replaced.
+        drain_timeout_s: how long running requests may go on after SIGTERM.
+        client_stall_s: a client that reads nothing for this long is dropped.
+        journal: ``segments`` on disk, or ``memory``.
+        content: what the content family keeps: ``tokens`` or ``none``.
+        journal_segment_mb, journal_retention_mb, content_retention_mb: sizes of the embedded store.
+        body_limit_mb: largest request body.
+        log_format: ``console``, ``json``, or ``auto`` by terminal.
+    """
+
+    model: str = "demo"
+    served_model_name: str = ""
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    auto_port: bool = False
+    allow_public: bool = False
+    data_dir: str = ""
+    cache_dir: str = ""
+    devices: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    num_threads: CountOrAuto = 0
+    profile: Literal["latency_first", "quality_first"] = "latency_first"
+    max_batch_size: CountOrAuto = 0
+    max_model_len: CountOrAuto = 0
+    kv_budget_mb: CountOrAuto = 0
+    max_queue: Count = 512
+    queue_timeout_s: Seconds = 60.0
+    request_timeout_s: Seconds = 600.0
+    step_timeout_s: Seconds = 60.0
+    drain_timeout_s: Seconds = 30.0
+    client_stall_s: Seconds = 30.0
+    journal: Literal["segments", "memory"] = "segments"
+    content: Literal["tokens", "none"] = "tokens"
+    journal_segment_mb: Count = 64
+    journal_retention_mb: Count = 2048
+    content_retention_mb: Count = 512
+    body_limit_mb: Count = 2
+    log_format: Literal["auto", "console", "json"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def data_path(self) -> Path:
+        """Folder of the journal."""
+        return Path(self.data_dir or platformdirs.user_data_dir("gptoss")).expanduser()
+
+    @property
+    def cache_path(self) -> Path:
+        """Folder of prepared models."""
+        return Path(self.cache_dir or platformdirs.user_cache_dir("gptoss")).expanduser()
+
+
+class Layered(msgspec.Struct, frozen=True):
+    """Effective settings, and for each key which layer it came from: a flag, a variable, a file or ``default``."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+def load_settings(
+    flags: Mapping[str, Any] | None = None, *, environ: Mapping[str, str] | None = None, file: Path | None = None
+) -> Layered:
+    """Merge the layers: flags over environment (``GPTOSS_*``) over the TOML file over defaults.
+
+    Args:
+        flags: values given on the command line, by setting name; None values count as not given.
+        environ: the environment; None reads the process's own.
+        file: a TOML file whose top-level keys are setting names.
+
+    Raises:
+        ConfigError: a key is unknown, a value is bad, or the file cannot be read; names key, value and layer.
+    """
+    variables = os.environ if environ is None else environ
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if file is not None:
+        layers.append((str(file), _read_toml(file)))
+    prefixed = {key: value for key, value in variables.items() if key.startswith(ENV_PREFIX)}
+    layers.append(("environment", {key.removeprefix(ENV_PREFIX).lower(): value for key, value in prefixed.items()}))
+    layers.append(("flag", {key: value for key, value in (flags or {}).items() if value is not None}))
+
+    types = get_type_hints(Settings, include_extras=True)
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(Settings.__struct_fields__, "default")
+    for layer, given in layers:
+        for key, value in given.items():
+            origin = _origin(layer, key)
+            if key not in types:
+                raise ConfigError(f"{origin}: unknown setting {key!r}; known are {', '.join(sorted(types))}")
+            values[key] = _convert(value, types[key], origin, key)
+            origins[key] = origin
+    return Layered(Settings(**values), origins)
+
+
+def _origin(layer: str, key: str) -> str:
+    if layer == "environment":
+        return f"{ENV_PREFIX}{key.upper()}"
+    if layer == "flag":
+        return f"--{key.replace('_', '-')}"
+    return layer
+
+
+def _convert(value: Any, kind: Any, origin: str, key: str) -> Any:
+    if kind is bool and isinstance(value, str):
+        lowered = value.strip().lower()
+        if lowered in {"1", "true", "yes", "on"}:
+            return True
+        if lowered in {"0", "false", "no", "off"}:
+            return False
+        raise ConfigError(f"{origin}: {key} is {value!r}; it must be true or false")
+    try:
+        return msgspec.convert(value, kind, strict=not isinstance(value, str))
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {key} is {value!r}: {error}") from None
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from None

@@ -1,0 +1,292 @@
+"""The engine's contract with the rest of the system: what goes in, what comes out, and who drives it.
+
+Rules that every engine keeps:
+- ``Load`` is answered by ``LoadProgressed`` zero or more times, then ``Loaded`` or ``LoadFailed``.
+- Every ``Submit`` is answered by exactly one terminal event, ``Finished`` or ``Failed``, with the same request id and
+  attempt, unless the engine itself is lost (``EngineExited``), which ends everything it had.
+- Tokens arrive only inside ``StepDone`` and only as increments. After a request's terminal event it has no more rows.
+- ``Cancel`` takes effect within two steps and is answered by ``Finished`` with reason ``cancelled``; cancelling what is
+  unknown or already over does nothing. ``Cancel``, ``Drain``, ``Snapshot`` and ``Shutdown`` are idempotent.
+- Results of a request depend on its prompt, settings and seed, never on who shares the batch. The noise of a draw is a
+  function of (seed, absolute position, token), so ``Submit`` with ``output_token_ids`` resumes a stream where it broke.
+
+This module imports no torch: the control plane and the fakes see only what is here.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeAlias
+
+import msgspec
+
+from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
+from gptoss.messages.sampling import SamplingParams
+
+class _Wire(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A message of the engine protocol; on the socket it is msgpack with its class name as tag."""
+
+
+# ---------------------------------------------------------------- commands
+
+
+class Load(_Wire, kw_only=True):
+    """Take the device and load the model from a local folder.
+
+    Attributes:
+        folder: prepared model folder: ``config.json``, safetensors weights, ``tokenizer.json``.
+        device: ``cpu``, ``cuda:0`` and so on.
+        kv_budget_bytes: 0 lets the engine derive it from free memory.
+        num_threads: 0 lets the engine choose.
+    """
+
+    folder: str
+    model_name: str
+    device: str = "cpu"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    max_batch_size: int = 16
+    max_model_len: int = 0
+    kv_budget_bytes: int = 0
+    num_threads: int = 0
+
+
+class Submit(_Wire, kw_only=True):
+    """Run one request.
+
+    Attributes:
+        attempt: distinguishes retries of the same request; echoed in every answer.
+        output_token_ids: tokens that an earlier attempt already delivered; generation goes on after them, and
+            neither their ids nor their text are sent again.
+        sampling: ``seed`` and ``max_tokens`` are set by now; ``max_tokens`` counts from the start of the output.
+        priority: lower runs first.
+    """
+
+    request_id: str
+    attempt: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    output_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+
+
+class Cancel(_Wire, kw_only=True):
+    """Stop one request."""
+
+    request_id: str
+
+
+class Drain(_Wire, kw_only=True):
+    """Finish what runs, take nothing new; answered by ``Drained`` when idle."""
+
+
+class Snapshot(_Wire, kw_only=True):
+    """Ask for an ``EngineStatus`` with the same nonce; doubles as a liveness probe."""
+
+    nonce: int
+
+
+class Shutdown(_Wire, kw_only=True):
+    """Release the device and exit."""
+
+
+EngineCommand: TypeAlias = Load | Submit | Cancel | Drain | Snapshot | Shutdown
+
+
+# ---------------------------------------------------------------- events
+
+
+class LoadProgressed(_Wire, kw_only=True):
+    """Loading goes on. ``done`` of ``total`` in ``unit``; ``total`` 0 means unknown."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str = "bytes"
+
+
+class Loaded(_Wire, kw_only=True):
+    """The engine is ready."""
+
+    capabilities: EngineCapabilities
+    fingerprint: ModelFingerprint
+    load_ms: float
+    pid: int
+    notes: tuple[str, ...] = ()
+
+
+class LoadFailed(_Wire, kw_only=True):
+    """The model cannot be served; the engine exits after this. ``code`` is one of ``gptoss.errors``."""
+
+    code: str
+    message: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probability of the chosen token under the model's own distribution, with the best alternatives.
+
+    Attributes:
+        text: the token as text; ``raw`` its bytes, since a token need not be whole UTF-8.
+        top: (token id, logprob, text, raw) of the best alternatives, best first.
+    """
+
+    token_id: int
+    logprob: float
+    text: str
+    raw: bytes
+    top: tuple[tuple[int, float, str, bytes], ...] = ()
+
+
+class StepRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step did for one request.
+
+    Attributes:
+        token_ids: tokens produced in this step (empty for a row that only prefilled).
+        text: text that became final: held back while it may be part of a stop string or an unfinished character.
+        prefilled: prompt tokens computed in this step.
+    """
+
+    request_id: str
+    attempt: int
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    prefilled: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class StepDone(_Wire, kw_only=True):
+    """One step of the batch. Times are nanoseconds of this machine's monotonic clock."""
+
+    step: int
+    started_ns: int
+    duration_ns: int
+    rows: tuple[StepRow, ...]
+    waiting: int
+    running: int
+    kv_bytes_in_use: int
+
+
+class Finished(_Wire, kw_only=True):
+    """Terminal: the request ended as it should.
+
+    Attributes:
+        text: text still held back at the end (never part of a stop string).
+        completion_tokens: tokens generated over all attempts, the end-of-sequence token included.
+        stop_reason: the stop string or token id that ended it, if one did.
+    """
+
+    request_id: str
+    attempt: int
+    reason: FinishReason
+    text: str = ""
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    stop_reason: str | int | None = None
+
+
+class Failed(_Wire, kw_only=True):
+    """Terminal: the request cannot be served; the others go on. ``code`` is one of ``gptoss.errors``."""
+
+    request_id: str
+    attempt: int
+    code: str
+    message: str
+
+
+class EngineStatus(_Wire, kw_only=True):
+    """Answer to ``Snapshot``. ``memory_bytes`` is the process's resident memory, or the device's on a GPU."""
+
+    nonce: int
+    step: int
+    waiting: int
+    running: int
+    kv_bytes_in_use: int
+    memory_bytes: int
+    device_memory_total_bytes: int
+
+
+class Drained(_Wire, kw_only=True):
+    """Nothing runs and nothing new is taken."""
+
+
+class EngineExited(_Wire, kw_only=True):
+    """The engine is gone; the driver says so exactly once, last. ``exit_code`` is negative for a signal."""
+
+    exit_code: int
+    reason: str
+
+
+EngineEvent: TypeAlias = (
+    LoadProgressed | Loaded | LoadFailed | StepDone | Finished | Failed | EngineStatus | Drained | EngineExited
+)
+
+
+# ---------------------------------------------------------------- drivers
+
+
+class EngineDriver(Protocol):
+    """One engine as its executor sees it. Methods never block on the model and may be called from any thread."""
+
+    def start(self, load: Load, sink: Callable[[EngineEvent], None]) -> None:
+        """Start the engine and send it ``load``. Events reach ``sink`` in order, from one thread of the driver's."""
+        ...
+
+    def send(self, command: EngineCommand) -> None:
+        """Send a command; a command to an engine that is gone is dropped (``EngineExited`` has told)."""
+        ...
+
+    def kill(self) -> None:
+        """End the engine at once, without its cooperation; ``EngineExited`` follows."""
+        ...
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until ``EngineExited`` was delivered; False when ``timeout_s`` seconds were not enough."""
+        ...
+
+
+DriverFactory: TypeAlias = Callable[[str], EngineDriver]
+"""Makes the driver for a device name such as ``cpu`` or ``cuda:0``."""
+
+
+# ---------------------------------------------------------------- prompts
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One message of a conversation, as chat templates expect it."""
+
+    role: str
+    content: str | None = None
+    name: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_call_id: str | None = None
+
+
+class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt as token ids, ready for ``Submit``. ``template`` is the sha256 of the template that made it."""
+
+    token_ids: tuple[int, ...]
+    template: str
+
+
+class Renderer(Protocol):
+    """Turns messages into token ids. Pure and thread-safe: the same input gives the same ids, on every machine."""
+
+    def render_chat(self, messages: tuple[ChatMessage, ...], *, tools: tuple[dict[str, Any], ...], date: str) -> RenderedPrompt:
+        """Apply the model's chat template.
+
+        Args:
+            messages: the conversation.
+            tools: OpenAI tool definitions, may be empty.
+            date: today as ``YYYY-MM-DD``; templates that print a date get this one.
+
+        Raises:
+            RequestError: the template refuses these messages.
+        """
+        ...
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text; special tokens written in it are ordinary text."""
+        ...
+
+    def decode(self, token_ids: tuple[int, ...]) -> str:
+        """Text of token ids, special tokens left out."""
+        ...

@@ -1,0 +1,1 @@
+"""Typed messages: commands, events, their envelope and their codec."""

@@ -1,0 +1,312 @@
+"""Commands: what one actor asks of another. Imperative names; refusals come back as replies, never as exceptions.
+
+A command to a decider carries everything the decision may depend on: the time as ``now_ns`` (monotonic), drawn seeds,
+observed memory. Each is journaled as it is consumed (``CommandConsumed``), which is what makes replay possible.
+Text and token ids never travel in a decider's command; they go beside it, to the actor's shell.
+"""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from gptoss.messages.model import EngineCapabilities, FinishReason
+from gptoss.messages.sampling import SamplingParams
+
+CancelReason: TypeAlias = Literal["client", "disconnect", "slow_client", "deadline", "shutdown"]
+AdmissionAction: TypeAlias = Literal["accept", "shrink", "route_multi", "queue", "reject"]
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of every decider's command. ``now_ns`` is the monotonic time at which it was sent."""
+
+    now_ns: int
+
+
+# ---------------------------------------------------------------- request lifecycle
+
+
+class BeginRequest(Command, kw_only=True):
+    """A request has arrived and is well formed."""
+
+    request_id: str
+    endpoint: str
+    model: str
+    served_model: str
+    stream: bool
+    sampling: SamplingParams
+    drawn_seed: int
+    max_model_len: int
+    default_max_tokens: int
+    priority: int
+    deadline_ns: int
+    session_id: str = ""
+    traceparent: str = ""
+    num_messages: int = 0
+
+
+class PromptReady(Command, kw_only=True):
+    """The prompt was rendered. ``prompt_hmac`` is a keyed hash of the token ids."""
+
+    prompt_tokens: int
+    prompt_hmac: str
+    template: str
+    date: str
+
+
+class PromptUnusable(Command, kw_only=True):
+    """The prompt could not be rendered."""
+
+    code: str
+    message: str
+    param: str = ""
+
+
+class EstimateReady(Command, kw_only=True):
+    """The memory guard's estimate for this request."""
+
+    kv_bytes: int
+
+
+class AdmissionGranted(Command, kw_only=True):
+    """Admission lets the request run with at most ``max_tokens`` output tokens."""
+
+    action: AdmissionAction
+    max_tokens: int
+
+
+class AdmissionRefused(Command, kw_only=True):
+    """Admission refuses the request."""
+
+    code: str
+    message: str
+    retry_after_s: float
+
+
+class RouteFound(Command, kw_only=True):
+    """The router chose an executor."""
+
+    executor: str
+
+
+class RouteMissing(Command, kw_only=True):
+    """No executor can take the request now."""
+
+    message: str
+
+
+class FirstTokenSeen(Command, kw_only=True):
+    """The first token of this request has come out of the engine."""
+
+    attempt: int
+
+
+class EngineDone(Command, kw_only=True):
+    """The engine ended the request as it should."""
+
+    attempt: int
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    stop_reason: str | int | None = None
+
+
+class EngineFailure(Command, kw_only=True):
+    """The engine, or the executor in front of it, failed this request.
+
+    Attributes:
+        lost: the engine is gone and did nothing wrong to this request: it may go on elsewhere.
+        tokens_out: tokens already delivered; a resumed attempt goes on after them.
+    """
+
+    attempt: int
+    code: str
+    message: str
+    lost: bool = False
+    tokens_out: int = 0
+
+
+class CancelRequest(Command, kw_only=True):
+    """Stop the request."""
+
+    reason: CancelReason
+
+
+class FirstByteWritten(Command, kw_only=True):
+    """The first byte of the answer went to the client."""
+
+
+RequestCommand: TypeAlias = (
+    BeginRequest
+    | PromptReady
+    | PromptUnusable
+    | EstimateReady
+    | AdmissionGranted
+    | AdmissionRefused
+    | RouteFound
+    | RouteMissing
+    | FirstTokenSeen
+    | EngineDone
+    | EngineFailure
+    | CancelRequest
+    | FirstByteWritten
+)
+
+
+# ---------------------------------------------------------------- memory guard
+
+
+class SetMemoryPool(Command, kw_only=True):
+    """An executor is ready: its KV budget may be reserved from now on. Replaces an older pool of the same executor."""
+
+    executor: str
+    capabilities: EngineCapabilities
+
+
+class DropMemoryPool(Command, kw_only=True):
+    """An executor is gone: nothing more may be reserved on it."""
+
+    executor: str
+
+
+class EstimateMemory(Command, kw_only=True):
+    """Ask how much KV memory a request needs."""
+
+    request_id: str
+    prompt_tokens: int
+    max_tokens: int
+
+
+class ReserveMemory(Command, kw_only=True):
+    """Ask for KV memory on any executor that has room. Answered by ``MemoryGranted`` or ``MemoryRefused``."""
+
+    request_id: str
+    kv_bytes: int
+
+
+class BindMemory(Command, kw_only=True):
+    """Tie a request's reservation to the executor that the router chose."""
+
+    request_id: str
+    executor: str
+
+
+class ReleaseMemory(Command, kw_only=True):
+    """Give a request's reservation back; without one it does nothing."""
+
+    request_id: str
+
+
+class ObserveMemory(Command, kw_only=True):
+    """A reading of one executor's memory."""
+
+    executor: str
+    used_bytes: int
+    total_bytes: int
+    kv_bytes_in_use: int
+
+
+GuardCommand: TypeAlias = (
+    SetMemoryPool | DropMemoryPool | EstimateMemory | ReserveMemory | BindMemory | ReleaseMemory | ObserveMemory
+)
+
+
+# ---------------------------------------------------------------- admission
+
+
+class SetCapacity(Command, kw_only=True):
+    """How many requests may run at once over all executors; 0 while none is ready."""
+
+    slots: int
+    kv_budget_bytes_max: int
+
+
+class AdmitRequest(Command, kw_only=True):
+    """Ask to run.
+
+    Attributes:
+        kv_bytes: the memory guard's estimate with ``max_tokens`` output tokens.
+        kv_bytes_prompt: the part of it that the prompt alone needs.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    max_tokens: int
+    kv_bytes: int
+    kv_bytes_prompt: int
+    priority: int
+    deadline_ns: int
+
+
+class MemoryGranted(Command, kw_only=True):
+    """The memory guard's yes to ``ReserveMemory``."""
+
+    request_id: str
+
+
+class MemoryRefused(Command, kw_only=True):
+    """The memory guard's no to ``ReserveMemory``: no executor has this much free now."""
+
+    request_id: str
+    kv_bytes_free_max: int
+    pressure: float
+
+
+class WithdrawRequest(Command, kw_only=True):
+    """The request is over or gave up waiting; frees its slot or its place in the queue."""
+
+    request_id: str
+
+
+class MemoryFreed(Command, kw_only=True):
+    """Reservations were released: waiting requests may fit now."""
+
+
+class CheckDeadlines(Command, kw_only=True):
+    """Expire queued requests whose deadline has passed."""
+
+
+class StartDraining(Command, kw_only=True):
+    """Refuse everything new from now on."""
+
+
+AdmissionCommand: TypeAlias = (
+    SetCapacity | AdmitRequest | MemoryGranted | MemoryRefused | WithdrawRequest | MemoryFreed | CheckDeadlines | StartDraining
+)
+
+
+# ---------------------------------------------------------------- router
+
+
+class SetExecutor(Command, kw_only=True):
+    """An executor became able to serve, or changed."""
+
+    executor: str
+    slots: int
+    kv_budget_bytes: int
+
+
+class DropExecutor(Command, kw_only=True):
+    """An executor can no longer serve."""
+
+    executor: str
+    reason: str
+
+
+class RouteRequest(Command, kw_only=True):
+    """Ask for an executor."""
+
+    request_id: str
+    kv_bytes: int
+    prompt_tokens: int
+
+
+class ForgetRoute(Command, kw_only=True):
+    """The request left its executor."""
+
+    request_id: str
+
+
+RouterCommand: TypeAlias = SetExecutor | DropExecutor | RouteRequest | ForgetRoute
+
+DeciderCommand: TypeAlias = RequestCommand | GuardCommand | AdmissionCommand | RouterCommand

@@ -1,0 +1,578 @@
+"""The catalogue of events, version 1. Past tense; a refusal is an event too.
+
+Order within a request's life, as ``actors.request`` decides it:
+RequestReceived -> RequestValidated -> PromptRendered -> RequestEstimated -> RequestAdmitted -> RequestRouted ->
+SamplingBound -> FirstTokenProduced -> exactly one of RequestCompleted, RequestFailed, RequestCancelled,
+RequestRejected. ``docs/events.md`` is generated from this file.
+
+Units: ``_ns`` nanoseconds, ``_ms`` milliseconds, ``_s`` seconds, ``_bytes`` bytes. Executors are named by device.
+"""
+
+from typing import ClassVar
+
+import msgspec
+
+from gptoss.messages.commands import AdmissionAction, CancelReason
+from gptoss.messages.envelope import Event, Family
+from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
+from gptoss.messages.sampling import SamplingParams
+
+# ---------------------------------------------------------------- system
+
+
+class NodeStarted(Event, kw_only=True):
+    """A server process began. ``settings`` is JSON of the effective settings without secrets."""
+
+    version: str
+    settings: str
+    python: str
+    packages: dict[str, str]
+    os: str
+    cpu_count: int
+    wall_ns: int
+
+
+class NodeStopped(Event, kw_only=True):
+    """The process stops in order."""
+
+    reason: str
+
+
+class ClockAnchored(Event, kw_only=True):
+    """Wall time at this record's monotonic time; other records' wall times are derived from it."""
+
+    wall_ns: int
+
+
+class RunsAborted(Event, kw_only=True):
+    """A boot that did not stop in order was found at start; these requests of it never ended."""
+
+    boot: str
+    request_ids: tuple[str, ...]
+
+
+class ActorStarted(Event, kw_only=True):
+    """An actor is ready for messages."""
+
+    kind: str
+
+
+class ActorFailed(Event, kw_only=True):
+    """A handler or ``on_start`` raised; the supervisor decides what follows."""
+
+    message_type: str
+    code: str
+    error: str
+
+
+class ActorRestarted(Event, kw_only=True):
+    """The supervisor replaced a failed actor after waiting ``backoff_ms``."""
+
+    restarts: int
+    backoff_ms: float
+
+
+class ActorStopped(Event, kw_only=True):
+    """An actor stopped; ``reason`` is normal, failed or escalated."""
+
+    reason: str
+    unhandled: int
+
+
+class SupervisorEscalated(Event, kw_only=True):
+    """Restarts exceeded their intensity: the child stays down and the system is not ready."""
+
+    child: str
+    restarts: int
+    within_s: float
+
+
+class DeadLettered(Event, kw_only=True):
+    """A message could not be delivered. ``reason``: dead, full, expired or shed."""
+
+    to: str
+    message_type: str
+    reason: str
+
+
+class CommandConsumed(Event, kw_only=True):
+    """A deciding actor took this command. Feeding these to ``decide`` in order reproduces every decision."""
+
+    decider: str
+    command: msgspec.Raw
+
+
+class LogDegraded(Event, kw_only=True):
+    """The journal's disk failed; events go on in memory only. Recorded last, where it still can be."""
+
+    reason: str
+
+
+class DrainStarted(Event, kw_only=True):
+    """No new requests are taken; running ones may finish within ``timeout_s``."""
+
+    timeout_s: float
+
+
+# ---------------------------------------------------------------- engine process
+
+
+class EngineStarted(Event, kw_only=True):
+    """An executor began to start its engine."""
+
+    executor: str
+    device: str
+    model: str
+    folder: str
+
+
+class EngineLoadProgressed(Event, kw_only=True):
+    """Loading goes on; ``total`` 0 means unknown."""
+
+    executor: str
+    stage: str
+    done: int
+    total: int
+    unit: str = "bytes"
+
+
+class EngineLoaded(Event, kw_only=True):
+    """The engine can serve."""
+
+    executor: str
+    capabilities: EngineCapabilities
+    fingerprint: ModelFingerprint
+    load_ms: float
+    pid: int
+    notes: tuple[str, ...] = ()
+
+
+class EngineLoadFailed(Event, kw_only=True):
+    """The engine cannot serve this model."""
+
+    executor: str
+    code: str
+    message: str
+
+
+class EngineExited(Event, kw_only=True):
+    """The engine process is gone. ``exit_code`` is negative for a signal."""
+
+    executor: str
+    exit_code: int
+    reason: str
+    in_flight: int
+
+
+class EngineStalled(Event, kw_only=True):
+    """No step or answer for ``silent_ms`` while requests were running; the engine is killed."""
+
+    executor: str
+    silent_ms: float
+
+
+# ---------------------------------------------------------------- request
+
+
+class RequestReceived(Event, kw_only=True):
+    """A request arrived. Nothing of its content is here."""
+
+    request_id: str
+    endpoint: str
+    model: str
+    stream: bool
+    num_messages: int
+    priority: int
+    deadline_ns: int
+    session_id: str = ""
+    traceparent: str = ""
+
+
+class RequestValidated(Event, kw_only=True):
+    """Its settings are within bounds; ``sampling`` holds them with the seed in force."""
+
+    sampling: SamplingParams
+
+
+class PromptRendered(Event, kw_only=True):
+    """The prompt became token ids. ``prompt_hmac`` is their keyed hash, ``date`` what the template saw."""
+
+    prompt_tokens: int
+    prompt_hmac: str
+    template: str
+    date: str
+    max_tokens: int
+
+
+class RequestEstimated(Event, kw_only=True):
+    """The KV memory that prompt and output may need."""
+
+    kv_bytes: int
+
+
+class RequestAdmitted(Event, kw_only=True):
+    """Admission said yes; ``max_tokens`` may have shrunk."""
+
+    action: AdmissionAction
+    max_tokens: int
+
+
+class RequestRouted(Event, kw_only=True):
+    """The request goes to ``executor`` as attempt ``attempt``."""
+
+    executor: str
+    attempt: int
+
+
+class SamplingBound(Event, kw_only=True):
+    """What the engine was given to sample with."""
+
+    attempt: int
+    sampling: SamplingParams
+    resumed_tokens: int
+
+
+class FirstTokenProduced(Event, kw_only=True):
+    """The first token came out of the engine."""
+
+    attempt: int
+
+
+class FirstByteSent(Event, kw_only=True):
+    """The first byte of the answer went to the client."""
+
+
+class CancelRequested(Event, kw_only=True):
+    """Someone asked to stop the request."""
+
+    reason: CancelReason
+
+
+class AttemptRetried(Event, kw_only=True):
+    """The executor was lost; the request goes on elsewhere after ``tokens_out`` delivered tokens."""
+
+    attempt: int
+    code: str
+    tokens_out: int
+
+
+class RequestCompleted(Event, kw_only=True):
+    """Terminal: served to the end."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    stop_reason: str | int | None = None
+
+
+class RequestFailed(Event, kw_only=True):
+    """Terminal: the server's fault."""
+
+    code: str
+    message: str
+    completion_tokens: int = 0
+
+
+class RequestCancelled(Event, kw_only=True):
+    """Terminal: stopped on request."""
+
+    reason: CancelReason
+    completion_tokens: int = 0
+
+
+class RequestRejected(Event, kw_only=True):
+    """Terminal: refused before it ran. ``status`` is the HTTP status of the answer."""
+
+    code: str
+    status: int
+    message: str
+    param: str = ""
+    retry_after_s: float = 0.0
+
+
+# ---------------------------------------------------------------- memory guard
+
+
+class MemoryPoolSet(Event, kw_only=True):
+    """An executor's KV memory may be reserved."""
+
+    executor: str
+    capabilities: EngineCapabilities
+
+
+class MemoryPoolDropped(Event, kw_only=True):
+    """An executor's KV memory is gone, with the reservations that were bound to it."""
+
+    executor: str
+    reservations_lost: int
+
+
+class MemoryEstimated(Event, kw_only=True):
+    """KV bytes of a request, from the model's own config; ``kv_bytes_prompt`` is the prompt's part."""
+
+    request_id: str
+    prompt_tokens: int
+    max_tokens: int
+    kv_bytes: int
+    kv_bytes_prompt: int
+
+
+class ReservationGranted(Event, kw_only=True):
+    """Memory is set aside. ``unbound_bytes`` counts grants that no executor is tied to yet."""
+
+    request_id: str
+    kv_bytes: int
+    kv_bytes_free_max: int
+    unbound_bytes: int
+
+
+class ReservationRefused(Event, kw_only=True):
+    """No executor has this much free now."""
+
+    request_id: str
+    kv_bytes: int
+    kv_bytes_free_max: int
+    pressure: float
+
+
+class ReservationBound(Event, kw_only=True):
+    """The reservation is on this executor."""
+
+    request_id: str
+    executor: str
+
+
+class ReservationReleased(Event, kw_only=True):
+    """Memory is given back; exactly once for each grant."""
+
+    request_id: str
+    kv_bytes: int
+    executor: str
+
+
+class MemoryObserved(Event, kw_only=True):
+    """A reading of one executor's memory."""
+
+    executor: str
+    used_bytes: int
+    total_bytes: int
+    kv_bytes_in_use: int
+    kv_bytes_reserved: int
+    pressure: float
+
+
+# ---------------------------------------------------------------- admission
+
+
+class CapacitySet(Event, kw_only=True):
+    """How many requests may run at once."""
+
+    slots: int
+    kv_budget_bytes_max: int
+
+
+class AdmissionDecided(Event, kw_only=True):
+    """The decision with the numbers it saw. ``policy`` is the hash of the policy settings."""
+
+    request_id: str
+    action: AdmissionAction
+    reason: str
+    max_tokens: int
+    kv_bytes: int
+    running: int
+    queued: int
+    slots: int
+    policy: str
+    retry_after_s: float = 0.0
+    code: str = ""
+
+
+class MemoryRequested(Event, kw_only=True):
+    """Admission asks the memory guard to set memory aside for this request."""
+
+    request_id: str
+    kv_bytes: int
+
+
+class Enqueued(Event, kw_only=True):
+    """The request waits at ``position`` (0 is next)."""
+
+    request_id: str
+    position: int
+    queued: int
+    reason: str
+
+
+class Dequeued(Event, kw_only=True):
+    """The request stops waiting. ``reason``: admitted, withdrawn or expired."""
+
+    request_id: str
+    waited_ns: int
+    queued: int
+    reason: str
+
+
+class DeadlineExpired(Event, kw_only=True):
+    """A waiting request ran out of time."""
+
+    request_id: str
+    waited_ns: int
+
+
+class SlotReleased(Event, kw_only=True):
+    """A running request ended. ``ran_ns`` is how long it held its slot; queue forecasts use it."""
+
+    request_id: str
+    running: int
+    ran_ns: int
+
+
+class AdmissionClosed(Event, kw_only=True):
+    """Draining: everything new is refused."""
+
+
+# ---------------------------------------------------------------- router
+
+
+class ExecutorJoined(Event, kw_only=True):
+    """The router may choose this executor."""
+
+    executor: str
+    slots: int
+    kv_budget_bytes: int
+
+
+class ExecutorLeft(Event, kw_only=True):
+    """The router may not choose this executor any more."""
+
+    executor: str
+    reason: str
+
+
+class RouteCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One executor as the router saw it; the lowest score wins."""
+
+    executor: str
+    running: int
+    slots: int
+    kv_bytes_bound: int
+    kv_bytes_free: int
+    score: float
+
+
+class RouteDecided(Event, kw_only=True):
+    """The choice, with everything it was made from. ``executor`` is empty when none could take the request."""
+
+    request_id: str
+    executor: str
+    reason: str
+    candidates: tuple[RouteCandidate, ...]
+
+
+class RouteForgotten(Event, kw_only=True):
+    """The request left its executor."""
+
+    request_id: str
+    executor: str
+
+
+# ---------------------------------------------------------------- executor
+
+
+class ExecutorAccepted(Event, kw_only=True):
+    """The executor handed the request to its engine."""
+
+    request_id: str
+    executor: str
+    attempt: int
+    prompt_tokens: int
+
+
+class CommittedRow(msgspec.Struct, frozen=True, array_like=True):
+    """One request's part of a step: tokens produced, prompt tokens computed."""
+
+    request_id: str
+    attempt: int
+    tokens: int
+    prefilled: int
+
+
+class StepCommitted(Event, kw_only=True):
+    """One step of an engine, for all requests in it. ``started_ns`` is on the same monotonic clock as the records."""
+
+    executor: str
+    step: int
+    started_ns: int
+    duration_ns: int
+    rows: tuple[CommittedRow, ...]
+    waiting: int
+    running: int
+    kv_bytes_in_use: int
+
+
+class CancelApplied(Event, kw_only=True):
+    """The engine has let go of a cancelled request."""
+
+    request_id: str
+    executor: str
+    completion_tokens: int
+
+
+class ExecutorFaulted(Event, kw_only=True):
+    """A request was in flight when its executor was lost, or the engine failed it alone."""
+
+    request_id: str
+    executor: str
+    attempt: int
+    code: str
+    message: str
+    lost: bool
+
+
+# ---------------------------------------------------------------- delivery
+
+
+class ClientSlow(Event, kw_only=True):
+    """The client has not read for ``stalled_ms``."""
+
+    stalled_ms: float
+
+
+class ClientDisconnected(Event, kw_only=True):
+    """The client went away before the answer was complete."""
+
+
+# ---------------------------------------------------------------- content family
+
+
+class PromptTokens(Event, kw_only=True):
+    """Content: the token ids of a prompt."""
+
+    FAMILY: ClassVar[Family] = "content"
+
+    request_id: str
+    token_ids: tuple[int, ...]
+
+
+class ProducedRow(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens of one request in one step; ``position`` is the index of the first in the output."""
+
+    request_id: str
+    attempt: int
+    position: int
+    token_ids: tuple[int, ...]
+
+
+class StepTokens(Event, kw_only=True):
+    """Content: the token ids that one step produced."""
+
+    FAMILY: ClassVar[Family] = "content"
+
+    executor: str
+    step: int
+    rows: tuple[ProducedRow, ...]
+
+
+TERMINAL_EVENTS: tuple[type[Event], ...] = (RequestCompleted, RequestFailed, RequestCancelled, RequestRejected)
+"""Every request ends with exactly one of these."""

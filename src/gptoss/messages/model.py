@@ -1,0 +1,58 @@
+"""What a loaded model is: its limits, its KV geometry and its fingerprint."""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``memory_model`` needs to turn tokens into bytes.
+
+    Attributes:
+        full_layers: layers that keep every position.
+        sliding_layers: layers that keep at most ``sliding_window`` positions.
+        dtype_bytes: bytes of one K or V element.
+        block_tokens: granularity in which memory is taken, in tokens.
+    """
+
+    full_layers: int
+    sliding_layers: int
+    sliding_window: int
+    kv_heads: int
+    head_dim: int
+    dtype_bytes: int
+    block_tokens: int = 1
+
+
+class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded engine can take.
+
+    Attributes:
+        max_model_len: prompt plus output, in tokens.
+        max_batch_size: requests that can run at once.
+        kv_budget_bytes: KV memory that may be reserved on this engine.
+    """
+
+    model_name: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    max_batch_size: int
+    kv_budget_bytes: int
+    kv_layout: KvLayout
+    weights_bytes: int
+    device: str
+    dtype: str
+    num_threads: int
+    eos_token_ids: tuple[int, ...]
+
+
+class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):
+    """Hashes that say whether another machine has the same model. Hex sha256 each; empty where there is no such file."""
+
+    weights: str
+    tokenizer: str
+    chat_template: str
+    config: str

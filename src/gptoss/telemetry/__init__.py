@@ -1,0 +1,1 @@
+"""Projections of the event journal, and the journal's embedded store."""
