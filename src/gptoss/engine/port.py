@@ -21,6 +21,7 @@ import msgspec
 from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
 from gptoss.messages.sampling import SamplingParams
 
+
 class _Wire(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A message of the engine protocol; on the socket it is msgpack with its class name as tag."""
 
@@ -28,7 +29,7 @@ class _Wire(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 # ---------------------------------------------------------------- commands
 
 
-class Load(_Wire, kw_only=True):
+class Load(_Wire, frozen=True, kw_only=True):
     """Take the device and load the model from a local folder.
 
     Attributes:
@@ -48,7 +49,7 @@ class Load(_Wire, kw_only=True):
     num_threads: int = 0
 
 
-class Submit(_Wire, kw_only=True):
+class Submit(_Wire, frozen=True, kw_only=True):
     """Run one request.
 
     Attributes:
@@ -67,23 +68,23 @@ class Submit(_Wire, kw_only=True):
     priority: int = 0
 
 
-class Cancel(_Wire, kw_only=True):
+class Cancel(_Wire, frozen=True, kw_only=True):
     """Stop one request."""
 
     request_id: str
 
 
-class Drain(_Wire, kw_only=True):
+class Drain(_Wire, frozen=True, kw_only=True):
     """Finish what runs, take nothing new; answered by ``Drained`` when idle."""
 
 
-class Snapshot(_Wire, kw_only=True):
+class Snapshot(_Wire, frozen=True, kw_only=True):
     """Ask for an ``EngineStatus`` with the same nonce; doubles as a liveness probe."""
 
     nonce: int
 
 
-class Shutdown(_Wire, kw_only=True):
+class Shutdown(_Wire, frozen=True, kw_only=True):
     """Release the device and exit."""
 
 
@@ -93,7 +94,7 @@ EngineCommand: TypeAlias = Load | Submit | Cancel | Drain | Snapshot | Shutdown
 # ---------------------------------------------------------------- events
 
 
-class LoadProgressed(_Wire, kw_only=True):
+class LoadProgressed(_Wire, frozen=True, kw_only=True):
     """Loading goes on. ``done`` of ``total`` in ``unit``; ``total`` 0 means unknown."""
 
     stage: str
@@ -102,7 +103,7 @@ class LoadProgressed(_Wire, kw_only=True):
     unit: str = "bytes"
 
 
-class Loaded(_Wire, kw_only=True):
+class Loaded(_Wire, frozen=True, kw_only=True):
     """The engine is ready."""
 
     capabilities: EngineCapabilities
@@ -112,7 +113,7 @@ class Loaded(_Wire, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-class LoadFailed(_Wire, kw_only=True):
+class LoadFailed(_Wire, frozen=True, kw_only=True):
     """The model cannot be served; the engine exits after this. ``code`` is one of ``gptoss.errors``."""
 
     code: str
@@ -151,7 +152,7 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class StepDone(_Wire, kw_only=True):
+class StepDone(_Wire, frozen=True, kw_only=True):
     """One step of the batch. Times are nanoseconds of this machine's monotonic clock."""
 
     step: int
@@ -163,7 +164,7 @@ class StepDone(_Wire, kw_only=True):
     kv_bytes_in_use: int
 
 
-class Finished(_Wire, kw_only=True):
+class Finished(_Wire, frozen=True, kw_only=True):
     """Terminal: the request ended as it should.
 
     Attributes:
@@ -182,7 +183,7 @@ class Finished(_Wire, kw_only=True):
     stop_reason: str | int | None = None
 
 
-class Failed(_Wire, kw_only=True):
+class Failed(_Wire, frozen=True, kw_only=True):
     """Terminal: the request cannot be served; the others go on. ``code`` is one of ``gptoss.errors``."""
 
     request_id: str
@@ -191,7 +192,7 @@ class Failed(_Wire, kw_only=True):
     message: str
 
 
-class EngineStatus(_Wire, kw_only=True):
+class EngineStatus(_Wire, frozen=True, kw_only=True):
     """Answer to ``Snapshot``. ``memory_bytes`` is the process's resident memory, or the device's on a GPU."""
 
     nonce: int
@@ -203,11 +204,11 @@ class EngineStatus(_Wire, kw_only=True):
     device_memory_total_bytes: int
 
 
-class Drained(_Wire, kw_only=True):
+class Drained(_Wire, frozen=True, kw_only=True):
     """Nothing runs and nothing new is taken."""
 
 
-class EngineExited(_Wire, kw_only=True):
+class EngineExited(_Wire, frozen=True, kw_only=True):
     """The engine is gone; the driver says so exactly once, last. ``exit_code`` is negative for a signal."""
 
     exit_code: int
@@ -270,7 +271,9 @@ class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
 class Renderer(Protocol):
     """Turns messages into token ids. Pure and thread-safe: the same input gives the same ids, on every machine."""
 
-    def render_chat(self, messages: tuple[ChatMessage, ...], *, tools: tuple[dict[str, Any], ...], date: str) -> RenderedPrompt:
+    def render_chat(
+        self, messages: tuple[ChatMessage, ...], *, tools: tuple[dict[str, Any], ...], date: str
+    ) -> RenderedPrompt:
         """Apply the model's chat template.
 
         Args:

@@ -14,7 +14,7 @@ import msgspec
 from gptoss.errors import JournalError
 from gptoss.messages import events
 from gptoss.messages.commands import Command, DeciderCommand
-from gptoss.messages.envelope import Event, Meta, Record, Stored
+from gptoss.messages.envelope import Event, Record, Stored
 
 Upcaster = Callable[[list[Any]], list[Any]]
 

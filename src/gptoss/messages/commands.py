@@ -25,7 +25,7 @@ class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 # ---------------------------------------------------------------- request lifecycle
 
 
-class BeginRequest(Command, kw_only=True):
+class BeginRequest(Command, frozen=True, kw_only=True):
     """A request has arrived and is well formed."""
 
     request_id: str
@@ -44,7 +44,7 @@ class BeginRequest(Command, kw_only=True):
     num_messages: int = 0
 
 
-class PromptReady(Command, kw_only=True):
+class PromptReady(Command, frozen=True, kw_only=True):
     """The prompt was rendered. ``prompt_hmac`` is a keyed hash of the token ids."""
 
     prompt_tokens: int
@@ -53,7 +53,7 @@ class PromptReady(Command, kw_only=True):
     date: str
 
 
-class PromptUnusable(Command, kw_only=True):
+class PromptUnusable(Command, frozen=True, kw_only=True):
     """The prompt could not be rendered."""
 
     code: str
@@ -61,20 +61,20 @@ class PromptUnusable(Command, kw_only=True):
     param: str = ""
 
 
-class EstimateReady(Command, kw_only=True):
+class EstimateReady(Command, frozen=True, kw_only=True):
     """The memory guard's estimate for this request."""
 
     kv_bytes: int
 
 
-class AdmissionGranted(Command, kw_only=True):
+class AdmissionGranted(Command, frozen=True, kw_only=True):
     """Admission lets the request run with at most ``max_tokens`` output tokens."""
 
     action: AdmissionAction
     max_tokens: int
 
 
-class AdmissionRefused(Command, kw_only=True):
+class AdmissionRefused(Command, frozen=True, kw_only=True):
     """Admission refuses the request."""
 
     code: str
@@ -82,25 +82,25 @@ class AdmissionRefused(Command, kw_only=True):
     retry_after_s: float
 
 
-class RouteFound(Command, kw_only=True):
+class RouteFound(Command, frozen=True, kw_only=True):
     """The router chose an executor."""
 
     executor: str
 
 
-class RouteMissing(Command, kw_only=True):
+class RouteMissing(Command, frozen=True, kw_only=True):
     """No executor can take the request now."""
 
     message: str
 
 
-class FirstTokenSeen(Command, kw_only=True):
+class FirstTokenSeen(Command, frozen=True, kw_only=True):
     """The first token of this request has come out of the engine."""
 
     attempt: int
 
 
-class EngineDone(Command, kw_only=True):
+class EngineDone(Command, frozen=True, kw_only=True):
     """The engine ended the request as it should."""
 
     attempt: int
@@ -111,7 +111,7 @@ class EngineDone(Command, kw_only=True):
     stop_reason: str | int | None = None
 
 
-class EngineFailure(Command, kw_only=True):
+class EngineFailure(Command, frozen=True, kw_only=True):
     """The engine, or the executor in front of it, failed this request.
 
     Attributes:
@@ -126,13 +126,13 @@ class EngineFailure(Command, kw_only=True):
     tokens_out: int = 0
 
 
-class CancelRequest(Command, kw_only=True):
+class CancelRequest(Command, frozen=True, kw_only=True):
     """Stop the request."""
 
     reason: CancelReason
 
 
-class FirstByteWritten(Command, kw_only=True):
+class FirstByteWritten(Command, frozen=True, kw_only=True):
     """The first byte of the answer went to the client."""
 
 
@@ -156,20 +156,20 @@ RequestCommand: TypeAlias = (
 # ---------------------------------------------------------------- memory guard
 
 
-class SetMemoryPool(Command, kw_only=True):
+class SetMemoryPool(Command, frozen=True, kw_only=True):
     """An executor is ready: its KV budget may be reserved from now on. Replaces an older pool of the same executor."""
 
     executor: str
     capabilities: EngineCapabilities
 
 
-class DropMemoryPool(Command, kw_only=True):
+class DropMemoryPool(Command, frozen=True, kw_only=True):
     """An executor is gone: nothing more may be reserved on it."""
 
     executor: str
 
 
-class EstimateMemory(Command, kw_only=True):
+class EstimateMemory(Command, frozen=True, kw_only=True):
     """Ask how much KV memory a request needs."""
 
     request_id: str
@@ -177,27 +177,27 @@ class EstimateMemory(Command, kw_only=True):
     max_tokens: int
 
 
-class ReserveMemory(Command, kw_only=True):
+class ReserveMemory(Command, frozen=True, kw_only=True):
     """Ask for KV memory on any executor that has room. Answered by ``MemoryGranted`` or ``MemoryRefused``."""
 
     request_id: str
     kv_bytes: int
 
 
-class BindMemory(Command, kw_only=True):
+class BindMemory(Command, frozen=True, kw_only=True):
     """Tie a request's reservation to the executor that the router chose."""
 
     request_id: str
     executor: str
 
 
-class ReleaseMemory(Command, kw_only=True):
+class ReleaseMemory(Command, frozen=True, kw_only=True):
     """Give a request's reservation back; without one it does nothing."""
 
     request_id: str
 
 
-class ObserveMemory(Command, kw_only=True):
+class ObserveMemory(Command, frozen=True, kw_only=True):
     """A reading of one executor's memory."""
 
     executor: str
@@ -214,14 +214,14 @@ GuardCommand: TypeAlias = (
 # ---------------------------------------------------------------- admission
 
 
-class SetCapacity(Command, kw_only=True):
+class SetCapacity(Command, frozen=True, kw_only=True):
     """How many requests may run at once over all executors; 0 while none is ready."""
 
     slots: int
     kv_budget_bytes_max: int
 
 
-class AdmitRequest(Command, kw_only=True):
+class AdmitRequest(Command, frozen=True, kw_only=True):
     """Ask to run.
 
     Attributes:
@@ -238,13 +238,13 @@ class AdmitRequest(Command, kw_only=True):
     deadline_ns: int
 
 
-class MemoryGranted(Command, kw_only=True):
+class MemoryGranted(Command, frozen=True, kw_only=True):
     """The memory guard's yes to ``ReserveMemory``."""
 
     request_id: str
 
 
-class MemoryRefused(Command, kw_only=True):
+class MemoryRefused(Command, frozen=True, kw_only=True):
     """The memory guard's no to ``ReserveMemory``: no executor has this much free now."""
 
     request_id: str
@@ -252,33 +252,40 @@ class MemoryRefused(Command, kw_only=True):
     pressure: float
 
 
-class WithdrawRequest(Command, kw_only=True):
+class WithdrawRequest(Command, frozen=True, kw_only=True):
     """The request is over or gave up waiting; frees its slot or its place in the queue."""
 
     request_id: str
 
 
-class MemoryFreed(Command, kw_only=True):
+class MemoryFreed(Command, frozen=True, kw_only=True):
     """Reservations were released: waiting requests may fit now."""
 
 
-class CheckDeadlines(Command, kw_only=True):
+class CheckDeadlines(Command, frozen=True, kw_only=True):
     """Expire queued requests whose deadline has passed."""
 
 
-class StartDraining(Command, kw_only=True):
+class StartDraining(Command, frozen=True, kw_only=True):
     """Refuse everything new from now on."""
 
 
 AdmissionCommand: TypeAlias = (
-    SetCapacity | AdmitRequest | MemoryGranted | MemoryRefused | WithdrawRequest | MemoryFreed | CheckDeadlines | StartDraining
+    SetCapacity
+    | AdmitRequest
+    | MemoryGranted
+    | MemoryRefused
+    | WithdrawRequest
+    | MemoryFreed
+    | CheckDeadlines
+    | StartDraining
 )
 
 
 # ---------------------------------------------------------------- router
 
 
-class SetExecutor(Command, kw_only=True):
+class SetExecutor(Command, frozen=True, kw_only=True):
     """An executor became able to serve, or changed."""
 
     executor: str
@@ -286,14 +293,14 @@ class SetExecutor(Command, kw_only=True):
     kv_budget_bytes: int
 
 
-class DropExecutor(Command, kw_only=True):
+class DropExecutor(Command, frozen=True, kw_only=True):
     """An executor can no longer serve."""
 
     executor: str
     reason: str
 
 
-class RouteRequest(Command, kw_only=True):
+class RouteRequest(Command, frozen=True, kw_only=True):
     """Ask for an executor."""
 
     request_id: str
@@ -301,7 +308,7 @@ class RouteRequest(Command, kw_only=True):
     prompt_tokens: int
 
 
-class ForgetRoute(Command, kw_only=True):
+class ForgetRoute(Command, frozen=True, kw_only=True):
     """The request left its executor."""
 
     request_id: str

@@ -77,4 +77,3 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     span_id: str = ""
     actor: str = ""
     incarnation: int = 0
-

@@ -20,7 +20,7 @@ from gptoss.messages.sampling import SamplingParams
 # ---------------------------------------------------------------- system
 
 
-class NodeStarted(Event, kw_only=True):
+class NodeStarted(Event, frozen=True, kw_only=True):
     """A server process began. ``settings`` is JSON of the effective settings without secrets."""
 
     version: str
@@ -32,32 +32,32 @@ class NodeStarted(Event, kw_only=True):
     wall_ns: int
 
 
-class NodeStopped(Event, kw_only=True):
+class NodeStopped(Event, frozen=True, kw_only=True):
     """The process stops in order."""
 
     reason: str
 
 
-class ClockAnchored(Event, kw_only=True):
+class ClockAnchored(Event, frozen=True, kw_only=True):
     """Wall time at this record's monotonic time; other records' wall times are derived from it."""
 
     wall_ns: int
 
 
-class RunsAborted(Event, kw_only=True):
+class RunsAborted(Event, frozen=True, kw_only=True):
     """A boot that did not stop in order was found at start; these requests of it never ended."""
 
     boot: str
     request_ids: tuple[str, ...]
 
 
-class ActorStarted(Event, kw_only=True):
+class ActorStarted(Event, frozen=True, kw_only=True):
     """An actor is ready for messages."""
 
     kind: str
 
 
-class ActorFailed(Event, kw_only=True):
+class ActorFailed(Event, frozen=True, kw_only=True):
     """A handler or ``on_start`` raised; the supervisor decides what follows."""
 
     message_type: str
@@ -65,21 +65,21 @@ class ActorFailed(Event, kw_only=True):
     error: str
 
 
-class ActorRestarted(Event, kw_only=True):
+class ActorRestarted(Event, frozen=True, kw_only=True):
     """The supervisor replaced a failed actor after waiting ``backoff_ms``."""
 
     restarts: int
     backoff_ms: float
 
 
-class ActorStopped(Event, kw_only=True):
+class ActorStopped(Event, frozen=True, kw_only=True):
     """An actor stopped; ``reason`` is normal, failed or escalated."""
 
     reason: str
     unhandled: int
 
 
-class SupervisorEscalated(Event, kw_only=True):
+class SupervisorEscalated(Event, frozen=True, kw_only=True):
     """Restarts exceeded their intensity: the child stays down and the system is not ready."""
 
     child: str
@@ -87,7 +87,7 @@ class SupervisorEscalated(Event, kw_only=True):
     within_s: float
 
 
-class DeadLettered(Event, kw_only=True):
+class DeadLettered(Event, frozen=True, kw_only=True):
     """A message could not be delivered. ``reason``: dead, full, expired or shed."""
 
     to: str
@@ -95,20 +95,20 @@ class DeadLettered(Event, kw_only=True):
     reason: str
 
 
-class CommandConsumed(Event, kw_only=True):
+class CommandConsumed(Event, frozen=True, kw_only=True):
     """A deciding actor took this command. Feeding these to ``decide`` in order reproduces every decision."""
 
     decider: str
     command: msgspec.Raw
 
 
-class LogDegraded(Event, kw_only=True):
+class LogDegraded(Event, frozen=True, kw_only=True):
     """The journal's disk failed; events go on in memory only. Recorded last, where it still can be."""
 
     reason: str
 
 
-class DrainStarted(Event, kw_only=True):
+class DrainStarted(Event, frozen=True, kw_only=True):
     """No new requests are taken; running ones may finish within ``timeout_s``."""
 
     timeout_s: float
@@ -117,7 +117,7 @@ class DrainStarted(Event, kw_only=True):
 # ---------------------------------------------------------------- engine process
 
 
-class EngineStarted(Event, kw_only=True):
+class EngineStarted(Event, frozen=True, kw_only=True):
     """An executor began to start its engine."""
 
     executor: str
@@ -126,7 +126,7 @@ class EngineStarted(Event, kw_only=True):
     folder: str
 
 
-class EngineLoadProgressed(Event, kw_only=True):
+class EngineLoadProgressed(Event, frozen=True, kw_only=True):
     """Loading goes on; ``total`` 0 means unknown."""
 
     executor: str
@@ -136,7 +136,7 @@ class EngineLoadProgressed(Event, kw_only=True):
     unit: str = "bytes"
 
 
-class EngineLoaded(Event, kw_only=True):
+class EngineLoaded(Event, frozen=True, kw_only=True):
     """The engine can serve."""
 
     executor: str
@@ -147,7 +147,7 @@ class EngineLoaded(Event, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-class EngineLoadFailed(Event, kw_only=True):
+class EngineLoadFailed(Event, frozen=True, kw_only=True):
     """The engine cannot serve this model."""
 
     executor: str
@@ -155,7 +155,7 @@ class EngineLoadFailed(Event, kw_only=True):
     message: str
 
 
-class EngineExited(Event, kw_only=True):
+class EngineExited(Event, frozen=True, kw_only=True):
     """The engine process is gone. ``exit_code`` is negative for a signal."""
 
     executor: str
@@ -164,7 +164,7 @@ class EngineExited(Event, kw_only=True):
     in_flight: int
 
 
-class EngineStalled(Event, kw_only=True):
+class EngineStalled(Event, frozen=True, kw_only=True):
     """No step or answer for ``silent_ms`` while requests were running; the engine is killed."""
 
     executor: str
@@ -174,7 +174,7 @@ class EngineStalled(Event, kw_only=True):
 # ---------------------------------------------------------------- request
 
 
-class RequestReceived(Event, kw_only=True):
+class RequestReceived(Event, frozen=True, kw_only=True):
     """A request arrived. Nothing of its content is here."""
 
     request_id: str
@@ -188,13 +188,13 @@ class RequestReceived(Event, kw_only=True):
     traceparent: str = ""
 
 
-class RequestValidated(Event, kw_only=True):
+class RequestValidated(Event, frozen=True, kw_only=True):
     """Its settings are within bounds; ``sampling`` holds them with the seed in force."""
 
     sampling: SamplingParams
 
 
-class PromptRendered(Event, kw_only=True):
+class PromptRendered(Event, frozen=True, kw_only=True):
     """The prompt became token ids. ``prompt_hmac`` is their keyed hash, ``date`` what the template saw."""
 
     prompt_tokens: int
@@ -204,27 +204,27 @@ class PromptRendered(Event, kw_only=True):
     max_tokens: int
 
 
-class RequestEstimated(Event, kw_only=True):
+class RequestEstimated(Event, frozen=True, kw_only=True):
     """The KV memory that prompt and output may need."""
 
     kv_bytes: int
 
 
-class RequestAdmitted(Event, kw_only=True):
+class RequestAdmitted(Event, frozen=True, kw_only=True):
     """Admission said yes; ``max_tokens`` may have shrunk."""
 
     action: AdmissionAction
     max_tokens: int
 
 
-class RequestRouted(Event, kw_only=True):
+class RequestRouted(Event, frozen=True, kw_only=True):
     """The request goes to ``executor`` as attempt ``attempt``."""
 
     executor: str
     attempt: int
 
 
-class SamplingBound(Event, kw_only=True):
+class SamplingBound(Event, frozen=True, kw_only=True):
     """What the engine was given to sample with."""
 
     attempt: int
@@ -232,23 +232,23 @@ class SamplingBound(Event, kw_only=True):
     resumed_tokens: int
 
 
-class FirstTokenProduced(Event, kw_only=True):
+class FirstTokenProduced(Event, frozen=True, kw_only=True):
     """The first token came out of the engine."""
 
     attempt: int
 
 
-class FirstByteSent(Event, kw_only=True):
+class FirstByteSent(Event, frozen=True, kw_only=True):
     """The first byte of the answer went to the client."""
 
 
-class CancelRequested(Event, kw_only=True):
+class CancelRequested(Event, frozen=True, kw_only=True):
     """Someone asked to stop the request."""
 
     reason: CancelReason
 
 
-class AttemptRetried(Event, kw_only=True):
+class AttemptRetried(Event, frozen=True, kw_only=True):
     """The executor was lost; the request goes on elsewhere after ``tokens_out`` delivered tokens."""
 
     attempt: int
@@ -256,7 +256,7 @@ class AttemptRetried(Event, kw_only=True):
     tokens_out: int
 
 
-class RequestCompleted(Event, kw_only=True):
+class RequestCompleted(Event, frozen=True, kw_only=True):
     """Terminal: served to the end."""
 
     finish_reason: FinishReason
@@ -266,7 +266,7 @@ class RequestCompleted(Event, kw_only=True):
     stop_reason: str | int | None = None
 
 
-class RequestFailed(Event, kw_only=True):
+class RequestFailed(Event, frozen=True, kw_only=True):
     """Terminal: the server's fault."""
 
     code: str
@@ -274,14 +274,14 @@ class RequestFailed(Event, kw_only=True):
     completion_tokens: int = 0
 
 
-class RequestCancelled(Event, kw_only=True):
+class RequestCancelled(Event, frozen=True, kw_only=True):
     """Terminal: stopped on request."""
 
     reason: CancelReason
     completion_tokens: int = 0
 
 
-class RequestRejected(Event, kw_only=True):
+class RequestRejected(Event, frozen=True, kw_only=True):
     """Terminal: refused before it ran. ``status`` is the HTTP status of the answer."""
 
     code: str
@@ -294,21 +294,21 @@ class RequestRejected(Event, kw_only=True):
 # ---------------------------------------------------------------- memory guard
 
 
-class MemoryPoolSet(Event, kw_only=True):
+class MemoryPoolSet(Event, frozen=True, kw_only=True):
     """An executor's KV memory may be reserved."""
 
     executor: str
     capabilities: EngineCapabilities
 
 
-class MemoryPoolDropped(Event, kw_only=True):
+class MemoryPoolDropped(Event, frozen=True, kw_only=True):
     """An executor's KV memory is gone, with the reservations that were bound to it."""
 
     executor: str
     reservations_lost: int
 
 
-class MemoryEstimated(Event, kw_only=True):
+class MemoryEstimated(Event, frozen=True, kw_only=True):
     """KV bytes of a request, from the model's own config; ``kv_bytes_prompt`` is the prompt's part."""
 
     request_id: str
@@ -318,7 +318,7 @@ class MemoryEstimated(Event, kw_only=True):
     kv_bytes_prompt: int
 
 
-class ReservationGranted(Event, kw_only=True):
+class ReservationGranted(Event, frozen=True, kw_only=True):
     """Memory is set aside. ``unbound_bytes`` counts grants that no executor is tied to yet."""
 
     request_id: str
@@ -327,7 +327,7 @@ class ReservationGranted(Event, kw_only=True):
     unbound_bytes: int
 
 
-class ReservationRefused(Event, kw_only=True):
+class ReservationRefused(Event, frozen=True, kw_only=True):
     """No executor has this much free now."""
 
     request_id: str
@@ -336,14 +336,14 @@ class ReservationRefused(Event, kw_only=True):
     pressure: float
 
 
-class ReservationBound(Event, kw_only=True):
+class ReservationBound(Event, frozen=True, kw_only=True):
     """The reservation is on this executor."""
 
     request_id: str
     executor: str
 
 
-class ReservationReleased(Event, kw_only=True):
+class ReservationReleased(Event, frozen=True, kw_only=True):
     """Memory is given back; exactly once for each grant."""
 
     request_id: str
@@ -351,7 +351,7 @@ class ReservationReleased(Event, kw_only=True):
     executor: str
 
 
-class MemoryObserved(Event, kw_only=True):
+class MemoryObserved(Event, frozen=True, kw_only=True):
     """A reading of one executor's memory."""
 
     executor: str
@@ -365,14 +365,14 @@ class MemoryObserved(Event, kw_only=True):
 # ---------------------------------------------------------------- admission
 
 
-class CapacitySet(Event, kw_only=True):
+class CapacitySet(Event, frozen=True, kw_only=True):
     """How many requests may run at once."""
 
     slots: int
     kv_budget_bytes_max: int
 
 
-class AdmissionDecided(Event, kw_only=True):
+class AdmissionDecided(Event, frozen=True, kw_only=True):
     """The decision with the numbers it saw. ``policy`` is the hash of the policy settings."""
 
     request_id: str
@@ -388,14 +388,14 @@ class AdmissionDecided(Event, kw_only=True):
     code: str = ""
 
 
-class MemoryRequested(Event, kw_only=True):
+class MemoryRequested(Event, frozen=True, kw_only=True):
     """Admission asks the memory guard to set memory aside for this request."""
 
     request_id: str
     kv_bytes: int
 
 
-class Enqueued(Event, kw_only=True):
+class Enqueued(Event, frozen=True, kw_only=True):
     """The request waits at ``position`` (0 is next)."""
 
     request_id: str
@@ -404,7 +404,7 @@ class Enqueued(Event, kw_only=True):
     reason: str
 
 
-class Dequeued(Event, kw_only=True):
+class Dequeued(Event, frozen=True, kw_only=True):
     """The request stops waiting. ``reason``: admitted, withdrawn or expired."""
 
     request_id: str
@@ -413,14 +413,14 @@ class Dequeued(Event, kw_only=True):
     reason: str
 
 
-class DeadlineExpired(Event, kw_only=True):
+class DeadlineExpired(Event, frozen=True, kw_only=True):
     """A waiting request ran out of time."""
 
     request_id: str
     waited_ns: int
 
 
-class SlotReleased(Event, kw_only=True):
+class SlotReleased(Event, frozen=True, kw_only=True):
     """A running request ended. ``ran_ns`` is how long it held its slot; queue forecasts use it."""
 
     request_id: str
@@ -428,14 +428,14 @@ class SlotReleased(Event, kw_only=True):
     ran_ns: int
 
 
-class AdmissionClosed(Event, kw_only=True):
+class AdmissionClosed(Event, frozen=True, kw_only=True):
     """Draining: everything new is refused."""
 
 
 # ---------------------------------------------------------------- router
 
 
-class ExecutorJoined(Event, kw_only=True):
+class ExecutorJoined(Event, frozen=True, kw_only=True):
     """The router may choose this executor."""
 
     executor: str
@@ -443,7 +443,7 @@ class ExecutorJoined(Event, kw_only=True):
     kv_budget_bytes: int
 
 
-class ExecutorLeft(Event, kw_only=True):
+class ExecutorLeft(Event, frozen=True, kw_only=True):
     """The router may not choose this executor any more."""
 
     executor: str
@@ -461,7 +461,7 @@ class RouteCandidate(msgspec.Struct, frozen=True, kw_only=True):
     score: float
 
 
-class RouteDecided(Event, kw_only=True):
+class RouteDecided(Event, frozen=True, kw_only=True):
     """The choice, with everything it was made from. ``executor`` is empty when none could take the request."""
 
     request_id: str
@@ -470,7 +470,7 @@ class RouteDecided(Event, kw_only=True):
     candidates: tuple[RouteCandidate, ...]
 
 
-class RouteForgotten(Event, kw_only=True):
+class RouteForgotten(Event, frozen=True, kw_only=True):
     """The request left its executor."""
 
     request_id: str
@@ -480,7 +480,7 @@ class RouteForgotten(Event, kw_only=True):
 # ---------------------------------------------------------------- executor
 
 
-class ExecutorAccepted(Event, kw_only=True):
+class ExecutorAccepted(Event, frozen=True, kw_only=True):
     """The executor handed the request to its engine."""
 
     request_id: str
@@ -498,7 +498,7 @@ class CommittedRow(msgspec.Struct, frozen=True, array_like=True):
     prefilled: int
 
 
-class StepCommitted(Event, kw_only=True):
+class StepCommitted(Event, frozen=True, kw_only=True):
     """One step of an engine, for all requests in it. ``started_ns`` is on the same monotonic clock as the records."""
 
     executor: str
@@ -511,7 +511,7 @@ class StepCommitted(Event, kw_only=True):
     kv_bytes_in_use: int
 
 
-class CancelApplied(Event, kw_only=True):
+class CancelApplied(Event, frozen=True, kw_only=True):
     """The engine has let go of a cancelled request."""
 
     request_id: str
@@ -519,7 +519,7 @@ class CancelApplied(Event, kw_only=True):
     completion_tokens: int
 
 
-class ExecutorFaulted(Event, kw_only=True):
+class ExecutorFaulted(Event, frozen=True, kw_only=True):
     """A request was in flight when its executor was lost, or the engine failed it alone."""
 
     request_id: str
@@ -533,20 +533,20 @@ class ExecutorFaulted(Event, kw_only=True):
 # ---------------------------------------------------------------- delivery
 
 
-class ClientSlow(Event, kw_only=True):
+class ClientSlow(Event, frozen=True, kw_only=True):
     """The client has not read for ``stalled_ms``."""
 
     stalled_ms: float
 
 
-class ClientDisconnected(Event, kw_only=True):
+class ClientDisconnected(Event, frozen=True, kw_only=True):
     """The client went away before the answer was complete."""
 
 
 # ---------------------------------------------------------------- content family
 
 
-class PromptTokens(Event, kw_only=True):
+class PromptTokens(Event, frozen=True, kw_only=True):
     """Content: the token ids of a prompt."""
 
     FAMILY: ClassVar[Family] = "content"
@@ -564,7 +564,7 @@ class ProducedRow(msgspec.Struct, frozen=True, array_like=True):
     token_ids: tuple[int, ...]
 
 
-class StepTokens(Event, kw_only=True):
+class StepTokens(Event, frozen=True, kw_only=True):
     """Content: the token ids that one step produced."""
 
     FAMILY: ClassVar[Family] = "content"

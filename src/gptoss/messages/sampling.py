@@ -7,6 +7,7 @@ from gptoss.errors import RequestError
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_BIAS = 100.0
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +67,9 @@ def check_sampling(params: SamplingParams) -> None:
     if params.top_p == 0.0:
         raise RequestError("top_p is 0; it must be above 0 and at most 1", param="top_p")
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
-        raise RequestError(f"min_tokens is {params.min_tokens}, above max_tokens {params.max_tokens}", param="min_tokens")
+        raise RequestError(
+            f"min_tokens is {params.min_tokens}, above max_tokens {params.max_tokens}", param="min_tokens"
+        )
     if len(params.stop) > MAX_STOP_STRINGS:
         raise RequestError(f"stop has {len(params.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", param="stop")
     if any(not s for s in params.stop):
@@ -76,7 +79,11 @@ def check_sampling(params: SamplingParams) -> None:
 
 def _check_logit_bias(logit_bias: dict[int, float]) -> None:
     if len(logit_bias) > MAX_LOGIT_BIAS:
-        raise RequestError(f"logit_bias has {len(logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed", param="logit_bias")
+        raise RequestError(
+            f"logit_bias has {len(logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed", param="logit_bias"
+        )
     for token_id, bias in logit_bias.items():
-        if token_id < 0 or not -100.0 <= bias <= 100.0:
-            raise RequestError(f"logit_bias[{token_id}] is {bias}; biases must be between -100 and 100", param="logit_bias")
+        if token_id < 0 or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise RequestError(
+                f"logit_bias[{token_id}] is {bias}; biases must be between -100 and 100", param="logit_bias"
+            )
