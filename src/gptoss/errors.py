@@ -2,6 +2,7 @@
 
 GptossError                    code                     status
 ├── ConfigError                invalid_config
+├── AddressInUse               address_in_use           another process listens where HTTP should
 ├── RequestError               invalid_request          400   the caller's fault; names the parameter
 │   ├── ContextLengthExceeded  context_length_exceeded  400
 │   ├── ModelNotFound          model_not_found          404
@@ -57,6 +58,12 @@ class ConfigError(GptossError):
     """A setting is unknown, has a bad value, or cannot be honoured on this machine."""
 
     code = "invalid_config"
+
+
+class AddressInUse(GptossError):
+    """Another process listens on the address that HTTP should have."""
+
+    code = "address_in_use"
 
 
 class RequestError(GptossError):
@@ -240,3 +247,20 @@ class BundleError(ReplayError):
     """A bundle is unreadable, incomplete or unsafe."""
 
     code = "bad_bundle"
+
+
+def _classes(base: type[GptossError]) -> dict[str, type[GptossError]]:
+    found = {base.code: base}
+    for child in base.__subclasses__():
+        found |= _classes(child)
+    return found
+
+
+def error_from(code: str, message: str, *, param: str | None = None, retry_after_s: float = 0.0) -> GptossError:
+    """The error that a journaled ``code`` stands for; an unknown code gives an ``EngineError``."""
+    cls = _classes(GptossError).get(code, EngineError)
+    if issubclass(cls, RequestError):
+        return cls(message, param=param)
+    if issubclass(cls, Overloaded):
+        return cls(message, retry_after_s=retry_after_s or 1.0)
+    return cls(message)

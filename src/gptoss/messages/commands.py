@@ -34,6 +34,7 @@ class BeginRequest(Command, frozen=True, kw_only=True):
     served_model: str
     stream: bool
     sampling: SamplingParams
+    num_stop_strings: int
     drawn_seed: int
     max_model_len: int
     default_max_tokens: int
@@ -54,17 +55,19 @@ class PromptReady(Command, frozen=True, kw_only=True):
 
 
 class PromptUnusable(Command, frozen=True, kw_only=True):
-    """The prompt could not be rendered."""
+    """The prompt could not be rendered; ``status`` is the HTTP status of the error."""
 
     code: str
+    status: int
     message: str
     param: str = ""
 
 
 class EstimateReady(Command, frozen=True, kw_only=True):
-    """The memory guard's estimate for this request."""
+    """The memory guard's estimate for this request; ``kv_bytes_prompt`` is the part that the prompt alone needs."""
 
     kv_bytes: int
+    kv_bytes_prompt: int
 
 
 class AdmissionGranted(Command, frozen=True, kw_only=True):
@@ -72,6 +75,7 @@ class AdmissionGranted(Command, frozen=True, kw_only=True):
 
     action: AdmissionAction
     max_tokens: int
+    kv_bytes: int
 
 
 class AdmissionRefused(Command, frozen=True, kw_only=True):
@@ -86,12 +90,6 @@ class RouteFound(Command, frozen=True, kw_only=True):
     """The router chose an executor."""
 
     executor: str
-
-
-class RouteMissing(Command, frozen=True, kw_only=True):
-    """No executor can take the request now."""
-
-    message: str
 
 
 class FirstTokenSeen(Command, frozen=True, kw_only=True):
@@ -144,7 +142,6 @@ RequestCommand: TypeAlias = (
     | AdmissionGranted
     | AdmissionRefused
     | RouteFound
-    | RouteMissing
     | FirstTokenSeen
     | EngineDone
     | EngineFailure
@@ -215,10 +212,11 @@ GuardCommand: TypeAlias = (
 
 
 class SetCapacity(Command, frozen=True, kw_only=True):
-    """How many requests may run at once over all executors; 0 while none is ready."""
+    """How many requests one executor may run at once; 0 slots while it cannot serve."""
 
+    executor: str
     slots: int
-    kv_budget_bytes_max: int
+    kv_budget_bytes: int
 
 
 class AdmitRequest(Command, frozen=True, kw_only=True):
@@ -301,7 +299,7 @@ class DropExecutor(Command, frozen=True, kw_only=True):
 
 
 class RouteRequest(Command, frozen=True, kw_only=True):
-    """Ask for an executor."""
+    """Ask for an executor; without one that can take it the request waits until there is."""
 
     request_id: str
     kv_bytes: int

@@ -186,12 +186,15 @@ class RequestReceived(Event, frozen=True, kw_only=True):
     deadline_ns: int
     session_id: str = ""
     traceparent: str = ""
+    max_model_len: int = 0
+    default_max_tokens: int = 0
 
 
 class RequestValidated(Event, frozen=True, kw_only=True):
-    """Its settings are within bounds; ``sampling`` holds them with the seed in force."""
+    """Its settings are within bounds; ``sampling`` holds them with the seed in force and without the stop strings."""
 
     sampling: SamplingParams
+    num_stop_strings: int = 0
 
 
 class PromptRendered(Event, frozen=True, kw_only=True):
@@ -205,9 +208,10 @@ class PromptRendered(Event, frozen=True, kw_only=True):
 
 
 class RequestEstimated(Event, frozen=True, kw_only=True):
-    """The KV memory that prompt and output may need."""
+    """The KV memory that prompt and output may need; ``kv_bytes_prompt`` is the prompt's part."""
 
     kv_bytes: int
+    kv_bytes_prompt: int
 
 
 class RequestAdmitted(Event, frozen=True, kw_only=True):
@@ -215,6 +219,7 @@ class RequestAdmitted(Event, frozen=True, kw_only=True):
 
     action: AdmissionAction
     max_tokens: int
+    kv_bytes: int
 
 
 class RequestRouted(Event, frozen=True, kw_only=True):
@@ -366,10 +371,28 @@ class MemoryObserved(Event, frozen=True, kw_only=True):
 
 
 class CapacitySet(Event, frozen=True, kw_only=True):
-    """How many requests may run at once."""
+    """How many requests one executor may run at once."""
 
+    executor: str
     slots: int
-    kv_budget_bytes_max: int
+    kv_budget_bytes: int
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that wants to run, as admission keeps it.
+
+    Attributes:
+        kv_bytes: memory for the prompt and ``max_tokens`` of output.
+        shrunk: ``max_tokens`` is below what was asked for.
+        enqueued_ns: when it began to wait; -1 when it never did.
+    """
+
+    max_tokens: int
+    kv_bytes: int
+    priority: int
+    deadline_ns: int
+    shrunk: bool
+    enqueued_ns: int = -1
 
 
 class AdmissionDecided(Event, frozen=True, kw_only=True):
@@ -386,13 +409,14 @@ class AdmissionDecided(Event, frozen=True, kw_only=True):
     policy: str
     retry_after_s: float = 0.0
     code: str = ""
+    at_ns: int = 0
 
 
 class MemoryRequested(Event, frozen=True, kw_only=True):
     """Admission asks the memory guard to set memory aside for this request."""
 
     request_id: str
-    kv_bytes: int
+    ask: Ask
 
 
 class Enqueued(Event, frozen=True, kw_only=True):
@@ -402,10 +426,11 @@ class Enqueued(Event, frozen=True, kw_only=True):
     position: int
     queued: int
     reason: str
+    ask: Ask
 
 
 class Dequeued(Event, frozen=True, kw_only=True):
-    """The request stops waiting. ``reason``: admitted, withdrawn or expired."""
+    """The request leaves the queue. ``reason``: tried (memory is asked for), withdrawn or expired."""
 
     request_id: str
     waited_ns: int
@@ -468,6 +493,7 @@ class RouteDecided(Event, frozen=True, kw_only=True):
     executor: str
     reason: str
     candidates: tuple[RouteCandidate, ...]
+    kv_bytes: int = 0
 
 
 class RouteForgotten(Event, frozen=True, kw_only=True):

@@ -1,0 +1,284 @@
+"""An executor: the actor that owns one engine and turns its answers into events and deliveries.
+
+It runs on its own thread. The engine's driver calls its sink from yet another thread, which only tells this actor, so
+everything below happens one message at a time. An engine that exits takes its executor down with it: the requests in
+flight are told that they were lost (and go on elsewhere), then the supervisor starts the executor anew, with a new
+engine process.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from gptoss.actors.actor import ThreadedActor
+from gptoss.actors.directory import Directory, request_name
+from gptoss.actors.request import CancelInEngine, TokensProduced
+from gptoss.clock import NS_PER_MS, NS_PER_S
+from gptoss.engine import port
+from gptoss.errors import EngineLost
+from gptoss.messages import commands as cmd
+from gptoss.messages import events as ev
+
+PROBE_PERIOD_S = 1.0
+STOP_TIMEOUT_S = 5.0
+
+
+class Probe(msgspec.Struct, frozen=True, kw_only=True):
+    """To itself, on a clock: is the engine alive, and how much memory does it use?"""
+
+
+class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an executor needs to know. ``step_timeout_s`` is how long an engine with work may be silent."""
+
+    executor: str
+    load: port.Load
+    step_timeout_s: float
+    keep_content: bool
+
+
+class _InFlight:
+    """A request that the engine has."""
+
+    __slots__ = ("attempt", "tokens_out")
+
+    def __init__(self, attempt: int, tokens_out: int) -> None:
+        self.attempt = attempt
+        self.tokens_out = tokens_out
+
+
+class ExecutorActor(ThreadedActor):
+    """Drives one engine."""
+
+    def __init__(self, config: ExecutorConfig, drivers: port.DriverFactory, directory: Directory) -> None:
+        super().__init__()
+        self._config = config
+        self._name = config.executor
+        self._driver = drivers(config.load.device)
+        self._directory = directory
+        self._in_flight: dict[str, _InFlight] = {}
+        self._heard_ns = 0
+        self._nonce = 0
+        self._exited = False
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {
+            port.LoadProgressed: self._load_progressed,
+            port.Loaded: self._loaded,
+            port.LoadFailed: self._load_failed,
+            port.Submit: self._submit,
+            CancelInEngine: self._cancel,
+            port.StepDone: self._step_done,
+            port.Finished: self._finished,
+            port.Failed: self._failed,
+            port.EngineStatus: self._status,
+            port.Drained: lambda _: None,
+            port.EngineExited: self._engine_exited,
+            Probe: self._probe,
+        }
+
+    def on_start(self) -> None:
+        """Start the engine; it loads while this actor already takes messages."""
+        load = self._config.load
+        self.record(
+            ev.EngineStarted(executor=self._name, device=load.device, model=load.model_name, folder=load.folder)
+        )
+        ref = self.context.ref
+        self._driver.start(load, ref.tell)
+        self._probes = self.context.system.send_every(PROBE_PERIOD_S, ref, Probe)
+
+    def on_stop(self) -> None:
+        """Let the engine release its device, or end it."""
+        self._probes.cancel()
+        self._leave("stopped")
+        self._driver.send(port.Shutdown())
+        if not self._driver.join(STOP_TIMEOUT_S):
+            self._driver.kill()
+            self._driver.join(STOP_TIMEOUT_S)
+
+    def on_failure(self, *_: object) -> None:
+        """After a crash of this actor, no engine may live on without it."""
+        self._probes.cancel()
+        self._driver.kill()
+        self._lose_all("engine_lost", "the executor crashed")
+        self._leave("crashed")
+
+    def on_receive(self, message: object) -> None:
+        """Hand each message to its handler."""
+        if not isinstance(message, Probe):
+            self._heard_ns = self._now()
+        self._handlers[type(message)](message)
+
+    # ---- loading
+
+    def _load_progressed(self, news: port.LoadProgressed) -> None:
+        self.record(
+            ev.EngineLoadProgressed(
+                executor=self._name, stage=news.stage, done=news.done, total=news.total, unit=news.unit
+            )
+        )
+
+    def _loaded(self, news: port.Loaded) -> None:
+        capabilities = news.capabilities
+        loaded = ev.EngineLoaded(
+            executor=self._name,
+            capabilities=capabilities,
+            fingerprint=news.fingerprint,
+            load_ms=news.load_ms,
+            pid=news.pid,
+            notes=news.notes,
+        )
+        cause = self.record(loaded).meta.pos
+        now_ns = self._now()
+        slots, budget = capabilities.max_batch_size, capabilities.kv_budget_bytes
+        messages = {
+            "memory": cmd.SetMemoryPool(now_ns=now_ns, executor=self._name, capabilities=capabilities),
+            "router": cmd.SetExecutor(now_ns=now_ns, executor=self._name, slots=slots, kv_budget_bytes=budget),
+            "admission": cmd.SetCapacity(now_ns=now_ns, executor=self._name, slots=slots, kv_budget_bytes=budget),
+        }
+        for name, message in messages.items():
+            self._directory.tell(name, message, cause=cause)
+
+    def _load_failed(self, news: port.LoadFailed) -> None:
+        self.record(ev.EngineLoadFailed(executor=self._name, code=news.code, message=news.message))
+
+    # ---- serving
+
+    def _submit(self, submit: port.Submit) -> None:
+        self._in_flight[submit.request_id] = _InFlight(submit.attempt, len(submit.output_token_ids))
+        accepted = ev.ExecutorAccepted(
+            request_id=submit.request_id,
+            executor=self._name,
+            attempt=submit.attempt,
+            prompt_tokens=len(submit.prompt_token_ids),
+        )
+        self.record(accepted, correlation=submit.request_id)
+        self._driver.send(submit)
+
+    def _cancel(self, cancel: CancelInEngine) -> None:
+        self._driver.send(port.Cancel(request_id=cancel.request_id))
+
+    def _step_done(self, news: port.StepDone) -> None:
+        committed = ev.StepCommitted(
+            executor=self._name,
+            step=news.step,
+            started_ns=news.started_ns,
+            duration_ns=news.duration_ns,
+            rows=tuple(ev.CommittedRow(r.request_id, r.attempt, len(r.token_ids), r.prefilled) for r in news.rows),
+            waiting=news.waiting,
+            running=news.running,
+            kv_bytes_in_use=news.kv_bytes_in_use,
+        )
+        cause = self.record(committed).meta.pos
+        produced: list[ev.ProducedRow] = []
+        for row in news.rows:
+            flight = self._in_flight.get(row.request_id)
+            if flight is None or flight.attempt != row.attempt or not (row.token_ids or row.text):
+                continue
+            produced.append(ev.ProducedRow(row.request_id, row.attempt, flight.tokens_out, row.token_ids))
+            flight.tokens_out += len(row.token_ids)
+            tokens = TokensProduced(attempt=row.attempt, token_ids=row.token_ids, text=row.text, logprobs=row.logprobs)
+            self._directory.tell(request_name(row.request_id), tokens, cause=cause)
+        if produced and self._config.keep_content:
+            self.record(ev.StepTokens(executor=self._name, step=news.step, rows=tuple(produced)))
+
+    def _finished(self, news: port.Finished) -> None:
+        flight = self._take(news.request_id, news.attempt)
+        if flight is None:
+            return
+        if news.reason == "cancelled":
+            applied = ev.CancelApplied(
+                request_id=news.request_id, executor=self._name, completion_tokens=news.completion_tokens
+            )
+            self.record(applied, correlation=news.request_id)
+        name = request_name(news.request_id)
+        if news.text:
+            self._directory.tell(name, TokensProduced(attempt=news.attempt, token_ids=(), text=news.text))
+        done = cmd.EngineDone(
+            now_ns=self._now(),
+            attempt=news.attempt,
+            reason=news.reason,
+            prompt_tokens=news.prompt_tokens,
+            completion_tokens=news.completion_tokens,
+            cached_tokens=news.cached_tokens,
+            stop_reason=news.stop_reason if isinstance(news.stop_reason, int) else None,
+        )
+        self._directory.tell(name, done)
+
+    def _failed(self, news: port.Failed) -> None:
+        flight = self._take(news.request_id, news.attempt)
+        if flight is not None:
+            self._fail(news.request_id, flight, news.code, news.message, lost=False)
+
+    # ---- health
+
+    def _probe(self, _: Probe) -> None:
+        silent_ns = self._now() - self._heard_ns
+        if self._in_flight and silent_ns > self._config.step_timeout_s * NS_PER_S:
+            self.record(ev.EngineStalled(executor=self._name, silent_ms=silent_ns / NS_PER_MS))
+            self._driver.kill()
+            return
+        self._nonce += 1
+        self._driver.send(port.Snapshot(nonce=self._nonce))
+
+    def _status(self, news: port.EngineStatus) -> None:
+        observe = cmd.ObserveMemory(
+            now_ns=self._now(),
+            executor=self._name,
+            used_bytes=news.memory_bytes,
+            total_bytes=news.device_memory_total_bytes,
+            kv_bytes_in_use=news.kv_bytes_in_use,
+        )
+        self._directory.tell("memory", observe)
+
+    def _engine_exited(self, news: port.EngineExited) -> None:
+        self._exited = True
+        in_flight = len(self._in_flight)
+        self.record(
+            ev.EngineExited(executor=self._name, exit_code=news.exit_code, reason=news.reason, in_flight=in_flight)
+        )
+        self._leave(news.reason)
+        self._lose_all("engine_lost", f"the engine process ended: {news.reason}")
+        raise EngineLost(f"the engine of {self._name} ended with {news.exit_code}: {news.reason}")
+
+    # ---- parts
+
+    def _leave(self, reason: str) -> None:
+        """Tell the deciders that nothing more can run here."""
+        now_ns = self._now()
+        self._directory.tell("router", cmd.DropExecutor(now_ns=now_ns, executor=self._name, reason=reason))
+        self._directory.tell("memory", cmd.DropMemoryPool(now_ns=now_ns, executor=self._name))
+        budget = cmd.SetCapacity(now_ns=now_ns, executor=self._name, slots=0, kv_budget_bytes=0)
+        self._directory.tell("admission", budget)
+
+    def _lose_all(self, code: str, message: str) -> None:
+        for request_id, flight in self._in_flight.items():
+            self._fail(request_id, flight, code, message, lost=True)
+        self._in_flight.clear()
+
+    def _fail(self, request_id: str, flight: _InFlight, code: str, message: str, *, lost: bool) -> None:
+        faulted = ev.ExecutorFaulted(
+            request_id=request_id,
+            executor=self._name,
+            attempt=flight.attempt,
+            code=code,
+            message=message,
+            lost=lost,
+        )
+        self.record(faulted, correlation=request_id)
+        failure = cmd.EngineFailure(
+            now_ns=self._now(),
+            attempt=flight.attempt,
+            code=code,
+            message=message,
+            lost=lost,
+            tokens_out=flight.tokens_out,
+        )
+        self._directory.tell(request_name(request_id), failure)
+
+    def _take(self, request_id: str, attempt: int) -> _InFlight | None:
+        flight = self._in_flight.get(request_id)
+        if flight is None or flight.attempt != attempt:
+            return None
+        return self._in_flight.pop(request_id)
+
+    def _now(self) -> int:
+        return self.context.system.now_ns()

@@ -1,0 +1,177 @@
+"""What a client of the actor system holds while its request runs: the request going in, the deltas coming out.
+
+A ``Generation`` is written by its request actor and read by one consumer, both on the event loop. Text waits in one
+growing delta, not in a queue of them: a slow reader gets fewer, larger deltas, and memory stays bounded by the
+request's own ``max_tokens``.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Literal
+
+import msgspec
+
+from gptoss.engine.port import ChatMessage, TokenLogprob
+from gptoss.errors import GptossError
+from gptoss.messages.commands import CancelReason
+from gptoss.messages.model import FinishReason
+from gptoss.messages.sampling import SamplingParams
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request as the actor system takes it.
+
+    Attributes:
+        messages: the conversation; its bounds and the sampling bounds are checked by the request actor.
+        model: the name the client asked for; empty means whatever is served.
+        priority: lower runs first.
+        timeout_s: bound on the request's whole life; None takes the server's setting.
+        request_id: the caller's id; empty or already in use gets a fresh one.
+    """
+
+    messages: tuple[ChatMessage, ...]
+    sampling: SamplingParams = SamplingParams()
+    model: str = ""
+    endpoint: str = "embedded"
+    stream: bool = True
+    tools: tuple[dict[str, Any], ...] = ()
+    priority: int = 0
+    timeout_s: float | None = None
+    session_id: str = ""
+    traceparent: str = ""
+    request_id: str = ""
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """What has become available since the last delta."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """True token counts."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request ended; exactly one of ``finish_reason`` and ``error`` is set."""
+
+    finish_reason: FinishReason | None = None
+    usage: Usage = Usage()
+    stop_reason: str | int | None = None
+    error: GptossError | None = None
+
+
+Notice = Literal["first_byte", "slow", "disconnect"]
+
+
+class Generation:
+    """One running request, as its consumer sees it.
+
+    Iterate over it for the deltas. The iteration ends when the request has; a failed or refused request raises its
+    ``GptossError`` there. Leaving early needs ``cancel``.
+    """
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        model: str,
+        created_s: int,
+        on_cancel: Callable[[CancelReason], None],
+        on_notice: Callable[[Notice, float], None],
+    ) -> None:
+        self.request_id = request_id
+        self.model = model
+        self.created_s = created_s
+        self.max_tokens = 0
+        self.prompt_tokens = 0
+        self.outcome: Outcome | None = None
+        self._on_cancel = on_cancel
+        self._on_notice = on_notice
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._admitted = asyncio.Event()
+        self._news = asyncio.Event()
+
+    # ---- the consumer's side
+
+    async def admitted(self) -> None:
+        """Wait until the request may run, so that a refusal can still be answered with its own HTTP status.
+
+        Raises:
+            GptossError: the request was refused or failed before it was admitted.
+        """
+        await self._admitted.wait()
+        if self.outcome is not None and self.outcome.error is not None:
+            raise self.outcome.error
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            delta = self._take()
+            if delta is not None:
+                yield delta
+            if self.outcome is not None and not self._token_ids and not self._texts:
+                if self.outcome.error is not None:
+                    raise self.outcome.error
+                return
+
+    async def text(self) -> str:
+        """The whole answer. Raises as iteration does."""
+        return "".join([delta.text async for delta in self])
+
+    def cancel(self, reason: CancelReason = "client") -> None:
+        """Stop the request; without effect once it has ended."""
+        if self.outcome is None:
+            self._on_cancel(reason)
+
+    def first_byte_sent(self) -> None:
+        """Tell that the first byte of the answer left for the client."""
+        self._on_notice("first_byte", 0.0)
+
+    def client_slow(self, stalled_ms: float) -> None:
+        """Tell that the client does not read; the request is cancelled."""
+        self._on_notice("slow", stalled_ms)
+
+    def client_disconnected(self) -> None:
+        """Tell that the client is gone; the request is cancelled."""
+        self._on_notice("disconnect", 0.0)
+
+    # ---- the request actor's side
+
+    def put_admitted(self, max_tokens: int) -> None:
+        """The request may run."""
+        self.max_tokens = max_tokens
+        self._admitted.set()
+
+    def put(self, delta: Delta) -> None:
+        """Hand over what a step produced."""
+        if delta.text:
+            self._texts.append(delta.text)
+        self._token_ids.extend(delta.token_ids)
+        self._logprobs.extend(delta.logprobs)
+        self._news.set()
+
+    def end(self, outcome: Outcome) -> None:
+        """Hand over how the request ended; only the first call counts."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self._admitted.set()
+            self._news.set()
+
+    def _take(self) -> Delta | None:
+        if not self._texts and not self._token_ids:
+            return None
+        delta = Delta(text="".join(self._texts), token_ids=tuple(self._token_ids), logprobs=tuple(self._logprobs))
+        self._texts.clear()
+        self._token_ids.clear()
+        self._logprobs.clear()
+        return delta

@@ -1,0 +1,147 @@
+"""The address of an actor.
+
+Rules:
+- A reference outlives restarts: it names the mailbox, not the instance behind it.
+- ``tell`` never raises and never blocks. What cannot be delivered becomes a ``DeadLettered`` event.
+- ``ask`` always resolves: the reply, the handler's error, ``ActorDead``, ``MailboxFull``, or ``AskTimeout`` at its
+  absolute deadline.
+- Cause and correlation travel in the letter; context variables do not cross it.
+"""
+
+import asyncio
+from typing import Any, Generic, Protocol, TypeVar
+
+from gptoss.actors.future import ReplyFuture
+from gptoss.actors.inbox import CONTROL, DATA, Inbox, Lane, Letter
+from gptoss.actors.runtime import Runtime
+from gptoss.clock import NS_PER_S
+from gptoss.errors import ActorDead, MailboxFull
+from gptoss.messages.envelope import NO_CAUSE
+
+M = TypeVar("M", contravariant=True)
+
+
+class Home(Protocol):
+    """What a reference needs of the place where its actor lives."""
+
+    @property
+    def incarnation(self) -> int:
+        """How often the actor was restarted."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether messages can still be delivered, perhaps after a restart."""
+        ...
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Stop the actor for good."""
+        ...
+
+    def watch(self, watcher: "Ref[Any]") -> None:
+        """Tell ``watcher`` when the actor has stopped for good."""
+        ...
+
+
+class Ref(Generic[M]):
+    """A stable address that takes messages of type ``M``; share it freely between threads."""
+
+    __slots__ = ("__weakref__", "_home", "_runtime", "inbox", "name")
+
+    def __init__(self, name: str, inbox: Inbox, home: Home, runtime: Runtime) -> None:
+        self.name = name
+        self.inbox = inbox
+        self._home = home
+        self._runtime = runtime
+
+    def __repr__(self) -> str:
+        return f"<Ref {self.name} #{self.incarnation}{'' if self.is_alive else ' stopped'}>"
+
+    @property
+    def incarnation(self) -> int:
+        """How often the actor behind this address was restarted."""
+        return self._home.incarnation
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the actor has stopped for good; true while it restarts."""
+        return self._home.is_alive
+
+    def tell(self, message: M, *, cause: int = NO_CAUSE, correlation: str = "", control: bool = False) -> None:
+        """Send a message and forget it.
+
+        Args:
+            message: what to send.
+            cause: position of the record that led to this message.
+            correlation: the request concerned.
+            control: use the control lane, which is served before data.
+        """
+        self._post(Letter(message, None, cause, correlation), CONTROL if control else DATA)
+
+    def ask(
+        self, message: M, *, timeout_s: float, cause: int = NO_CAUSE, correlation: str = "", control: bool = False
+    ) -> ReplyFuture[Any]:
+        """Send a message and get the reply, by ``await`` or, on a thread without an event loop, by ``get()``.
+
+        Args:
+            message: what to send.
+            timeout_s: seconds from now until the reply is given up and the message is not worth handling.
+            cause: position of the record that led to this message.
+            correlation: the request concerned.
+            control: use the control lane, which is served before data.
+        """
+        reply: ReplyFuture[Any] = ReplyFuture()
+        deadline_ns = self._runtime.clock.monotonic_ns() + int(timeout_s * NS_PER_S)
+        self._post(Letter(message, reply, cause, correlation, deadline_ns), CONTROL if control else DATA)
+        if not reply.done():
+            self._runtime.expire(reply, timeout_s, self.name)
+        return reply
+
+    async def tell_wait(
+        self, message: M, *, timeout_s: float = 5.0, cause: int = NO_CAUSE, correlation: str = ""
+    ) -> bool:
+        """Send a message, waiting for room in the data lane.
+
+        Returns:
+            True when the mailbox took it; False when it became a dead letter, because the actor stopped or no room
+            came within ``timeout_s``.
+        """
+        letter = Letter(message, None, cause, correlation)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (waiter := self.inbox.offer(letter)) is not None:
+                    try:
+                        await waiter
+                    except asyncio.CancelledError:
+                        self.inbox.leave(waiter)
+                        raise
+        except (ActorDead, TimeoutError) as error:
+            self.inbox.count_refused()
+            self._runtime.bury(letter, self.name, "dead" if isinstance(error, ActorDead) else "full")
+            return False
+        return True
+
+    async def stop(self, timeout_s: float = 5.0) -> bool:
+        """Stop the actor for good after the message it is handling; waiting letters are dead-lettered.
+
+        Call it on the system's loop. A handler that is still awaiting after ``timeout_s`` is cancelled.
+
+        Returns:
+            Whether it stopped by itself in time.
+        """
+        return await self._home.stop(timeout_s)
+
+    def watch(self, watcher: "Ref[Any]") -> None:
+        """Send ``watcher`` a ``Terminated`` when this actor stops for good, at once if it has."""
+        self._home.watch(watcher)
+
+    def _post(self, letter: Letter, lane: Lane) -> None:
+        try:
+            shed = self.inbox.put(letter, lane)
+        except ActorDead:
+            self._runtime.bury(letter, self.name, "dead")
+        except MailboxFull:
+            self._runtime.bury(letter, self.name, "full")
+        else:
+            if shed is not None:
+                self._runtime.bury(shed, self.name, "shed")

@@ -1,0 +1,308 @@
+"""One request's actor: carries out what its lifecycle decides, and hands tokens to its consumer.
+
+    RequestValidated  -> render the prompt, off the event loop
+    PromptRendered    -> ask the memory guard for an estimate
+    RequestEstimated  -> ask admission
+    RequestAdmitted   -> tell the consumer; ask the router
+    SamplingBound     -> submit to the executor that the router chose
+    AttemptRetried    -> ask the router again; the new attempt goes on after the tokens already delivered
+    CancelRequested   -> tell the executor, if one has the request
+    a terminal event  -> give everything back, tell the consumer, stop
+
+Tokens do not pass through the decider: their journal entry is the executor's ``StepCommitted``.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import msgspec
+
+from gptoss.actors.decider import DeciderActor
+from gptoss.actors.directory import Directory, executor_name
+from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
+from gptoss.actors.lifecycle import Lifecycle, RequestState
+from gptoss.actors.runtime import Timer
+from gptoss.clock import NS_PER_S
+from gptoss.engine.port import RenderedPrompt, Renderer, Submit, TokenLogprob
+from gptoss.errors import EngineError, GptossError, RequestError, error_from
+from gptoss.messages import commands as cmd
+from gptoss.messages import events as ev
+from gptoss.messages.commands import Command
+from gptoss.messages.sampling import SamplingParams
+
+
+class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
+    """From the executor: what one step produced for this request."""
+
+    attempt: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class CancelInEngine(msgspec.Struct, frozen=True, kw_only=True):
+    """To the executor: stop this request."""
+
+    request_id: str
+
+
+class RequestServices(msgspec.Struct, kw_only=True):
+    """What every request actor needs.
+
+    Attributes:
+        max_model_len: 0 until an executor has loaded the model; the app sets it.
+        hmac_key: keys the prompt hashes in control events.
+        keep_content: record prompt token ids in the content family.
+    """
+
+    directory: Directory
+    renderer: Renderer
+    served_model: str
+    default_max_tokens: int
+    request_timeout_s: float
+    queue_timeout_s: float
+    hmac_key: bytes
+    keep_content: bool
+    max_model_len: Callable[[], int]
+
+
+class RequestActor(DeciderActor[RequestState]):
+    """Walks one request from its arrival to its single terminal event."""
+
+    def __init__(
+        self, request_id: str, request: GenerateRequest, generation: Generation, services: RequestServices
+    ) -> None:
+        super().__init__(Lifecycle())
+        self._id = request_id
+        self._request = request
+        self._generation = generation
+        self._services = services
+        self._directory = services.directory
+        self._prompt: RenderedPrompt | None = None
+        self._delivered: list[int] = []
+        self._deadline: Timer | None = None
+        self._deadline_ns = 0
+        self.reactions = {
+            ev.RequestValidated: self._render,
+            ev.PromptRendered: self._estimate,
+            ev.RequestEstimated: self._admit,
+            ev.RequestAdmitted: self._route,
+            ev.SamplingBound: self._submit,
+            ev.AttemptRetried: self._reroute,
+            ev.CancelRequested: self._cancel,
+            ev.RequestCompleted: self._completed,
+            ev.RequestFailed: self._failed,
+            ev.RequestCancelled: self._cancelled,
+            ev.RequestRejected: self._rejected,
+        }
+
+    def on_start(self) -> None:
+        """Begin at once."""
+        system, request = self.context.system, self._request
+        now_ns = system.now_ns()
+        timeout_s = request.timeout_s if request.timeout_s is not None else self._services.request_timeout_s
+        self._deadline_ns = now_ns + int(timeout_s * NS_PER_S)
+        self._deadline = system.send_after(
+            timeout_s, self.context.ref, lambda: cmd.CancelRequest(now_ns=system.now_ns(), reason="deadline")
+        )
+        self.context.ref.tell(
+            cmd.BeginRequest(
+                now_ns=now_ns,
+                request_id=self._id,
+                endpoint=request.endpoint,
+                model=request.model,
+                served_model=self._services.served_model,
+                stream=request.stream,
+                sampling=_without_text(request),
+                num_stop_strings=len(request.sampling.stop),
+                drawn_seed=system.rng.seed63(),
+                max_model_len=self._services.max_model_len(),
+                default_max_tokens=self._services.default_max_tokens,
+                priority=request.priority,
+                deadline_ns=self._deadline_ns,
+                session_id=request.session_id,
+                traceparent=request.traceparent,
+                num_messages=len(request.messages),
+            ),
+            correlation=self._id,
+        )
+
+    def on_receive(self, message: Command | TokensProduced) -> None:
+        """Deliver tokens at once; everything else is a command to the lifecycle."""
+        if isinstance(message, TokensProduced):
+            self._deliver(message)
+        else:
+            super().on_receive(message)
+
+    def on_stop(self) -> None:
+        """Leave nobody waiting, even when the actor is stopped from outside."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._generation.end(Outcome(error=EngineError("the request's actor stopped before the request ended")))
+
+    # ---- reactions, in the order of a request's life
+
+    def _render(self, _: ev.RequestValidated) -> None:
+        self.context.system.run_task(self._render_off_loop(), name=f"render/{self._id}")
+
+    async def _render_off_loop(self) -> None:
+        system, request = self.context.system, self._request
+        seconds = system.clock.wall_ns() / NS_PER_S
+        date = datetime.fromtimestamp(seconds, tz=UTC).date().isoformat()
+
+        def render() -> RenderedPrompt:
+            return self._services.renderer.render_chat(request.messages, tools=request.tools, date=date)
+
+        try:
+            self._prompt = prompt = await system.run_in_thread(render)
+        except GptossError as error:
+            param = error.param if isinstance(error, RequestError) else None
+            unusable = cmd.PromptUnusable(
+                now_ns=system.now_ns(), code=error.code, status=error.status, message=error.message, param=param or ""
+            )
+            self.context.ref.tell(unusable, correlation=self._id)
+            return
+        ready = cmd.PromptReady(
+            now_ns=system.now_ns(),
+            prompt_tokens=len(prompt.token_ids),
+            prompt_hmac=_keyed_hash(self._services.hmac_key, prompt.token_ids),
+            template=prompt.template,
+            date=date,
+        )
+        self.context.ref.tell(ready, correlation=self._id)
+
+    def _estimate(self, event: ev.PromptRendered) -> None:
+        assert self._prompt is not None
+        if self._services.keep_content:
+            self.record(ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids), correlation=self._id)
+        estimate = cmd.EstimateMemory(
+            now_ns=self._now(), request_id=self._id, prompt_tokens=event.prompt_tokens, max_tokens=event.max_tokens
+        )
+        self._directory.tell("memory", estimate)
+
+    def _admit(self, event: ev.RequestEstimated) -> None:
+        now_ns = self._now()
+        queue_deadline_ns = now_ns + int(self._services.queue_timeout_s * NS_PER_S)
+        admit = cmd.AdmitRequest(
+            now_ns=now_ns,
+            request_id=self._id,
+            prompt_tokens=self.state.prompt_tokens,
+            max_tokens=self.state.max_tokens,
+            kv_bytes=event.kv_bytes,
+            kv_bytes_prompt=event.kv_bytes_prompt,
+            priority=self._request.priority,
+            deadline_ns=min(self._deadline_ns, queue_deadline_ns),
+        )
+        self._directory.tell("admission", admit)
+
+    def _route(self, event: ev.RequestAdmitted) -> None:
+        self._generation.prompt_tokens = self.state.prompt_tokens
+        self._generation.put_admitted(event.max_tokens)
+        self._ask_router()
+
+    def _reroute(self, _: ev.AttemptRetried) -> None:
+        # The lost executor's route is forgotten by the router itself when the executor leaves.
+        self._ask_router()
+
+    def _ask_router(self) -> None:
+        route = cmd.RouteRequest(
+            now_ns=self._now(),
+            request_id=self._id,
+            kv_bytes=self.state.kv_bytes,
+            prompt_tokens=self.state.prompt_tokens,
+        )
+        self._directory.tell("router", route)
+
+    def _submit(self, event: ev.SamplingBound) -> None:
+        assert self._prompt is not None
+        submit = Submit(
+            request_id=self._id,
+            attempt=event.attempt,
+            prompt_token_ids=self._prompt.token_ids,
+            output_token_ids=tuple(self._delivered),
+            sampling=msgspec.structs.replace(event.sampling, stop=self._request.sampling.stop),
+            priority=self._request.priority,
+        )
+        if self._directory.tell(executor_name(self.state.executor), submit):
+            return
+        lost = cmd.EngineFailure(
+            now_ns=self._now(),
+            attempt=event.attempt,
+            code="engine_lost",
+            message=f"the executor {self.state.executor} is gone",
+            lost=True,
+            tokens_out=len(self._delivered),
+        )
+        self.context.ref.tell(lost, correlation=self._id)
+
+    def _deliver(self, tokens: TokensProduced) -> None:
+        if self.state.phase != "running" or tokens.attempt != self.state.attempt:
+            return
+        if not self.state.first_token and tokens.token_ids:
+            seen = cmd.FirstTokenSeen(now_ns=self._now(), attempt=tokens.attempt)
+            super().on_receive(seen)
+        self._delivered.extend(tokens.token_ids)
+        self._generation.put(Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs))
+
+    def _cancel(self, _: ev.CancelRequested) -> None:
+        if self.state.phase == "running":
+            message = CancelInEngine(request_id=self._id)
+            self._directory.tell(executor_name(self.state.executor), message, control=True)
+
+    # ---- terminal events
+
+    def _completed(self, event: ev.RequestCompleted) -> None:
+        usage = Usage(
+            prompt_tokens=event.prompt_tokens,
+            completion_tokens=event.completion_tokens,
+            cached_tokens=event.cached_tokens,
+        )
+        self._finish_with(Outcome(finish_reason=event.finish_reason, usage=usage, stop_reason=event.stop_reason))
+
+    def _failed(self, event: ev.RequestFailed) -> None:
+        self._finish_with(Outcome(error=error_from(event.code, event.message), usage=self._usage(event.completion_tokens)))
+
+    def _cancelled(self, event: ev.RequestCancelled) -> None:
+        usage = self._usage(event.completion_tokens)
+        if event.reason == "client":
+            self._finish_with(Outcome(finish_reason="cancelled", usage=usage))
+            return
+        code, message = CANCEL_ERRORS[event.reason]
+        self._finish_with(Outcome(error=error_from(code, message), usage=usage))
+
+    def _rejected(self, event: ev.RequestRejected) -> None:
+        error = error_from(event.code, event.message, param=event.param or None, retry_after_s=event.retry_after_s)
+        self._finish_with(Outcome(error=error))
+
+    def _usage(self, completion_tokens: int) -> Usage:
+        return Usage(prompt_tokens=self.state.prompt_tokens, completion_tokens=completion_tokens)
+
+    def _finish_with(self, outcome: Outcome) -> None:
+        now_ns = self._now()
+        self._directory.tell("router", cmd.ForgetRoute(now_ns=now_ns, request_id=self._id))
+        self._directory.tell("memory", cmd.ReleaseMemory(now_ns=now_ns, request_id=self._id))
+        self._directory.tell("admission", cmd.WithdrawRequest(now_ns=now_ns, request_id=self._id))
+        self._generation.end(outcome)
+        self.stop()
+
+    def _now(self) -> int:
+        return self.context.system.now_ns()
+
+
+CANCEL_ERRORS: dict[str, tuple[str, str]] = {
+    "disconnect": ("engine_error", "the client disconnected"),
+    "slow_client": ("engine_error", "the client did not read its answer"),
+    "deadline": ("deadline_exceeded", "the request ran out of time"),
+    "shutdown": ("not_ready", "the server is shutting down"),
+}
+
+
+def _without_text(request: GenerateRequest) -> SamplingParams:
+    """Sampling settings as control events may hold them: without the stop strings, which are the user's text."""
+    return msgspec.structs.replace(request.sampling, stop=())
+
+
+def _keyed_hash(key: bytes, token_ids: tuple[int, ...]) -> str:
+    return hmac.new(key, msgspec.msgpack.encode(token_ids), hashlib.sha256).hexdigest()

@@ -1,0 +1,342 @@
+"""Wires the live system, and is the API for programs that embed it.
+
+    async with ServingSystem(settings) as serving:
+        await serving.ready()
+        async for delta in serving.submit(GenerateRequest(messages=(...,))):
+            ...
+
+A ``ServingSystem`` sets up no logging, no signal handlers and no other global state; ``gptoss.server`` does that for
+the command line. Everything it started is gone when the context ends.
+"""
+
+import asyncio
+import importlib.metadata
+import os
+import platform
+import secrets
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from gptoss.actors.admission import AdmissionActor, AdmissionPolicy
+from gptoss.actors.directory import Directory, executor_name
+from gptoss.actors.executor import ExecutorActor, ExecutorConfig
+from gptoss.actors.gateway import Gateway
+from gptoss.actors.generation import GenerateRequest, Generation
+from gptoss.actors.journal import Journal
+from gptoss.actors.memory_guard import MemoryGuardActor
+from gptoss.actors.request import RequestServices
+from gptoss.actors.router import RouterActor
+from gptoss.actors.supervisor import Supervision
+from gptoss.actors.system import System
+from gptoss.clock import Clock, IdSource, Rng, SystemClock, SystemIds, SystemRng
+from gptoss.config import Settings
+from gptoss.devices import Device, parse_devices
+from gptoss.engine.model_source import PreparedModel, prepare_in_child
+from gptoss.engine.port import DriverFactory, Load, Renderer
+from gptoss.engine.process import ProcessDriver
+from gptoss.engine.prompt import load_renderer
+from gptoss.errors import ModelLoadError, NotReady
+from gptoss.messages import commands as cmd
+from gptoss.messages import events as ev
+from gptoss.messages.envelope import Origin, Record
+from gptoss.telemetry.bundle import without_secrets
+from gptoss.telemetry.logs import LogWriter
+from gptoss.telemetry.memory_journal import MemoryJournal
+from gptoss.telemetry.metrics import Metrics
+from gptoss.telemetry.projection import Projection
+from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
+from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
+
+VERSION = importlib.metadata.version("gptoss")
+PACKAGES = ("aiohttp", "msgspec", "pykka", "tokenizers", "torch", "transformers")
+BYTES_PER_MB = 1024 * 1024
+CATCH_UP_TIMEOUT_S = 5.0
+# A profile's batch and length; the settings override both.
+PROFILES = {"latency_first": (8, 512), "quality_first": (4, 2048)}
+EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
+
+
+class ServingSystem:
+    """The whole server without HTTP: submit, stream and cancel requests.
+
+    Args:
+        settings: what to serve and how.
+        drivers: makes an engine's driver for a device; None starts one engine process per executor.
+        renderer: renders prompts; None takes the model's own tokenizer and chat template.
+        log: where structured log lines go; None writes none.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        drivers: DriverFactory | None = None,
+        renderer: Renderer | None = None,
+        model: PreparedModel | None = None,
+        log: LogWriter | None = None,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.clock: Clock = SystemClock()
+        self.ids: IdSource = SystemIds()
+        self.rng: Rng = SystemRng()
+        self.projection = Projection(step_timeout_s=self.settings.step_timeout_s)
+        self.metrics = Metrics()
+        self.directory = Directory()
+        self.journal: Journal
+        self.system: System
+        self.gateway: Gateway
+        self._drivers = drivers or (lambda _: ProcessDriver())
+        self._renderer = renderer
+        self._model = model
+        self._log = log
+        self._draining = False
+        self._failure: str | None = None
+        self.escalated: str = ""
+        self._context_lengths: dict[str, int] = {}
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Open the journal, prepare the model, start every actor. The engines go on loading after this returns.
+
+        Raises:
+            ConfigError, ModelLoadError: the model cannot be served.
+            JournalError: the data folder cannot be used.
+        """
+        settings = self.settings
+        self.journal = await asyncio.to_thread(self._open_journal)
+        self.system = System(
+            name="gptoss", clock=self.clock, ids=self.ids, rng=self.rng, journal=self.journal
+        )
+        await self.system.start()
+        self.system.on_escalated(self._note_escalation)
+        try:
+            self._start_telemetry()
+            self._announce()
+            model = self._model or await self._prepare_model()
+            renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)
+            self._start_deciders()
+            self.gateway = Gateway(self.system, self._services(model, renderer))
+            self._start_executors(model)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def ready(self, timeout_s: float = 600.0) -> None:
+        """Wait until a request would be served.
+
+        Raises:
+            ModelLoadError: the engine cannot load the model.
+            NotReady: it was not ready within ``timeout_s`` seconds.
+        """
+        deadline_ns = self.system.now_ns() + int(timeout_s * 1e9)
+        while not self.projection.readiness(self.system.now_ns(), self.journal.health).ready:
+            failure = self.load_failure()
+            if failure is not None:
+                raise ModelLoadError(failure)
+            if self.system.now_ns() > deadline_ns:
+                raise NotReady(f"the model was not ready within {timeout_s:.0f} s")
+            await asyncio.sleep(0.02)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and let running ones finish; what still runs after ``timeout_s`` seconds is cancelled."""
+        if self._draining:
+            return
+        self._draining = True
+        self.journal.append(ev.DrainStarted(timeout_s=timeout_s), Origin(stream="system", actor="app"))
+        self.directory.tell("admission", cmd.StartDraining(now_ns=self.system.now_ns()), control=True)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle()
+        except TimeoutError:
+            self.gateway.cancel_all("shutdown")
+            try:
+                async with asyncio.timeout(2.0):
+                    await self._idle()
+            except TimeoutError:
+                return
+
+    async def stop(self) -> None:
+        """End every request, every actor, every engine; idempotent."""
+        if hasattr(self, "gateway") and not self._draining:
+            await self.drain(0.0)
+        await self.system.stop()
+        self.journal.append(ev.NodeStopped(reason="stopped"), Origin(stream="system", actor="app"))
+        await asyncio.to_thread(self.journal.close)
+
+    # ---- use
+
+    def submit(self, request: GenerateRequest) -> Generation:
+        """Start a request; iterate over what it returns."""
+        return self.gateway.submit(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a running request; False when no such request runs."""
+        return self.gateway.cancel(request_id)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused because the server is about to stop."""
+        return self._draining
+
+    async def caught_up(self) -> None:
+        """Wait until the projections hold everything that has been recorded so far."""
+        telemetry = self.directory.get("telemetry")
+        if telemetry is not None:
+            await telemetry.ask(CatchUp(), timeout_s=CATCH_UP_TIMEOUT_S)
+
+    def load_failure(self) -> str | None:
+        """Why the model cannot be served, once an engine has said so."""
+        return self._failure
+
+    def _note_escalation(self, child: str) -> None:
+        self.escalated = child
+
+    # ---- parts of start
+
+    def _open_journal(self) -> Journal:
+        settings = self.settings
+        node, boot = platform.node() or "node", self.ids.new_id("boot")
+        if settings.journal == "memory":
+            return MemoryJournal(node=node, boot=boot, clock=self.clock)
+        options = SegmentOptions(
+            segment_bytes=settings.journal_segment_mb * BYTES_PER_MB,
+            control_retention_bytes=settings.journal_retention_mb * BYTES_PER_MB,
+            content_retention_bytes=settings.content_retention_mb * BYTES_PER_MB,
+        )
+        folder = settings.data_path / "journal"
+        return SegmentJournal.open(folder, node=node, boot=boot, clock=self.clock, options=options)
+
+    def _start_telemetry(self) -> None:
+        def make() -> TelemetryActor:
+            return TelemetryActor(
+                journal=self.journal, projection=self.projection, metrics=self.metrics, log_writer=self._log
+            )
+
+        ref = self.system.spawn(make, name="telemetry", supervisor=self.system.root)
+        self.directory.add("telemetry", ref)
+        self.journal.subscribe(self._watch_loading)
+
+    def _watch_loading(self, record: Record) -> None:
+        # On the appending thread: one assignment each, and the event loop only reads.
+        if isinstance(record.event, ev.EngineLoadFailed):
+            self._failure = record.event.message
+        elif isinstance(record.event, ev.EngineLoaded):
+            self._context_lengths[record.event.executor] = record.event.capabilities.max_model_len
+
+    def _announce(self) -> None:
+        origin = Origin(stream="system", actor="app")
+        started = ev.NodeStarted(
+            version=VERSION,
+            settings=msgspec.json.encode(without_secrets(msgspec.to_builtins(self.settings))).decode(),
+            python=platform.python_version(),
+            packages={name: importlib.metadata.version(name) for name in PACKAGES},
+            os=platform.platform(),
+            cpu_count=os.cpu_count() or 1,
+            wall_ns=self.clock.wall_ns(),
+        )
+        self.journal.append(started, origin)
+        if isinstance(self.journal, SegmentJournal):
+            for boot in self.journal.recovery.aborted:
+                aborted = ev.RunsAborted(boot=boot.boot, request_ids=boot.request_ids)
+                self.journal.append(aborted, origin)
+
+    async def _prepare_model(self) -> PreparedModel:
+        settings = self.settings
+        stream = Origin(stream="system", actor="app")
+
+        def progress(stage: str, done: int, total: int, unit: str) -> None:
+            event = ev.EngineLoadProgressed(executor="prepare", stage=stage, done=done, total=total, unit=unit)
+            self.journal.append(event, stream)
+
+        return await asyncio.to_thread(
+            prepare_in_child,
+            settings.model,
+            cache_dir=settings.cache_path,
+            dtype=settings.dtype,
+            progress=progress,
+            is_cancelled=lambda: self._draining,
+        )
+
+    def _start_deciders(self) -> None:
+        policy = AdmissionPolicy(max_queue=self.settings.max_queue)
+        root = self.system.root
+        spawn = self.system.spawn
+        self.directory.add("memory", spawn(lambda: MemoryGuardActor(self.directory), name="memory", supervisor=root))
+        self.directory.add(
+            "admission", spawn(lambda: AdmissionActor(self.directory, policy), name="admission", supervisor=root)
+        )
+        self.directory.add("router", spawn(lambda: RouterActor(self.directory), name="router", supervisor=root))
+
+    def _services(self, model: PreparedModel, renderer: Renderer) -> RequestServices:
+        settings = self.settings
+        return RequestServices(
+            directory=self.directory,
+            renderer=renderer,
+            served_model=settings.served_model_name or model.model_name,
+            default_max_tokens=PROFILES[settings.profile][1],
+            request_timeout_s=settings.request_timeout_s,
+            queue_timeout_s=settings.queue_timeout_s,
+            hmac_key=_node_key(settings),
+            keep_content=settings.content == "tokens",
+            max_model_len=self._max_model_len,
+        )
+
+    def _max_model_len(self) -> int:
+        """The smallest context of the executors that have ever loaded; 0 before the first."""
+        return min(tuple(self._context_lengths.values()), default=0)
+
+    def _start_executors(self, model: PreparedModel) -> None:
+        supervisor = self.system.supervisor("executors", EXECUTOR_SUPERVISION)
+        devices = parse_devices(self.settings.devices)
+        for device in devices:
+            config = self._executor_config(model, device, len(devices))
+
+            def make(config: ExecutorConfig = config) -> ExecutorActor:
+                return ExecutorActor(config, self._drivers, self.directory)
+
+            name = executor_name(device.executor)
+            self.directory.add(name, self.system.spawn(make, name=name, supervisor=supervisor))
+
+    def _executor_config(self, model: PreparedModel, device: Device, num_executors: int) -> ExecutorConfig:
+        settings = self.settings
+        load = Load(
+            folder=model.folder,
+            model_name=settings.served_model_name or model.model_name,
+            device=device.device,
+            dtype=settings.dtype,
+            max_batch_size=settings.max_batch_size or PROFILES[settings.profile][0],
+            max_model_len=settings.max_model_len,
+            kv_budget_bytes=settings.kv_budget_mb * BYTES_PER_MB,
+            num_threads=settings.num_threads or max(1, (os.cpu_count() or 1) // num_executors),
+        )
+        return ExecutorConfig(
+            executor=device.executor,
+            load=load,
+            step_timeout_s=settings.step_timeout_s,
+            keep_content=settings.content == "tokens",
+        )
+
+    async def _idle(self) -> None:
+        while self.gateway.running:
+            await asyncio.sleep(0.02)
+
+
+def _node_key(settings: Settings) -> bytes:
+    """The key of this node's prompt hashes; kept beside the journal, so that hashes compare across restarts."""
+    if settings.journal == "memory":
+        return secrets.token_bytes(32)
+    path = Path(settings.data_path) / "node.key"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_bytes(secrets.token_bytes(32))
+    return path.read_bytes()

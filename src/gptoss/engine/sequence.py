@@ -1,0 +1,97 @@
+"""One request inside the engine: its tokens, what of them was computed, and how it ends.
+
+Rules:
+- ``token_ids`` is prompt plus output. ``num_computed`` of them are in KV memory; the rest is pending. With one pending
+  token the request decodes, with more it prefills; a resumed request prefills its earlier output too.
+- The request ends with the first of: an end token, a stop string, ``max_tokens`` or the end of the context.
+- The text of the end token is not output.
+"""
+
+import msgspec
+from tokenizers import Tokenizer
+
+from gptoss.engine.detokenizer import Detokenizer
+from gptoss.engine.port import Submit
+from gptoss.engine.runner import Slot
+from gptoss.engine.sampler import SamplerState
+from gptoss.messages.model import EngineCapabilities, FinishReason
+
+
+class End(msgspec.Struct, frozen=True):
+    """Why a request is over."""
+
+    reason: FinishReason
+    stop_reason: str | int | None = None
+
+
+class Sequence:
+    """A request that waits or runs.
+
+    Args:
+        submit: what was asked; its ``output_token_ids`` count as generated.
+        arrival: order of submission.
+        capabilities: of the engine.
+        tokenizer: of the model.
+
+    Attributes:
+        slot: its KV memory, once it runs.
+        max_tokens: bound on generated tokens, by the request and by the context.
+        end: set when it is over.
+    """
+
+    def __init__(self, submit: Submit, arrival: int, capabilities: EngineCapabilities, tokenizer: Tokenizer) -> None:
+        params = submit.sampling
+        self.submit = submit
+        self.order = (submit.priority, arrival)
+        self.token_ids = list(submit.prompt_token_ids)
+        self.num_prompt = len(self.token_ids)
+        self.num_computed = 0
+        self.slot: Slot | None = None
+        self.end: End | None = None
+        room = capabilities.max_model_len - self.num_prompt
+        self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        eos_ids = () if params.ignore_eos else capabilities.eos_token_ids
+        self._end_ids = frozenset((*eos_ids, *params.stop_token_ids))
+        end_ids = [token_id for token_id in self._end_ids if token_id < capabilities.vocab_size]
+        self.sampler = SamplerState(params, submit.prompt_token_ids, sorted(end_ids))
+        self._detokenizer = Detokenizer(tokenizer, params.stop, submit.prompt_token_ids)
+        for token_id in submit.output_token_ids:
+            self.push(token_id)
+
+    @property
+    def capacity(self) -> int:
+        """Positions that its KV memory must hold."""
+        return self.num_prompt + self.max_tokens
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated over all attempts."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens not in KV memory yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """One token is pending, and it is not the start of a prompt."""
+        return self.num_pending == 1 and self.num_computed > 0
+
+    def push(self, token_id: int) -> str:
+        """Take a generated token; sets ``end`` if it was the last. Returns the text that became final."""
+        self.token_ids.append(token_id)
+        self.sampler.push(token_id)
+        if token_id in self._end_ids:
+            self.end = End("stop", token_id)
+            return ""
+        piece = self._detokenizer.push(token_id)
+        if piece.stopped is not None:
+            self.end = End("stop", piece.stopped)
+        elif self.num_output >= self.max_tokens:
+            self.end = End("length")
+        return piece.text
+
+    def rest(self) -> str:
+        """The text still held back, once the request is over."""
+        return self._detokenizer.finish()

@@ -1,0 +1,90 @@
+"""What the HTTP surface needs from the system around it, as one value that ``app`` fills.
+
+Handlers see nothing else of the system: they decode, submit or cancel through the gateway, and frame.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import msgspec
+from aiohttp import web
+
+from gptoss.actors.generation import GenerateRequest, Generation
+from gptoss.clock import Clock
+from gptoss.config import Settings
+from gptoss.errors import GptossError
+
+
+class RequestGateway(Protocol):
+    """The front door of the actor system; ``actors.gateway.Gateway`` is the live one."""
+
+    @property
+    def served_model(self) -> str:
+        """The name under which the model is served."""
+        ...
+
+    def name_request(self, wanted: str) -> str:
+        """``wanted`` where it is a valid id that is free, else a fresh one."""
+        ...
+
+    def submit(self, request: GenerateRequest) -> Generation:
+        """Start a request; refusals and failures come through the returned ``Generation``."""
+        ...
+
+    def reject(self, error: GptossError, *, endpoint: str, request_id: str = "") -> str:
+        """Record a request that was refused before it could be submitted; returns its id."""
+        ...
+
+    def cancel(self, request_id: str) -> bool:
+        """Stop a running request; False when no such request runs."""
+        ...
+
+
+class HttpTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """How long the HTTP surface waits, in seconds.
+
+    Attributes:
+        body_s: for a whole request body; after it 408.
+        keepalive_s: silence of a stream after which it sends a comment.
+        poll_s: how often a waiting handler looks at its client; bounds how late a disconnect is seen where the
+            embedder's server does not cancel handlers.
+    """
+
+    body_s: float = 30.0
+    keepalive_s: float = 15.0
+    poll_s: float = 1.0
+
+
+class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
+    """The system as handlers see it.
+
+    Attributes:
+        default_temperature: for requests that name none.
+        health, readiness, stats, memory_stats: queries of the live projection; readiness is (ready, reason).
+        metrics: ``Accept`` header -> (exposition, content type).
+        recent_requests: limit -> newest requests.
+        events: request id -> its records, JSON-ready; empty when unknown.
+        snapshot: the system's debug bundle.
+        draining: whether new requests are refused because the server stops.
+        allowed_hosts: names that ``Host`` may hold; empty allows any, None derives them from the bind address.
+    """
+
+    gateway: RequestGateway
+    settings: Settings
+    clock: Clock
+    health: Callable[[], dict[str, Any]]
+    readiness: Callable[[], tuple[bool, str]]
+    stats: Callable[[], dict[str, Any]]
+    memory_stats: Callable[[], dict[str, Any]]
+    metrics: Callable[[str], Awaitable[tuple[bytes, str]]]
+    recent_requests: Callable[[int], list[dict[str, Any]]]
+    events: Callable[[str], Awaitable[list[dict[str, Any]]]]
+    snapshot: Callable[[], Awaitable[dict[str, Any]]]
+    draining: Callable[[], bool]
+    default_temperature: float = 1.0
+    allowed_hosts: frozenset[str] | None = None
+    timing: HttpTiming = HttpTiming()
+
+
+CONTEXT: web.AppKey[HttpContext] = web.AppKey("context", HttpContext)
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)

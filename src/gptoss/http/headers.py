@@ -1,0 +1,54 @@
+"""Request headers that name things: validated before anything echoes, journals or logs them.
+
+A bad value is never a reason to refuse a request; it is replaced or ignored.
+"""
+
+import re
+
+from aiohttp import web
+
+from gptoss.http.context import CONTEXT, REQUEST_ID
+
+COMPLETION_PREFIX = "chatcmpl-"
+_NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
+_TRACEPARENT = re.compile(r"(?P<version>[0-9a-f]{2})-(?P<trace>[0-9a-f]{32})-(?P<parent>[0-9a-f]{16})-[0-9a-f]{2}")
+
+
+def wanted_request_id(request: web.Request) -> str:
+    """The caller's ``X-Request-ID`` where it is well formed, else empty."""
+    return _name_header(request, "X-Request-ID")
+
+
+def session_id(request: web.Request) -> str:
+    """The caller's ``X-Session-ID`` where it is well formed, else empty."""
+    return _name_header(request, "X-Session-ID")
+
+
+def traceparent(request: web.Request) -> str:
+    """The caller's W3C ``traceparent`` where it is valid, else empty.
+
+    Source: https://www.w3.org/TR/trace-context/#traceparent-header
+    """
+    match = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
+    if match is None or match["version"] == "ff" or not match["trace"].strip("0") or not match["parent"].strip("0"):
+        return ""
+    return match.group()
+
+
+def response_request_id(request: web.Request) -> str:
+    """The id that goes out as ``X-Request-ID``: the submitted request's, else the caller's own or a fresh one."""
+    named = request.get(REQUEST_ID)
+    if named is None:
+        named = request.app[CONTEXT].gateway.name_request(wanted_request_id(request))
+        request[REQUEST_ID] = named
+    return named
+
+
+def path_request_id(request: web.Request) -> str:
+    """The ``request_id`` of the path; a chat completion's ``id`` names its request too."""
+    return request.match_info["request_id"].removeprefix(COMPLETION_PREFIX)
+
+
+def _name_header(request: web.Request, name: str) -> str:
+    value = request.headers.get(name, "")
+    return value if _NAME.fullmatch(value) else ""

@@ -1,0 +1,109 @@
+"""``gptoss serve``: the live system behind HTTP, with the process-wide set-up that embedders do not want.
+
+Start: journal, model, actors, HTTP; the port answers (``/health/live``) while the engine still loads. Stop: the first
+SIGTERM or SIGINT drains for ``drain_timeout_s``, the second ends at once.
+"""
+
+import asyncio
+import signal
+import sys
+from typing import Literal
+
+from rich.console import Console
+
+from gptoss.app import ServingSystem
+from gptoss.config import Layered, Settings
+from gptoss.errors import ConfigError, GptossError, JournalError
+from gptoss.http.server import RunningServer, serve
+from gptoss.serving_context import make_app
+from gptoss.telemetry.logs import LogWriter
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNWRITABLE = 78
+
+
+def run_server(layered: Layered) -> int:
+    """Serve until told to stop; returns the exit status."""
+    try:
+        return asyncio.run(_serve(layered.settings))
+    except GptossError as error:
+        sys.stderr.write(f"gptoss: {error.message}\n")
+        return exit_status(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def exit_status(error: GptossError) -> int:
+    """The exit status of a start that ``error`` ended."""
+    if isinstance(error, JournalError):
+        return EXIT_UNWRITABLE
+    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+
+
+async def _serve(settings: Settings) -> int:
+    serving = ServingSystem(settings, log=LogWriter(sys.stdout, _log_format(settings), settings.log_level))
+    stop = asyncio.Event()
+    _watch_signals(stop)
+    await serving.start()
+    server: RunningServer | None = None
+    try:
+        server = await serve(make_app(serving), settings)
+        if not await _until_ready(serving, stop):
+            return 0
+        serving.system.on_escalated(lambda _: stop.set())
+        _welcome(settings, server.port, serving.gateway.served_model)
+        await stop.wait()
+        await serving.drain(settings.drain_timeout_s)
+    finally:
+        if server is not None:
+            await server.close()
+        await serving.stop()
+    return EXIT_FAILED if serving.escalated else 0
+
+
+async def _until_ready(serving: ServingSystem, stop: asyncio.Event) -> bool:
+    """False when a signal came before the model was ready.
+
+    Raises:
+        ModelLoadError: the engine cannot load the model.
+    """
+    ready = asyncio.ensure_future(serving.ready())
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            await ready
+            return True
+        return False
+    finally:
+        ready.cancel()
+        stopped.cancel()
+
+
+def _watch_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            # The second signal: the engine processes end with this one, since their socket closes.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+
+
+def _log_format(settings: Settings) -> Literal["json", "console"]:
+    if settings.log_format == "auto":
+        return "console" if sys.stdout.isatty() else "json"
+    return settings.log_format
+
+
+def _welcome(settings: Settings, port: int, model: str) -> None:
+    host = settings.host if settings.host not in {"0.0.0.0", "::"} else "127.0.0.1"  # noqa: S104 - compared, not bound
+    url = f"http://{host}:{port}"
+    console = Console(stderr=True, highlight=False)
+    console.print(f"\n[bold green]Ready[/]  {model} at [bold]{url}[/]   (page: {url}/  API: {url}/v1  stop: Ctrl-C)\n")
+

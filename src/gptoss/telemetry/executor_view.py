@@ -1,0 +1,216 @@
+"""What is known of each executor and of its memory, folded from the journal.
+
+An executor's ``silent_since_ns`` moves with its steps only: an engine that still answers but does not step makes no
+progress, and readiness means progress.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from gptoss.messages import events as ev
+from gptoss.messages.envelope import Event, Meta, Record
+from gptoss.messages.model import EngineCapabilities
+
+ExecutorState: TypeAlias = Literal["starting", "loading", "ready", "restarting", "failed"]
+
+
+@dataclass(slots=True)
+class ExecutorView:
+    """One executor so far.
+
+    Attributes:
+        running: requests that it has accepted and that are not over.
+        silent_since_ns: when it last made progress; meaningful while something runs.
+        exits: engine processes that it has lost.
+    """
+
+    name: str
+    device: str = ""
+    state: ExecutorState = "starting"
+    stage: str = ""
+    progress: float | None = None
+    incarnation: int = 0
+    capabilities: EngineCapabilities | None = None
+    running: set[str] = field(default_factory=set[str])
+    silent_since_ns: int = 0
+    steps: int = 0
+    exits: int = 0
+    reason: str = ""
+    kv_budget_bytes: int = 0
+    kv_bytes_in_use: int = 0
+    memory_used_bytes: int = 0
+    memory_total_bytes: int = 0
+
+
+@dataclass(slots=True)
+class ExecutorBook:
+    """All executors of this boot by name, and the memory reservations by request."""
+
+    views: dict[str, ExecutorView] = field(default_factory=dict[str, ExecutorView])
+    reservations: dict[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
+    """request id -> (executor or empty while unbound, KV bytes)"""
+    boot: str = ""
+
+    def fold(self, record: Record) -> None:
+        """Take one record in."""
+        if record.meta.boot != self.boot:
+            self.boot = record.meta.boot
+            self.views.clear()
+            self.reservations.clear()
+        handler = _HANDLERS.get(type(record.event))
+        if handler is not None:
+            handler(self, record.meta, record.event)
+
+    def reserved_bytes(self, executor: str) -> int:
+        """KV bytes that are reserved on ``executor``; the empty name is for grants that no executor has yet."""
+        return sum(kv_bytes for name, kv_bytes in self.reservations.values() if name == executor)
+
+    def of(self, name: str) -> ExecutorView:
+        """The view of ``name``, new when it is seen for the first time."""
+        view = self.views.get(name)
+        if view is None:
+            view = self.views[name] = ExecutorView(name)
+        return view
+
+
+# ---------------------------------------------------------------- engine
+
+
+def _started(book: ExecutorBook, meta: Meta, event: ev.EngineStarted) -> None:
+    view = book.of(event.executor)
+    view.state = "restarting" if view.exits or meta.incarnation else "starting"
+    view.device, view.incarnation = event.device, meta.incarnation
+    view.stage, view.progress, view.reason = "", None, ""
+
+
+def _load_progressed(book: ExecutorBook, _meta: Meta, event: ev.EngineLoadProgressed) -> None:
+    view = book.of(event.executor)
+    view.state, view.stage = "loading", event.stage
+    view.progress = min(1.0, event.done / event.total) if event.total else None
+
+
+def _loaded(book: ExecutorBook, meta: Meta, event: ev.EngineLoaded) -> None:
+    view = book.of(event.executor)
+    view.state, view.stage, view.progress, view.reason = "ready", "", 1.0, ""
+    view.capabilities, view.kv_budget_bytes = event.capabilities, event.capabilities.kv_budget_bytes
+    view.device = view.device or event.capabilities.device
+    view.incarnation, view.silent_since_ns = meta.incarnation, meta.mono_ns
+
+
+def _load_failed(book: ExecutorBook, _meta: Meta, event: ev.EngineLoadFailed) -> None:
+    view = book.of(event.executor)
+    view.state, view.reason = "failed", event.message
+
+
+def _exited(book: ExecutorBook, _meta: Meta, event: ev.EngineExited) -> None:
+    view = book.of(event.executor)
+    if view.state != "failed":
+        view.state, view.reason = "restarting", event.reason
+    view.exits += 1
+    view.running.clear()
+    view.kv_bytes_in_use = 0
+    view.progress = None
+
+
+def _left(book: ExecutorBook, _meta: Meta, event: ev.ExecutorLeft) -> None:
+    view = book.of(event.executor)
+    if view.state == "ready":
+        view.state, view.reason = "restarting", event.reason
+
+
+def _stalled(book: ExecutorBook, _meta: Meta, event: ev.EngineStalled) -> None:
+    view = book.of(event.executor)
+    view.state, view.reason = "restarting", f"no step for {event.silent_ms:.0f} ms"
+
+
+def _escalated(book: ExecutorBook, _meta: Meta, event: ev.SupervisorEscalated) -> None:
+    view = book.views.get(event.child.removeprefix("executor/"))
+    if view is not None:
+        view.state, view.reason = "failed", f"restarted {event.restarts} times within {event.within_s:g} s"
+
+
+# ---------------------------------------------------------------- requests on it
+
+
+def _accepted(book: ExecutorBook, meta: Meta, event: ev.ExecutorAccepted) -> None:
+    view = book.of(event.executor)
+    if not view.running:
+        view.silent_since_ns = meta.mono_ns
+    view.running.add(event.request_id)
+
+
+def _stepped(book: ExecutorBook, meta: Meta, event: ev.StepCommitted) -> None:
+    view = book.of(event.executor)
+    view.steps += 1
+    view.silent_since_ns = meta.mono_ns
+    view.kv_bytes_in_use = event.kv_bytes_in_use
+
+
+def _let_go(book: ExecutorBook, _meta: Meta, event: ev.CancelApplied | ev.ExecutorFaulted | ev.RouteForgotten) -> None:
+    if (view := book.views.get(event.executor)) is not None:
+        view.running.discard(event.request_id)
+
+
+def _ended(book: ExecutorBook, meta: Meta, _event: Event) -> None:
+    for view in book.views.values():
+        view.running.discard(meta.correlation)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _pool_set(book: ExecutorBook, _meta: Meta, event: ev.MemoryPoolSet) -> None:
+    book.of(event.executor).kv_budget_bytes = event.capabilities.kv_budget_bytes
+
+
+def _pool_dropped(book: ExecutorBook, _meta: Meta, event: ev.MemoryPoolDropped) -> None:
+    book.of(event.executor).kv_budget_bytes = 0
+    for request_id, (name, kv_bytes) in book.reservations.items():
+        if name == event.executor:
+            book.reservations[request_id] = ("", kv_bytes)
+
+
+def _granted(book: ExecutorBook, _meta: Meta, event: ev.ReservationGranted) -> None:
+    book.reservations[event.request_id] = ("", event.kv_bytes)
+
+
+def _bound(book: ExecutorBook, _meta: Meta, event: ev.ReservationBound) -> None:
+    if (held := book.reservations.get(event.request_id)) is not None:
+        book.reservations[event.request_id] = (event.executor, held[1])
+
+
+def _released(book: ExecutorBook, _meta: Meta, event: ev.ReservationReleased) -> None:
+    book.reservations.pop(event.request_id, None)
+
+
+def _observed(book: ExecutorBook, _meta: Meta, event: ev.MemoryObserved) -> None:
+    view = book.of(event.executor)
+    view.memory_used_bytes, view.memory_total_bytes = event.used_bytes, event.total_bytes
+    view.kv_bytes_in_use = event.kv_bytes_in_use
+
+
+_HANDLERS: dict[type[Event], Callable[[ExecutorBook, Meta, Any], None]] = {
+    ev.EngineStarted: _started,
+    ev.EngineLoadProgressed: _load_progressed,
+    ev.EngineLoaded: _loaded,
+    ev.EngineLoadFailed: _load_failed,
+    ev.EngineExited: _exited,
+    ev.EngineStalled: _stalled,
+    ev.ExecutorLeft: _left,
+    ev.SupervisorEscalated: _escalated,
+    ev.ExecutorAccepted: _accepted,
+    ev.StepCommitted: _stepped,
+    ev.CancelApplied: _let_go,
+    ev.ExecutorFaulted: _let_go,
+    ev.RouteForgotten: _let_go,
+    ev.RequestCompleted: _ended,
+    ev.RequestFailed: _ended,
+    ev.RequestCancelled: _ended,
+    ev.MemoryPoolSet: _pool_set,
+    ev.MemoryPoolDropped: _pool_dropped,
+    ev.ReservationGranted: _granted,
+    ev.ReservationBound: _bound,
+    ev.ReservationReleased: _released,
+    ev.MemoryObserved: _observed,
+}

@@ -1,0 +1,281 @@
+"""The live picture of the server, folded from the journal; ``/health``, ``/stats`` and ``/memory_stats`` are its queries.
+
+Nothing is measured here: the same records give the same answers, so a picture rebuilt from the log equals the live one.
+Time enters a query as ``now_ns`` (monotonic). Memory is bounded: ``FINISHED_MAX`` finished requests, fixed windows of
+latencies and recent errors.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from gptoss.actors.journal import JournalHealth
+from gptoss.clock import NS_PER_MS, NS_PER_S
+from gptoss.messages import events as ev
+from gptoss.messages.envelope import Record
+from gptoss.telemetry.executor_view import ExecutorBook, ExecutorView
+from gptoss.telemetry.request_view import TERMINAL_STATES, RequestBook, RequestView
+from gptoss.telemetry.server_view import RATE_WINDOW_S, ServerView
+
+FINISHED_MAX = 1000
+PERCENTILES = (50, 95, 99)
+
+
+class Readiness(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the server makes progress, and if not, why."""
+
+    ready: bool
+    reason: str
+
+
+class Projection:
+    """The server as the records of its newest boot tell it.
+
+    Args:
+        step_timeout_s: an executor with running requests that makes no step for this long makes the server not ready.
+    """
+
+    def __init__(self, *, step_timeout_s: float = 60.0) -> None:
+        self._step_timeout_ns = int(step_timeout_s * NS_PER_S)
+        self._requests = RequestBook(finished_max=FINISHED_MAX)
+        self._executors = ExecutorBook()
+        self._server = ServerView()
+
+    def fold(self, record: Record) -> None:
+        """Take one record in; the first record of another boot starts a new picture."""
+        if record.meta.boot != self._server.boot:
+            self._server = ServerView(boot=record.meta.boot)
+        self._executors.fold(record)
+        self._server.fold(record, self._requests.fold(record))
+
+    def count_missed(self, records: int) -> None:
+        """Say that ``records`` records never came here, for ``/stats``."""
+        self._server.missed += records
+
+    def readiness(self, now_ns: int, journal: JournalHealth | None = None) -> Readiness:
+        """Whether requests sent now would be served.
+
+        Args:
+            now_ns: monotonic time.
+            journal: state of the journal; a journal that cannot commit makes the server not ready.
+        """
+        reason = self._obstacle(now_ns, journal)
+        return Readiness(ready=not reason, reason=reason or "ready")
+
+    def _obstacle(self, now_ns: int, journal: JournalHealth | None) -> str:
+        if self._server.draining:
+            return "draining"
+        if self._server.log_degraded or (journal is not None and not journal.ok):
+            return f"the journal has stopped: {self._server.log_degraded or (journal.reason if journal else '')}"
+        if self._server.escalated:
+            return f"{self._server.escalated} failed too often and stays down"
+        for view in self._executors.views.values():
+            silent_ns = now_ns - view.silent_since_ns
+            if view.state == "ready" and view.running and silent_ns > self._step_timeout_ns:
+                return f"{view.name} made no step for {silent_ns / NS_PER_S:.0f} s with {len(view.running)} running"
+        views = list(self._executors.views.values())
+        if any(view.state == "ready" for view in views):
+            return ""
+        states = ", ".join(f"{view.name} {view.state}" for view in views)
+        return f"no executor is ready: {states}" if states else "no executor has started"
+
+    def health(self, now_ns: int, journal: JournalHealth | None = None) -> dict[str, Any]:
+        """The body of ``/health``: the older server's fields, readiness, uptime and the executors."""
+        readiness = self.readiness(now_ns, journal)
+        return {
+            "status": self._status(readiness),
+            "version": self._server.node.version if self._server.node else "",
+            "model": self.model,
+            "profile": str(self._server.settings.get("profile", "")),
+            "observability_enabled": True,
+            "cache_enabled": self._server.tokens["cached"] > 0,
+            "gpu_routing_enabled": self._routing_enabled(),
+            "ready": readiness.ready,
+            "reason": readiness.reason,
+            "uptime_s": round(max(0, now_ns - self._server.started_ns) / NS_PER_S, 3) if self._server.node else 0.0,
+            "executors": [_executor_health(view) for view in self._executors.views.values()],
+        }
+
+    @property
+    def model(self) -> str:
+        """Name of the loaded model, else the one that the settings ask for."""
+        for view in self._executors.views.values():
+            if view.capabilities is not None:
+                return view.capabilities.model_name
+        return str(self._server.settings.get("served_model_name") or self._server.settings.get("model", ""))
+
+    @property
+    def node(self) -> ev.NodeStarted | None:
+        """What the server said about itself when it began; None before that."""
+        return self._server.node
+
+    def _status(self, readiness: Readiness) -> str:
+        if self._server.draining:
+            return "draining"
+        if readiness.ready:
+            failed = any(view.state in {"failed", "restarting"} for view in self._executors.views.values())
+            return "degraded" if failed else "healthy"
+        views = self._executors.views.values()
+        fresh = all(view.state in {"starting", "loading"} and not view.exits for view in views)
+        return "starting" if fresh and not self._server.log_degraded and not self._server.escalated else "degraded"
+
+    def _routing_enabled(self) -> bool:
+        return len(self._executors.views) > 1
+
+    def stats(self, now_ns: int | None = None) -> dict[str, Any]:
+        """The body of ``/stats``.
+
+        Args:
+            now_ns: monotonic time, the end of the window of ``tokens_per_s``; None takes the newest record's.
+        """
+        end_ns = self._server.newest_ns if now_ns is None else now_ns
+        states = Counter(view.state for view in self._requests.open.values())
+        decisions = sum(self._server.routes.values())
+        return {
+            "requests": {
+                "total": self._server.requests["total"],
+                **{state: states[state] for state in ("received", "queued", "admitted", "running")},
+                **{state: self._server.requests[state] for state in TERMINAL_STATES},
+            },
+            "running": sum(len(view.running) for view in self._executors.views.values()),
+            "queued": states["queued"],
+            "tokens": {name: self._server.tokens[name] for name in ("prompt", "prefilled", "cached", "generated")},
+            "tokens_per_s": round(self._server.tokens_per_s(end_ns), 2),
+            "window_s": RATE_WINDOW_S,
+            "latency": {name: _percentiles(samples) for name, samples in self._server.windows.items()},
+            "admission": dict(sorted(self._server.admission.items())),
+            "telemetry_missed": self._server.missed,
+            "faults": dict(sorted(self._server.faults.items())),
+            "gpu_routing": {
+                "enabled": self._routing_enabled(),
+                "decisions": decisions,
+                "by_executor": _shares(self._server.routes, decisions),
+                "by_reason": _shares(self._server.route_reasons, decisions),
+            },
+            "cache_stats": self._cache_stats(),
+        }
+
+    def _cache_stats(self) -> dict[str, Any]:
+        prompt = self._server.tokens["prompt"]
+        cached = self._server.tokens["cached"]
+        return {
+            "prompt_tokens": prompt,
+            "cached_tokens": cached,
+            "hit_rate": round(cached / prompt, 4) if prompt else 0.0,
+        }
+
+    def memory_stats(self) -> dict[str, Any]:
+        """The body of ``/memory_stats``: for each executor and in all.
+
+        ``memory_pressure`` is the share of the KV budget that is reserved, by the memory guard's own formula.
+        """
+        reserved = sum(kv_bytes for _, kv_bytes in self._executors.reservations.values())
+        budget = sum(view.kv_budget_bytes for view in self._executors.views.values())
+        executors = {name: self._executor_memory(view) for name, view in self._executors.views.items()}
+        return {
+            "memory_pressure": round(reserved / budget, 4) if budget else 0.0,
+            "kv_budget_bytes": budget,
+            "kv_reserved_bytes": reserved,
+            "kv_in_use_bytes": sum(memory["kv_in_use_bytes"] for memory in executors.values()),
+            "unbound_bytes": self._executors.reserved_bytes(""),
+            "reservations": len(self._executors.reservations),
+            "executors": executors,
+        }
+
+    def _executor_memory(self, view: ExecutorView) -> dict[str, Any]:
+        reserved = self._executors.reserved_bytes(view.name)
+        return {
+            "kv_budget_bytes": view.kv_budget_bytes,
+            "kv_reserved_bytes": reserved,
+            "kv_in_use_bytes": view.kv_bytes_in_use,
+            "memory_used_bytes": view.memory_used_bytes,
+            "memory_total_bytes": view.memory_total_bytes,
+            "memory_pressure": round(reserved / view.kv_budget_bytes, 4) if view.kv_budget_bytes else 0.0,
+        }
+
+    def executor_details(self) -> dict[str, dict[str, Any]]:
+        """For each executor what it runs on and what it can take, for the debug bundle."""
+        return {
+            name: {
+                **_executor_health(view),
+                "steps": view.steps,
+                "engine_exits": view.exits,
+                "capabilities": msgspec.to_builtins(view.capabilities),
+                "memory": self._executor_memory(view),
+            }
+            for name, view in self._executors.views.items()
+        }
+
+    def recent_requests(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The newest requests, open ones first, then the finished by when they ended; at most ``limit``."""
+        newest = [*reversed(self._requests.open.values()), *reversed(self._requests.finished.values())]
+        return [self._as_dict(view) for view in newest[: max(0, limit)]]
+
+    def request(self, request_id: str) -> dict[str, Any] | None:
+        """One request as in ``recent_requests``; None when it is unknown or forgotten."""
+        view = self._requests.open.get(request_id) or self._requests.finished.get(request_id)
+        return None if view is None else self._as_dict(view)
+
+    def recent_errors(self) -> list[dict[str, Any]]:
+        """The last warnings and errors as log lines, oldest first."""
+        return list(self._server.errors)
+
+    def _as_dict(self, view: RequestView) -> dict[str, Any]:
+        offset_ns = self._server.wall_offset_ns
+        return {
+            "request_id": view.request_id,
+            "trace_id": view.trace_id,
+            "state": view.state,
+            "outcome": view.outcome,
+            "message": view.message,
+            "endpoint": view.endpoint,
+            "model": view.model,
+            "stream": view.stream,
+            "priority": view.priority,
+            "action": view.action,
+            "executor": view.executor,
+            "attempt": view.attempt,
+            "retries": view.retries,
+            "prompt_tokens": view.prompt_tokens,
+            "cached_tokens": view.cached_tokens,
+            "completion_tokens": view.completion_tokens if view.is_over else view.tokens_seen,
+            "max_tokens": view.max_tokens,
+            "received_unix_s": None if offset_ns is None else round((offset_ns + view.received_ns) / NS_PER_S, 3),
+            "queue_ms": view.queued_ns / NS_PER_MS,
+            "ttft_ms": _ms(view.ttft_ns),
+            "e2e_ms": _ms(view.e2e_ns),
+            "tokens_per_s": view.tokens_per_s,
+        }
+
+
+def _executor_health(view: ExecutorView) -> dict[str, Any]:
+    return {
+        "name": view.name,
+        "device": view.device,
+        "state": view.state,
+        "stage": view.stage,
+        "progress": view.progress,
+        "running": len(view.running),
+        "incarnation": view.incarnation,
+        "reason": view.reason,
+    }
+
+
+def _ms(nanoseconds: int | None) -> float | None:
+    return None if nanoseconds is None else nanoseconds / NS_PER_MS
+
+
+def _percentiles(samples: Iterable[float]) -> dict[str, float | int | None]:
+    """Nearest-rank percentiles; None where there is no sample."""
+    ordered = sorted(samples)
+    ranks = {f"p{p}": -(-len(ordered) * p // 100) for p in PERCENTILES}
+    values: dict[str, float | int | None] = {
+        name: round(ordered[rank - 1], 3) if ordered else None for name, rank in ranks.items()
+    }
+    return {**values, "count": len(ordered)}
+
+
+def _shares(counts: Counter[str], total: int) -> dict[str, dict[str, float | int]]:
+    return {name: {"count": count, "share": round(count / total, 4)} for name, count in sorted(counts.items())}

@@ -1,0 +1,255 @@
+"""What is known of each request, folded from the journal.
+
+``RequestBook`` is the one fold of request lives; the projection, the metrics and the log lines all read its views, so
+they cannot disagree. Times are the records' monotonic nanoseconds. Open requests are bounded by what the server admits
+(and by ``OPEN_MAX`` when records were lost); finished ones are kept up to ``finished_max``, oldest forgotten first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from gptoss.messages import events as ev
+from gptoss.messages.envelope import Event, Meta, Record
+
+OPEN_MAX = 20_000
+
+RequestState: TypeAlias = Literal[
+    "received", "queued", "admitted", "running", "completed", "failed", "cancelled", "rejected"
+]
+TERMINAL_STATES: tuple[RequestState, ...] = ("completed", "failed", "cancelled", "rejected")
+
+
+@dataclass(slots=True)
+class RequestView:
+    """One request so far; a time is None until its moment has come.
+
+    Attributes:
+        queued_ns: time spent in the admission queue.
+        tokens_seen: output tokens that steps have produced so far; ``completion_tokens`` is the terminal event's count.
+        outcome: finish reason, error code or cancel reason of the terminal event.
+        status: HTTP status of a rejection, else 0.
+    """
+
+    request_id: str
+    endpoint: str = ""
+    model: str = ""
+    stream: bool = False
+    priority: int = 0
+    session_id: str = ""
+    trace_id: str = ""
+    state: RequestState = "received"
+    received_ns: int = 0
+    enqueued_ns: int | None = None
+    admitted_ns: int | None = None
+    accepted_ns: int | None = None
+    first_token_ns: int | None = None
+    last_token_ns: int | None = None
+    ended_ns: int | None = None
+    queued_ns: int = 0
+    prompt_tokens: int = 0
+    max_tokens: int = 0
+    cached_tokens: int = 0
+    tokens_seen: int = 0
+    completion_tokens: int = 0
+    action: str = ""
+    executor: str = ""
+    attempt: int = 0
+    retries: int = 0
+    outcome: str = ""
+    message: str = ""
+    status: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its terminal event has come."""
+        return self.state in TERMINAL_STATES
+
+    @property
+    def ttft_ns(self) -> int | None:
+        """From arrival to the first token."""
+        return _between(self.received_ns, self.first_token_ns)
+
+    @property
+    def e2e_ns(self) -> int | None:
+        """From arrival to the terminal event."""
+        return _between(self.received_ns, self.ended_ns)
+
+    @property
+    def prefill_ns(self) -> int | None:
+        """From the executor's acceptance to the first token."""
+        return _between(self.accepted_ns, self.first_token_ns)
+
+    @property
+    def decode_ns(self) -> int | None:
+        """From the first token to the last."""
+        return _between(self.first_token_ns, self.last_token_ns)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decode speed: tokens after the first over the time they took; None with fewer than two tokens."""
+        tokens = self.tokens_seen - 1
+        if tokens < 1 or not self.decode_ns:
+            return None
+        return tokens * 1e9 / self.decode_ns
+
+
+def _between(start_ns: int | None, end_ns: int | None) -> int | None:
+    return None if start_ns is None or end_ns is None else max(0, end_ns - start_ns)
+
+
+def request_id_of(record: Record) -> str:
+    """The request that a record is about, or empty."""
+    return record.meta.correlation or getattr(record.event, "request_id", "")
+
+
+@dataclass(slots=True)
+class RequestBook:
+    """All requests of this boot, open and recently finished, by id in the order of arrival (finished: of ending)."""
+
+    finished_max: int = 0
+    open: dict[str, RequestView] = field(default_factory=dict[str, RequestView])
+    finished: dict[str, RequestView] = field(default_factory=dict[str, RequestView])
+    boot: str = ""
+
+    def fold(self, record: Record) -> RequestView | None:
+        """Take one record in.
+
+        Returns:
+            The view of the request that the record changed. None for records of no request, for requests that are
+            unknown or over, and for ``StepCommitted``, which concerns many (read them from ``open``).
+        """
+        meta = record.meta
+        if meta.boot != self.boot:
+            self._begin_boot(meta)
+        kind = type(record.event)
+        if kind is ev.StepCommitted:
+            self._steps(meta, record.event)
+            return None
+        handler = _HANDLERS.get(kind)
+        if handler is None:
+            return None
+        request_id = request_id_of(record)
+        view = self.open.get(request_id)
+        if view is None:
+            if kind is not ev.RequestReceived:
+                return None
+            view = self._begin(request_id, meta)
+        handler(view, meta, record.event)
+        if view.is_over:
+            self._end(view)
+        return view
+
+    def _begin(self, request_id: str, meta: Meta) -> RequestView:
+        if len(self.open) >= OPEN_MAX:
+            self.open.pop(next(iter(self.open)))
+        view = RequestView(request_id, received_ns=meta.mono_ns, trace_id=meta.trace_id)
+        self.open[request_id] = view
+        return view
+
+    def _end(self, view: RequestView) -> None:
+        self.open.pop(view.request_id, None)
+        if not self.finished_max:
+            return
+        self.finished.pop(view.request_id, None)
+        self.finished[view.request_id] = view
+        if len(self.finished) > self.finished_max:
+            self.finished.pop(next(iter(self.finished)))
+
+    def _begin_boot(self, meta: Meta) -> None:
+        """Monotonic times of boots do not compare, and what an older boot left open has ended with it."""
+        self.boot = meta.boot
+        self.open.clear()
+        self.finished.clear()
+
+    def _steps(self, meta: Meta, event: Event) -> None:
+        assert isinstance(event, ev.StepCommitted)
+        for row in event.rows:
+            if row.tokens and (view := self.open.get(row.request_id)) is not None:
+                view.tokens_seen += row.tokens
+                view.last_token_ns = meta.mono_ns
+
+
+# ---------------------------------------------------------------- one function an event
+
+
+def _received(view: RequestView, _meta: Meta, event: ev.RequestReceived) -> None:
+    view.endpoint, view.model, view.stream = event.endpoint, event.model, event.stream
+    view.priority, view.session_id = event.priority, event.session_id
+
+
+def _rendered(view: RequestView, _meta: Meta, event: ev.PromptRendered) -> None:
+    view.prompt_tokens, view.max_tokens = event.prompt_tokens, event.max_tokens
+
+
+def _enqueued(view: RequestView, meta: Meta, _event: ev.Enqueued) -> None:
+    view.state, view.enqueued_ns = "queued", meta.mono_ns
+
+
+def _dequeued(view: RequestView, meta: Meta, _event: ev.Dequeued) -> None:
+    view.queued_ns += _between(view.enqueued_ns, meta.mono_ns) or 0
+    view.enqueued_ns = None
+    view.state = "received"
+
+
+def _admitted(view: RequestView, meta: Meta, event: ev.RequestAdmitted) -> None:
+    view.state, view.admitted_ns = "admitted", meta.mono_ns
+    view.action, view.max_tokens = event.action, event.max_tokens
+
+
+def _routed(view: RequestView, _meta: Meta, event: ev.RequestRouted) -> None:
+    view.executor, view.attempt = event.executor, event.attempt
+
+
+def _accepted(view: RequestView, meta: Meta, event: ev.ExecutorAccepted) -> None:
+    view.state, view.executor, view.attempt = "running", event.executor, event.attempt
+    if view.first_token_ns is None:
+        view.accepted_ns = meta.mono_ns
+
+
+def _first_token(view: RequestView, meta: Meta, _event: ev.FirstTokenProduced) -> None:
+    if view.first_token_ns is None:
+        view.first_token_ns = meta.mono_ns
+
+
+def _retried(view: RequestView, _meta: Meta, _event: ev.AttemptRetried) -> None:
+    view.state = "admitted"
+    view.retries += 1
+
+
+def _completed(view: RequestView, meta: Meta, event: ev.RequestCompleted) -> None:
+    view.state, view.ended_ns, view.outcome = "completed", meta.mono_ns, event.finish_reason
+    view.prompt_tokens, view.cached_tokens = event.prompt_tokens, event.cached_tokens
+    view.completion_tokens = event.completion_tokens
+
+
+def _failed(view: RequestView, meta: Meta, event: ev.RequestFailed) -> None:
+    view.state, view.ended_ns, view.outcome = "failed", meta.mono_ns, event.code
+    view.completion_tokens, view.message = event.completion_tokens, event.message
+
+
+def _cancelled(view: RequestView, meta: Meta, event: ev.RequestCancelled) -> None:
+    view.state, view.ended_ns, view.outcome = "cancelled", meta.mono_ns, event.reason
+    view.completion_tokens = event.completion_tokens
+
+
+def _rejected(view: RequestView, meta: Meta, event: ev.RequestRejected) -> None:
+    view.state, view.ended_ns, view.outcome = "rejected", meta.mono_ns, event.code
+    view.status, view.message = event.status, event.message
+
+
+_HANDLERS: dict[type[Event], Callable[[RequestView, Meta, Any], None]] = {
+    ev.RequestReceived: _received,
+    ev.PromptRendered: _rendered,
+    ev.Enqueued: _enqueued,
+    ev.Dequeued: _dequeued,
+    ev.RequestAdmitted: _admitted,
+    ev.RequestRouted: _routed,
+    ev.ExecutorAccepted: _accepted,
+    ev.FirstTokenProduced: _first_token,
+    ev.AttemptRetried: _retried,
+    ev.RequestCompleted: _completed,
+    ev.RequestFailed: _failed,
+    ev.RequestCancelled: _cancelled,
+    ev.RequestRejected: _rejected,
+}

@@ -1,0 +1,139 @@
+"""Counts, windows and state of the whole server, folded from the journal for one boot."""
+
+import json
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptoss.clock import NS_PER_MS, NS_PER_S
+from gptoss.messages import events as ev
+from gptoss.messages.envelope import Record
+from gptoss.telemetry.logs import LEVELS, log_line
+from gptoss.telemetry.request_view import RequestView
+
+SAMPLES_MAX = 1024
+ERRORS_MAX = 100
+RATE_WINDOW_S = 10
+
+
+def _windows() -> dict[str, deque[float]]:
+    return {name: deque(maxlen=SAMPLES_MAX) for name in ("ttft_ms", "e2e_ms", "queue_ms", "tokens_per_s")}
+
+
+@dataclass(slots=True)
+class ServerView:
+    """The server so far.
+
+    Attributes:
+        wall_offset_ns: wall time minus monotonic time, from the newest clock anchor.
+        escalated: the child that a supervisor has given up, or empty.
+        log_degraded: why the journal's disk failed, or empty.
+        missed: records that live folding had to leave out.
+        windows: the newest ``SAMPLES_MAX`` values of each latency.
+        produced: (second, tokens produced in it) of the last seconds in which there were any, newest last.
+        errors: the newest ``ERRORS_MAX`` warnings and errors, as log lines.
+    """
+
+    boot: str = ""
+    node: ev.NodeStarted | None = None
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    started_ns: int = 0
+    newest_ns: int = 0
+    wall_offset_ns: int | None = None
+    draining: bool = False
+    escalated: str = ""
+    log_degraded: str = ""
+    requests: Counter[str] = field(default_factory=Counter[str])
+    tokens: Counter[str] = field(default_factory=Counter[str])
+    admission: Counter[str] = field(default_factory=Counter[str])
+    routes: Counter[str] = field(default_factory=Counter[str])
+    route_reasons: Counter[str] = field(default_factory=Counter[str])
+    faults: Counter[str] = field(default_factory=Counter[str])
+    missed: int = 0
+    windows: dict[str, deque[float]] = field(default_factory=_windows)
+    produced: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=RATE_WINDOW_S + 1))
+    errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=ERRORS_MAX))
+
+    def fold(self, record: Record, request: RequestView | None) -> None:
+        """Take one record in.
+
+        Args:
+            record: the record.
+            request: the view of the request that it changed, already up to date.
+        """
+        event = record.event
+        self.newest_ns = record.meta.mono_ns
+        if isinstance(event, ev.StepCommitted):
+            self._fold_step(record.meta.mono_ns, event)
+            return
+        if isinstance(event, ev.CommandConsumed):
+            return
+        self._fold_node(record)
+        self._fold_counts(record)
+        if request is not None:
+            self._fold_request(record, request)
+        line = log_line(record, request)
+        if line is not None and LEVELS[line["level"]] >= LEVELS["warning"]:
+            self.errors.append({"mono_ns": record.meta.mono_ns, **line})
+
+    def tokens_per_s(self, end_ns: int) -> float:
+        """Tokens produced in the ``RATE_WINDOW_S`` seconds up to ``end_ns``, per second."""
+        last = end_ns // NS_PER_S
+        return sum(tokens for second, tokens in self.produced if last - RATE_WINDOW_S < second <= last) / RATE_WINDOW_S
+
+    def _fold_node(self, record: Record) -> None:
+        event = record.event
+        if isinstance(event, ev.NodeStarted | ev.ClockAnchored):
+            self.wall_offset_ns = event.wall_ns - record.meta.mono_ns
+        if isinstance(event, ev.NodeStarted):
+            self.node, self.started_ns = event, record.meta.mono_ns
+            self.settings = json.loads(event.settings or "{}")
+        elif isinstance(event, ev.DrainStarted | ev.AdmissionClosed | ev.NodeStopped):
+            self.draining = True
+        elif isinstance(event, ev.SupervisorEscalated):
+            self.escalated = event.child
+        elif isinstance(event, ev.LogDegraded):
+            self.log_degraded = event.reason
+
+    def _fold_counts(self, record: Record) -> None:
+        event = record.event
+        if isinstance(event, ev.AdmissionDecided):
+            self.admission[event.action] += 1
+        elif isinstance(event, ev.RouteDecided):
+            self.routes[event.executor or "none"] += 1
+            self.route_reasons[event.reason] += 1
+        elif isinstance(event, ev.DeadLettered):
+            self.faults["dead_letters"] += 1
+        elif isinstance(event, ev.EngineExited):
+            self.faults["engine_exits"] += 1
+        elif isinstance(event, ev.ActorRestarted):
+            self.faults["actor_restarts"] += 1
+
+    def _fold_request(self, record: Record, request: RequestView) -> None:
+        if isinstance(record.event, ev.RequestReceived):
+            self.requests["total"] += 1
+        elif isinstance(record.event, ev.FirstTokenProduced):
+            self._sample("ttft_ms", request.ttft_ns)
+        if not request.is_over:
+            return
+        self.requests[request.state] += 1
+        self.tokens["prompt"] += request.prompt_tokens if request.accepted_ns is not None else 0
+        self.tokens["cached"] += request.cached_tokens
+        if request.state == "completed":
+            self._sample("e2e_ms", request.e2e_ns)
+            self._sample("queue_ms", request.queued_ns)
+            if request.tokens_per_s is not None:
+                self.windows["tokens_per_s"].append(request.tokens_per_s)
+
+    def _sample(self, name: str, nanoseconds: int | None) -> None:
+        if nanoseconds is not None:
+            self.windows[name].append(nanoseconds / NS_PER_MS)
+
+    def _fold_step(self, mono_ns: int, event: ev.StepCommitted) -> None:
+        tokens = sum(row.tokens for row in event.rows)
+        self.tokens["generated"] += tokens
+        self.tokens["prefilled"] += sum(row.prefilled for row in event.rows)
+        second = mono_ns // NS_PER_S
+        if self.produced and self.produced[-1][0] == second:
+            tokens += self.produced.pop()[1]
+        self.produced.append((second, tokens))
