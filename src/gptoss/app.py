@@ -121,6 +121,8 @@ class ServingSystem:
         self.system.on_escalated(self._note_escalation)
         try:
             self._start_telemetry()
+            # From the first record on, the projections miss nothing.
+            await self.caught_up()
             self._announce()
             model = self._model or await self._prepare_model()
             renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)

@@ -1,8 +1,4 @@
-"""The recorded events of one request, from a running server or from a journal folder.
-
-A request's own records name it in their correlation; the steps that produced its tokens concern many requests and are
-added from the stream of the executor that ran it. Clients may use an id again: the newest boot that knows it counts.
-"""
+"""The recorded events of one request, from a running server or from a journal folder."""
 
 import http.client
 import urllib.error
@@ -15,9 +11,10 @@ from typing import Any
 import msgspec
 
 from gptoss.errors import GptossError, JournalError, NotReady, RequestNotFound
-from gptoss.messages import events as ev
 from gptoss.messages.codec import EVENT_TYPES
 from gptoss.messages.envelope import Meta, Record
+from gptoss.telemetry.request_records import request_records
+from gptoss.telemetry.segment_reader import SegmentReader
 
 TIMEOUT_S = 10.0
 BODY_BYTES_MAX = 256 * 2**20
@@ -25,6 +22,34 @@ BODY_BYTES_MAX = 256 * 2**20
 
 class _Body(msgspec.Struct, frozen=True):
     events: list[dict[str, Any]]
+
+
+def find_records(request_id: str, *, url: str | None, folder: Path | None) -> tuple[list[Record], str]:
+    """The records of a request, and in words where they are from: a server or, if none answers, a journal's folder.
+
+    Args:
+        request_id: which request.
+        url: of the server; None asks none.
+        folder: of the journal; None reads none.
+
+    Raises:
+        RequestNotFound: the place that was read does not know the request.
+        NotReady: there is neither a server nor a journal.
+        GptossError: what is there cannot be read.
+    """
+    if url is not None:
+        try:
+            return read_server(url, request_id), f"the server at {url}"
+        except NotReady:
+            if folder is None:
+                raise
+            if not folder.is_dir():
+                raise NotReady(
+                    f"no server answers at {url} and there is no journal in {folder}; pass --url or --data-dir"
+                ) from None
+    if folder is None:
+        raise NotReady("neither a server nor a journal was named")
+    return read_folder(folder, request_id), f"the journal in {folder}"
 
 
 def read_server(url: str, request_id: str) -> list[Record]:
@@ -71,25 +96,10 @@ def read_folder(folder: Path, request_id: str) -> list[Record]:
         RequestNotFound: no record in the folder names the request.
         JournalError: there is no journal, or it is corrupt.
     """
-    from gptoss.telemetry.segments import SegmentReader  # noqa: PLC0415 - the server's path must not pay for it
-
-    reader = SegmentReader(folder)
-    everywhere = list(reader.read(correlation=request_id))
-    if not everywhere:
+    records = request_records(SegmentReader(folder), request_id)
+    if not records:
         raise RequestNotFound(f"the journal in {folder} knows no request {request_id}")
-    boot = everywhere[-1].meta.boot
-    own = [record for record in everywhere if record.meta.boot == boot]
-    first, last = own[0].meta.pos, own[-1].meta.pos
-    steps: list[Record] = []
-    for stream in sorted({record.meta.stream for record in own if isinstance(record.event, ev.ExecutorAccepted)}):
-        for record in reader.read(boot=boot, stream=stream, after=first):
-            if record.meta.pos > last:
-                break
-            if isinstance(record.event, ev.StepCommitted) and _is_in(request_id, record.event):
-                steps.append(record)
-    # A step that committed for one request alone may name it, and is then among its own already.
-    by_pos = {record.meta.pos: record for record in own + steps}
-    return [by_pos[pos] for pos in sorted(by_pos)]
+    return records
 
 
 def record_from_json(fields: Mapping[str, Any]) -> Record:
@@ -110,10 +120,6 @@ def record_from_json(fields: Mapping[str, Any]) -> Record:
         raise JournalError(f"not a record that this program knows: {error} is missing or unknown") from None
     except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise JournalError(f"not a record: {error}") from None
-
-
-def _is_in(request_id: str, step: ev.StepCommitted) -> bool:
-    return any(row.request_id == request_id for row in step.rows)
 
 
 def _packed(cls: type[msgspec.Struct], name: str, value: Any) -> Any:

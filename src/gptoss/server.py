@@ -48,7 +48,7 @@ async def _serve(settings: Settings) -> int:
     await serving.start()
     server: RunningServer | None = None
     try:
-        server = await serve(make_app(serving), settings)
+        server = await serve(make_app(serving), settings.host, settings.port, auto_port=settings.auto_port)
         if not await _until_ready(serving, stop):
             return 0
         serving.system.on_escalated(lambda _: stop.set())

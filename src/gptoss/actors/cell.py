@@ -8,7 +8,8 @@
 Rules:
 - Everything here runs on the system's loop; an actor on another thread posts its end to it.
 - An incarnation reports its end once. What a replaced or abandoned incarnation reports later is ignored.
-- Stopping closes the mailbox: waiting letters become dead letters, waiting asks get ``ActorDead``.
+- ``stop`` refuses new letters and lets the actor handle those it has, as Pykka does, but only for so long. What is left
+  then, or when the actor stopped itself or failed, becomes dead letters, and its asks get ``ActorDead``.
 """
 
 import asyncio
@@ -18,8 +19,8 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from gptoss.actors.inbox import Inbox, MailboxSpec
+from gptoss.actors.kernel import Kernel
 from gptoss.actors.ref import Ref
-from gptoss.actors.runtime import Runtime
 from gptoss.messages.events import ActorRestarted, ActorStarted, ActorStopped
 
 StopReason = Literal["normal", "failed", "escalated"]
@@ -45,8 +46,8 @@ class Incarnation(Protocol):
         """Register with Pykka and start consuming: ``on_start`` first, then letters."""
         ...
 
-    def halt_loop(self) -> None:
-        """End after the message that is being handled; then report to ``Cell.ended``."""
+    def halt_loop(self, *, drain: bool) -> None:
+        """End, then report to ``Cell.ended``: when the mailbox is empty if ``drain``, else after the current message."""
         ...
 
     def cancel_handler(self) -> None:
@@ -75,7 +76,7 @@ class Cell:
 
     def __init__(
         self,
-        runtime: Runtime,
+        kernel: Kernel,
         name: str,
         factory: Callable[[], Incarnation],
         *,
@@ -83,12 +84,12 @@ class Cell:
         parent: Parent | None,
         quiet: bool,
     ) -> None:
-        self.runtime = runtime
+        self.kernel = kernel
         self.name = name
         self.parent = parent
         self.quiet = quiet
         self.inbox = Inbox(name, mailbox)
-        self.ref: Ref[Any] = Ref(name, self.inbox, self, runtime)
+        self.ref: Ref[Any] = Ref(name, self.inbox, self, kernel)
         self.incarnation = 0
         self.is_alive = True
         self.context_of: Callable[[Cell], Any] = lambda _: None
@@ -99,8 +100,8 @@ class Cell:
         self._is_stopping = False
         self._is_suspending = False
         self._reason: StopReason = "normal"
-        self._watchers: list[Ref[Any]] = []
-        self._down: asyncio.Future[None] | None = None
+        self._stop_callbacks: list[Callable[[], object]] = []
+        self._down_waiters: list[asyncio.Future[None]] = []
 
     # ---- life
 
@@ -112,8 +113,8 @@ class Cell:
             actor = self._factory()
             actor.incarnate(self, self.context_of(self))
         except Exception as error:  # noqa: BLE001 - the edge: a constructor's failure goes to supervision
-            self.runtime.fail(self.name, "constructor", error, incarnation=self.incarnation)
-            self.runtime.post(self._after_failure)
+            self.kernel.fail(self.name, "constructor", error, incarnation=self.incarnation)
+            self.kernel.post(self._after_failure)
             return
         self._actor = actor
         actor.begin_loop()
@@ -135,7 +136,7 @@ class Cell:
             return
         else:
             event = ActorStarted(kind=type(self._actor).__name__)
-        self.runtime.record(event, self.name, incarnation=self.incarnation)
+        self.kernel.record(event, self.name, incarnation=self.incarnation)
 
     def ended(self, actor: Incarnation, *, failed: bool) -> None:
         """An incarnation handles no more letters."""
@@ -143,8 +144,8 @@ class Cell:
             return
         self._actor = None
         self.inbox.detach()
-        if self._down is not None and not self._down.done():
-            self._down.set_result(None)
+        for waiter in self._down_waiters:
+            _release(waiter)
         if failed:
             self._after_failure()
         elif self._is_stopping or not self._is_suspending:
@@ -153,7 +154,7 @@ class Cell:
     def _after_failure(self) -> None:
         if not self.is_alive or self._is_suspending:
             return
-        if self._is_stopping or self.parent is None or self.runtime.stopping:
+        if self._is_stopping or self.parent is None or self.kernel.stopping:
             self.finish("failed")
         else:
             self.parent.child_failed(self)
@@ -167,35 +168,40 @@ class Cell:
         self._factory = None
         left = self.inbox.close()
         for letter in left:
-            self.runtime.bury(letter, self.name, "dead")
+            self.kernel.bury(letter, self.name, "dead")
         if not self.quiet or reason != "normal":
             stopped = ActorStopped(reason=reason, unhandled=len(left))
-            self.runtime.record(stopped, self.name, incarnation=self.incarnation)
+            self.kernel.record(stopped, self.name, incarnation=self.incarnation)
         self.on_stopped(self)
         if self.parent is not None:
             self.parent.child_stopped(self)
-        watchers, self._watchers = self._watchers, []
-        for watcher in watchers:
-            self._notify(watcher)
+        callbacks, self._stop_callbacks = self._stop_callbacks, []
+        for callback in callbacks:
+            callback()
 
     # ---- orders
 
     def watch(self, watcher: Ref[Any]) -> None:
         """Tell ``watcher`` when this actor stops for good, at once if it has."""
+        self.when_stopped(lambda: self._notify(watcher))
+
+    def when_stopped(self, callback: Callable[[], object]) -> None:
+        """Call ``callback`` when this actor stops for good, at once if it has."""
         if self.is_alive:
-            self._watchers.append(watcher)
+            self._stop_callbacks.append(callback)
         else:
-            self._notify(watcher)
+            callback()
 
     def begin_stop(self) -> None:
-        """Order the actor to stop after the current message."""
+        """Refuse new letters and order the actor to end once it has handled those it has."""
         if not self.is_alive:
             return
         self._is_stopping = True
+        self.inbox.seal()
         if self._actor is None:
             self.finish("normal")
         else:
-            self._actor.halt_loop()
+            self._actor.halt_loop(drain=True)
 
     async def stop(self, timeout_s: float) -> bool:
         """Stop for good; False when the actor had to be interrupted or given up."""
@@ -209,29 +215,41 @@ class Cell:
         if not self.is_alive or self._actor is None:
             return True
         self._is_suspending = True
-        self._actor.halt_loop()
+        self._actor.halt_loop(drain=False)
         return await self._come_down(timeout_s)
 
     async def _come_down(self, timeout_s: float) -> bool:
         if await self._is_down_within(timeout_s):
             return True
         actor = self._actor
-        if actor is None:
-            return True
-        actor.cancel_handler()
-        if not await self._is_down_within(ABANDON_GRACE_S):
+        if actor is not None:
+            actor.cancel_handler()
+        if actor is not None and not await self._is_down_within(ABANDON_GRACE_S):
             actor.retire()
             self.ended(actor, failed=False)
         return False
 
     async def _is_down_within(self, timeout_s: float) -> bool:
-        if self._actor is None:
+        if self._is_down():
             return True
-        if self._down is None or self._down.done():
-            self._down = self.runtime.loop.create_future()
-        await asyncio.wait([self._down], timeout=timeout_s)
+        waiter: asyncio.Future[None] = self.kernel.loop.create_future()
+        timer = self.kernel.loop.call_later(timeout_s, _release, waiter)
+        self._down_waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+            self._down_waiters.remove(waiter)
+        return self._is_down()
+
+    def _is_down(self) -> bool:
         return self._actor is None
 
     def _notify(self, watcher: Ref[Any]) -> None:
         if watcher.is_alive:
             watcher.tell(Terminated(self.name, self._reason), control=True)
+
+
+def _release(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)

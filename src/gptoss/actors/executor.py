@@ -22,6 +22,8 @@ from gptoss.messages import events as ev
 
 PROBE_PERIOD_S = 1.0
 STOP_TIMEOUT_S = 5.0
+# Memory readings that differ by less than this say nothing new and are not recorded.
+MEMORY_GRAIN_BYTES = 16 * 1024 * 1024
 
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +61,8 @@ class ExecutorActor(ThreadedActor):
         self._in_flight: dict[str, _InFlight] = {}
         self._heard_ns = 0
         self._nonce = 0
-        self._exited = False
+        self._observed: tuple[int, int] = (0, -1)
+        self._is_deaf = False
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             port.LoadProgressed: self._load_progressed,
             port.Loaded: self._loaded,
@@ -82,13 +85,14 @@ class ExecutorActor(ThreadedActor):
             ev.EngineStarted(executor=self._name, device=load.device, model=load.model_name, folder=load.folder)
         )
         ref = self.context.ref
-        self._driver.start(load, ref.tell)
+        self._driver.start(load, self._hear)
         self._probes = self.context.system.send_every(PROBE_PERIOD_S, ref, Probe)
 
     def on_stop(self) -> None:
         """Let the engine release its device, or end it."""
         self._probes.cancel()
-        self._leave("stopped")
+        self._is_deaf = True
+        self._withdraw_capacity("stopped")
         self._driver.send(port.Shutdown())
         if not self._driver.join(STOP_TIMEOUT_S):
             self._driver.kill()
@@ -97,15 +101,21 @@ class ExecutorActor(ThreadedActor):
     def on_failure(self, *_: object) -> None:
         """After a crash of this actor, no engine may live on without it."""
         self._probes.cancel()
+        self._is_deaf = True
         self._driver.kill()
         self._lose_all("engine_lost", "the executor crashed")
-        self._leave("crashed")
+        self._withdraw_capacity("crashed")
 
     def on_receive(self, message: object) -> None:
         """Hand each message to its handler."""
         if not isinstance(message, Probe):
             self._heard_ns = self._now()
         self._handlers[type(message)](message)
+
+    def _hear(self, news: port.EngineEvent) -> None:
+        # On the driver's thread. What a dismissed engine still says concerns nobody.
+        if not self._is_deaf:
+            self.context.ref.tell(news)
 
     # ---- loading
 
@@ -206,7 +216,7 @@ class ExecutorActor(ThreadedActor):
     def _failed(self, news: port.Failed) -> None:
         flight = self._take(news.request_id, news.attempt)
         if flight is not None:
-            self._fail(news.request_id, flight, news.code, news.message, lost=False)
+            self._report_fault(news.request_id, flight, news.code, news.message, lost=False)
 
     # ---- health
 
@@ -220,6 +230,10 @@ class ExecutorActor(ThreadedActor):
         self._driver.send(port.Snapshot(nonce=self._nonce))
 
     def _status(self, news: port.EngineStatus) -> None:
+        observed = (news.memory_bytes // MEMORY_GRAIN_BYTES, news.kv_bytes_in_use)
+        if observed == self._observed:
+            return
+        self._observed = observed
         observe = cmd.ObserveMemory(
             now_ns=self._now(),
             executor=self._name,
@@ -230,18 +244,17 @@ class ExecutorActor(ThreadedActor):
         self._directory.tell("memory", observe)
 
     def _engine_exited(self, news: port.EngineExited) -> None:
-        self._exited = True
         in_flight = len(self._in_flight)
         self.record(
             ev.EngineExited(executor=self._name, exit_code=news.exit_code, reason=news.reason, in_flight=in_flight)
         )
-        self._leave(news.reason)
+        self._withdraw_capacity(news.reason)
         self._lose_all("engine_lost", f"the engine process ended: {news.reason}")
         raise EngineLost(f"the engine of {self._name} ended with {news.exit_code}: {news.reason}")
 
     # ---- parts
 
-    def _leave(self, reason: str) -> None:
+    def _withdraw_capacity(self, reason: str) -> None:
         """Tell the deciders that nothing more can run here."""
         now_ns = self._now()
         self._directory.tell("router", cmd.DropExecutor(now_ns=now_ns, executor=self._name, reason=reason))
@@ -251,10 +264,10 @@ class ExecutorActor(ThreadedActor):
 
     def _lose_all(self, code: str, message: str) -> None:
         for request_id, flight in self._in_flight.items():
-            self._fail(request_id, flight, code, message, lost=True)
+            self._report_fault(request_id, flight, code, message, lost=True)
         self._in_flight.clear()
 
-    def _fail(self, request_id: str, flight: _InFlight, code: str, message: str, *, lost: bool) -> None:
+    def _report_fault(self, request_id: str, flight: _InFlight, code: str, message: str, *, lost: bool) -> None:
         faulted = ev.ExecutorFaulted(
             request_id=request_id,
             executor=self._name,

@@ -69,7 +69,7 @@ class ReplyFuture(pykka.Future[T]):
         """
         if exc_info is None:
             exc_info = sys.exc_info()
-        error = exc_info[1] if isinstance(exc_info, tuple) else exc_info
+        error: Any = cast("Any", exc_info[1]) if isinstance(exc_info, tuple) else exc_info
         if not isinstance(error, BaseException):
             raise ActorError(f"set_exception needs an exception, not {error!r}")
         if not self._finish(None, error, by_replier=True):

@@ -3,8 +3,8 @@
 Rules:
 - Any thread may put; one consumer gets. Control letters come first, each lane is in order.
 - Both lanes are bounded. What a full data lane does is the ``Policy``; a full control lane always refuses.
-- ``put`` and ``close`` exclude each other by one lock: a letter is either in the list that ``close`` returns or its
-  ``put`` raised ``ActorDead``. None is stranded.
+- ``put`` and ``seal`` exclude each other by one lock: a letter is either inside, to be taken or returned by ``close``,
+  or its ``put`` raised ``ActorDead``. None is stranded.
 - Wake-ups are coalesced: the consumer is rung only when it has seen the inbox empty, once for a whole burst.
 - Counting: ``sent == taken + dead + len(inbox)`` at any quiet moment.
 """
@@ -224,20 +224,25 @@ class Inbox:
             self.taken -= 1
             self.dead += 1
 
-    def close(self) -> list[Letter]:
-        """Refuse every later ``put`` and return the letters that nobody will handle; idempotent."""
+    def seal(self) -> None:
+        """Refuse every later ``put``; what is inside can still be taken. Idempotent."""
         with self._lock:
             self._closed = True
             self._capacity = self._control_capacity = 0
+            waiters = list(self._waiters)
+            self._waiters.clear()
+        for waiter in waiters:
+            waiter.resolve()
+
+    def close(self) -> list[Letter]:
+        """Seal, and return the letters that nobody will handle; idempotent."""
+        self.seal()
+        with self._lock:
             self._ring = None
             left = [*self._control, *self._data]
             self._control.clear()
             self._data.clear()
             self.dead += len(left)
-            waiters = list(self._waiters)
-            self._waiters.clear()
-        for waiter in waiters:
-            waiter.resolve()
         return left
 
     def _call_waiter(self) -> None:

@@ -13,12 +13,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from gptoss.actors.future import ReplyFuture
 from gptoss.actors.inbox import CONTROL, DATA, Inbox, Lane, Letter
-from gptoss.actors.runtime import Runtime
+from gptoss.actors.kernel import Kernel
 from gptoss.clock import NS_PER_S
 from gptoss.errors import ActorDead, MailboxFull
 from gptoss.messages.envelope import NO_CAUSE
 
-M = TypeVar("M", contravariant=True)
+M_contra = TypeVar("M_contra", contravariant=True)
 
 
 class Home(Protocol):
@@ -43,16 +43,16 @@ class Home(Protocol):
         ...
 
 
-class Ref(Generic[M]):
-    """A stable address that takes messages of type ``M``; share it freely between threads."""
+class Ref(Generic[M_contra]):
+    """A stable address that takes messages of type ``M_contra``; share it freely between threads."""
 
-    __slots__ = ("__weakref__", "_home", "_runtime", "inbox", "name")
+    __slots__ = ("__weakref__", "_home", "_kernel", "inbox", "name")
 
-    def __init__(self, name: str, inbox: Inbox, home: Home, runtime: Runtime) -> None:
+    def __init__(self, name: str, inbox: Inbox, home: Home, kernel: Kernel) -> None:
         self.name = name
         self.inbox = inbox
         self._home = home
-        self._runtime = runtime
+        self._kernel = kernel
 
     def __repr__(self) -> str:
         return f"<Ref {self.name} #{self.incarnation}{'' if self.is_alive else ' stopped'}>"
@@ -67,7 +67,7 @@ class Ref(Generic[M]):
         """False once the actor has stopped for good; true while it restarts."""
         return self._home.is_alive
 
-    def tell(self, message: M, *, cause: int = NO_CAUSE, correlation: str = "", control: bool = False) -> None:
+    def tell(self, message: M_contra, *, cause: int = NO_CAUSE, correlation: str = "", control: bool = False) -> None:
         """Send a message and forget it.
 
         Args:
@@ -79,7 +79,13 @@ class Ref(Generic[M]):
         self._post(Letter(message, None, cause, correlation), CONTROL if control else DATA)
 
     def ask(
-        self, message: M, *, timeout_s: float, cause: int = NO_CAUSE, correlation: str = "", control: bool = False
+        self,
+        message: M_contra,
+        *,
+        timeout_s: float,
+        cause: int = NO_CAUSE,
+        correlation: str = "",
+        control: bool = False,
     ) -> ReplyFuture[Any]:
         """Send a message and get the reply, by ``await`` or, on a thread without an event loop, by ``get()``.
 
@@ -91,14 +97,14 @@ class Ref(Generic[M]):
             control: use the control lane, which is served before data.
         """
         reply: ReplyFuture[Any] = ReplyFuture()
-        deadline_ns = self._runtime.clock.monotonic_ns() + int(timeout_s * NS_PER_S)
+        deadline_ns = self._kernel.clock.monotonic_ns() + int(timeout_s * NS_PER_S)
         self._post(Letter(message, reply, cause, correlation, deadline_ns), CONTROL if control else DATA)
         if not reply.done():
-            self._runtime.expire(reply, timeout_s, self.name)
+            self._kernel.expire(reply, timeout_s, self.name)
         return reply
 
     async def tell_wait(
-        self, message: M, *, timeout_s: float = 5.0, cause: int = NO_CAUSE, correlation: str = ""
+        self, message: M_contra, *, timeout_s: float = 5.0, cause: int = NO_CAUSE, correlation: str = ""
     ) -> bool:
         """Send a message, waiting for room in the data lane.
 
@@ -117,14 +123,15 @@ class Ref(Generic[M]):
                         raise
         except (ActorDead, TimeoutError) as error:
             self.inbox.count_refused()
-            self._runtime.bury(letter, self.name, "dead" if isinstance(error, ActorDead) else "full")
+            self._kernel.bury(letter, self.name, "dead" if isinstance(error, ActorDead) else "full")
             return False
         return True
 
     async def stop(self, timeout_s: float = 5.0) -> bool:
-        """Stop the actor for good after the message it is handling; waiting letters are dead-lettered.
+        """Stop the actor for good: it takes nothing new, handles the letters it has, and ends.
 
-        Call it on the system's loop. A handler that is still awaiting after ``timeout_s`` is cancelled.
+        Call it on the system's loop. After ``timeout_s`` an awaiting handler is cancelled and the remaining letters
+        become dead letters.
 
         Returns:
             Whether it stopped by itself in time.
@@ -139,9 +146,9 @@ class Ref(Generic[M]):
         try:
             shed = self.inbox.put(letter, lane)
         except ActorDead:
-            self._runtime.bury(letter, self.name, "dead")
+            self._kernel.bury(letter, self.name, "dead")
         except MailboxFull:
-            self._runtime.bury(letter, self.name, "full")
+            self._kernel.bury(letter, self.name, "full")
         else:
             if shed is not None:
-                self._runtime.bury(shed, self.name, "shed")
+                self._kernel.bury(shed, self.name, "shed")

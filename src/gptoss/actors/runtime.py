@@ -6,7 +6,6 @@ from typing import Any, Protocol, TypeVar
 
 from gptoss.actors.inbox import Letter
 from gptoss.actors.journal import Journal
-from gptoss.actors.journal import Journal
 from gptoss.actors.ref import Ref
 from gptoss.clock import Clock, IdSource, Rng
 

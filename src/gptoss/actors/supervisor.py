@@ -15,7 +15,7 @@ from typing import Literal
 import msgspec
 
 from gptoss.actors.cell import Cell
-from gptoss.actors.runtime import Runtime
+from gptoss.actors.kernel import Kernel
 from gptoss.clock import NS_PER_S
 from gptoss.messages.events import SupervisorEscalated
 
@@ -43,10 +43,10 @@ class Supervision(msgspec.Struct, frozen=True, kw_only=True):
 class Supervisor:
     """Watches over its children, in the order in which they were spawned."""
 
-    def __init__(self, runtime: Runtime, name: str, supervision: Supervision) -> None:
+    def __init__(self, kernel: Kernel, name: str, supervision: Supervision) -> None:
         self.name = name
         self.supervision = supervision
-        self._runtime = runtime
+        self._kernel = kernel
         self._children: list[Cell] = []
         self._failures_ns: dict[Cell, deque[int]] = {}
         self._restarts: dict[Cell, asyncio.Task[None]] = {}
@@ -80,7 +80,7 @@ class Supervisor:
             if pending is not None:
                 pending.cancel()
         delay_s = self._backoff_s(recent)
-        task = self._runtime.own(self._restart(group, delay_s), f"restart/{cell.name}")
+        task = self._kernel.own(self._restart(group, delay_s), f"restart/{cell.name}")
         for member in group:
             self._restarts[member] = task
 
@@ -98,7 +98,7 @@ class Supervisor:
             member.restart(delay_s * MS_PER_S)
 
     def _count_failure(self, cell: Cell) -> int:
-        now_ns = self._runtime.clock.monotonic_ns()
+        now_ns = self._kernel.clock.monotonic_ns()
         failures = self._failures_ns.setdefault(cell, deque(maxlen=self.supervision.max_restarts + 1))
         failures.append(now_ns)
         horizon_ns = now_ns - int(self.supervision.within_s * NS_PER_S)
@@ -108,11 +108,13 @@ class Supervisor:
 
     def _backoff_s(self, recent: int) -> float:
         doublings = min(recent - 1, MAX_DOUBLINGS)
-        return min(self.supervision.backoff_max_s, self.supervision.backoff_s * 2**doublings) * self._runtime.rng.uniform()
+        return (
+            min(self.supervision.backoff_max_s, self.supervision.backoff_s * 2**doublings) * self._kernel.rng.uniform()
+        )
 
     def _escalate(self, cell: Cell, restarts: int) -> None:
         event = SupervisorEscalated(child=cell.name, restarts=restarts, within_s=self.supervision.within_s)
-        self._runtime.record(event, self.name)
+        self._kernel.record(event, self.name)
         cell.finish("escalated")
-        for callback in self._runtime.on_escalated:
-            self._runtime.post(callback, cell.name)
+        for callback in self._kernel.on_escalated:
+            self._kernel.post(callback, cell.name)

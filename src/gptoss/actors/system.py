@@ -18,8 +18,9 @@ import msgspec
 from gptoss.actors.cell import Cell, Incarnation
 from gptoss.actors.inbox import MailboxSpec
 from gptoss.actors.journal import Journal
+from gptoss.actors.kernel import Kernel
 from gptoss.actors.ref import Ref
-from gptoss.actors.runtime import Runtime
+from gptoss.actors.runtime import Timer
 from gptoss.actors.supervisor import Supervision, Supervisor
 from gptoss.clock import Clock, IdSource, Rng
 from gptoss.errors import ActorError
@@ -40,50 +41,49 @@ class Context(msgspec.Struct, frozen=True, eq=False):
     ref: Ref[Any]
 
 
-class Timer:
+class ScheduledTimer(Timer):
     """A message that will be sent later, once or again and again; ``cancel`` it from any thread."""
 
-    def __init__(self, runtime: Runtime, ref: Ref[Any], factory: Callable[[], Any], period_s: float | None) -> None:
-        self._runtime = runtime
+    def __init__(self, kernel: Kernel, ref: Ref[Any], factory: Callable[[], Any], period_s: float | None) -> None:
+        super().__init__()
+        self._kernel = kernel
         self._ref = ref
         self._factory = factory
         self._period_s = period_s
-        self._handle: asyncio.TimerHandle | None = None
-        self._is_cancelled = False
 
     def cancel(self) -> None:
         """Send nothing more; fine when it has fired or was cancelled."""
-        self._is_cancelled = True
-        self._runtime.run_on_loop(self._disarm)
+        self.cancelled = True
+        self._kernel.run_on_loop(self._disarm)
 
     def arm(self, delay_s: float) -> None:
         """Start counting, on the loop."""
-        if not (self._is_cancelled or self._runtime.stopping):
-            self._runtime.timers.add(self)
-            self._arm_at(self._runtime.loop.time() + delay_s)
+        if not (self.cancelled or self._kernel.stopping):
+            self._kernel.timers.add(self)
+            self._arm_at(self._kernel.loop.time() + delay_s)
 
     def _arm_at(self, when_s: float) -> None:
-        self._handle = self._runtime.loop.call_at(when_s, self._fire, when_s, context=self._runtime.context)
+        self.handle = self._kernel.loop.call_at(when_s, self._fire, when_s, context=self._kernel.context)
 
     def _disarm(self) -> None:
-        self._runtime.timers.discard(self)
-        if self._handle is not None:
-            self._handle.cancel()
+        self._kernel.timers.discard(self)
+        if self.handle is not None:
+            self.handle.cancel()
 
     def _fire(self, when_s: float) -> None:
-        if self._is_cancelled:
+        if self.cancelled:
             return
         try:
             message = self._factory()
         except Exception as error:  # noqa: BLE001 - the edge of a timer: its failure is an event
-            self._runtime.fail(self._ref.name, "timer", error, incarnation=self._ref.incarnation)
-            self._runtime.timers.discard(self)
+            self._kernel.fail(self._ref.name, "timer", error, incarnation=self._ref.incarnation)
+            self._kernel.timers.discard(self)
             return
         self._ref.tell(message)
         if self._period_s is None or not self._ref.is_alive:
-            self._runtime.timers.discard(self)
+            self._kernel.timers.discard(self)
         else:  # a loop that fell behind skips beats instead of sending a burst
-            self._arm_at(max(when_s + self._period_s, self._runtime.loop.time()))
+            self._arm_at(max(when_s + self._period_s, self._kernel.loop.time()))
 
 
 class System:
@@ -95,7 +95,7 @@ class System:
         self.ids = ids
         self.rng = rng
         self.journal = journal
-        self._runtime: Runtime | None = None
+        self._kernel: Kernel | None = None
         self._root: Supervisor | None = None
         self._cells: dict[str, Cell] = {}
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=name)
@@ -110,11 +110,11 @@ class System:
         Raises:
             ActorError: it was started before; a system runs once.
         """
-        if self._runtime is not None:
+        if self._kernel is not None:
             raise ActorError(f"system {self.name!r} was started before; make a new one")
         loop = asyncio.get_running_loop()
-        self._runtime = Runtime(name=self.name, clock=self.clock, rng=self.rng, journal=self.journal, loop=loop)
-        self._root = Supervisor(self._runtime, "root", Supervision())
+        self._kernel = Kernel(name=self.name, clock=self.clock, rng=self.rng, journal=self.journal, loop=loop)
+        self._root = Supervisor(self._kernel, "root", Supervision())
 
     async def stop(self, timeout_s: float = 10.0) -> None:
         """Stop every actor, task and timer of this system; idempotent, and concurrent calls wait for the same end.
@@ -123,12 +123,12 @@ class System:
             timeout_s: how long handlers and threads may finish by themselves, in total. What is still busy then is
                 cancelled, or given up when it is a thread.
         """
-        if self._runtime is None:
+        if self._kernel is None:
             self._pool.shutdown(wait=False)
             return
         if self._stopping is None:
-            self._runtime.stopping = True
-            self._stopping = self._runtime.loop.create_task(self._stop(self._runtime, timeout_s))
+            self._kernel.stopping = True
+            self._stopping = self._kernel.loop.create_task(self._stop(self._kernel, timeout_s))
         await asyncio.shield(self._stopping)
 
     async def __aenter__(self) -> Self:
@@ -138,17 +138,17 @@ class System:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
-    async def _stop(self, runtime: Runtime, timeout_s: float) -> None:
-        deadline_s = runtime.loop.time() + timeout_s
-        for timer in tuple(runtime.timers):
+    async def _stop(self, kernel: Kernel, timeout_s: float) -> None:
+        deadline_s = kernel.loop.time() + timeout_s
+        for timer in tuple(kernel.timers):
             timer.cancel()
         for cell in reversed(tuple(self._cells.values())):
-            await cell.stop(max(0.0, deadline_s - runtime.loop.time()))
-        for task in runtime.tasks:
+            await cell.stop(max(0.0, deadline_s - kernel.loop.time()))
+        for task in kernel.tasks:
             task.cancel()
-        open_work = {*runtime.tasks, *self._in_threads}
+        open_work = {*kernel.tasks, *self._in_threads}
         if open_work:
-            await asyncio.wait(open_work, timeout=max(CLEAN_UP_S, deadline_s - runtime.loop.time()))
+            await asyncio.wait(open_work, timeout=max(CLEAN_UP_S, deadline_s - kernel.loop.time()))
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     # ---- actors
@@ -174,10 +174,10 @@ class System:
         Raises:
             ActorError: the name is taken, or the system is not running.
         """
-        runtime = self._running()
+        kernel = self._running()
         if name in self._cells:
             raise ActorError(f"an actor named {name!r} is running; names are unique")
-        cell = Cell(runtime, name, factory, mailbox=mailbox, parent=supervisor, quiet=quiet)
+        cell = Cell(kernel, name, factory, mailbox=mailbox, parent=supervisor, quiet=quiet)
         cell.context_of = self._context_of
         cell.on_stopped = self._forget
         self._cells[name] = cell
@@ -221,8 +221,8 @@ class System:
 
     async def run_in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Run a blocking function on one of a few threads and return what it returns."""
-        runtime = self._running()
-        work = runtime.loop.run_in_executor(self._pool, function, *args)
+        kernel = self._running()
+        work = kernel.loop.run_in_executor(self._pool, function, *args)
         self._in_threads.add(work)
         work.add_done_callback(self._in_threads.discard)
         return await work
@@ -238,9 +238,9 @@ class System:
     def _timer(
         self, delay_s: float, ref: Ref[Any], message_factory: Callable[[], Any], period_s: float | None
     ) -> Timer:
-        runtime = self._bound()
-        timer = Timer(runtime, ref, message_factory, period_s)
-        runtime.run_on_loop(timer.arm, delay_s)
+        kernel = self._bound()
+        timer = ScheduledTimer(kernel, ref, message_factory, period_s)
+        kernel.run_on_loop(timer.arm, delay_s)
         return timer
 
     # ---- what it is made of
@@ -261,13 +261,13 @@ class System:
         if self._cells.get(cell.name) is cell:
             del self._cells[cell.name]
 
-    def _bound(self) -> Runtime:
-        if self._runtime is None:
+    def _bound(self) -> Kernel:
+        if self._kernel is None:
             raise ActorError(f"system {self.name!r} is not started")
-        return self._runtime
+        return self._kernel
 
-    def _running(self) -> Runtime:
-        runtime = self._bound()
-        if runtime.stopping:
+    def _running(self) -> Kernel:
+        kernel = self._bound()
+        if kernel.stopping:
             raise ActorError(f"system {self.name!r} is stopping; nothing new can start")
-        return runtime
+        return kernel

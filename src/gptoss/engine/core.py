@@ -8,7 +8,6 @@ Rules:
   attempt takes its place: the older attempt ends as cancelled.
 """
 
-import math
 from typing import TypeAlias
 
 import psutil
@@ -38,7 +37,6 @@ from gptoss.engine.scheduler import Scheduler, Work
 from gptoss.engine.sequence import End, Sequence
 from gptoss.engine.token_text import TokenText
 from gptoss.errors import (
-    ContextLengthExceeded,
     EngineError,
     GptossError,
     MemoryExhausted,
@@ -92,8 +90,7 @@ class EngineCore:
             case Submit():
                 return self._submit(command)
             case Cancel():
-                sequence = self._sequences.get(command.request_id)
-                return [self._finish(sequence, End("cancelled"))] if sequence else []
+                return self._cancel(command.request_id)
             case Drain():
                 self._is_draining = True
                 return [] if self._sequences else [Drained()]
@@ -113,11 +110,15 @@ class EngineCore:
         rows: list[StepRow] = []
         for index, item in enumerate(work):
             if index in failures:
-                ends.append(self._fail(item.sequence, EngineError(f"the model failed on this request: {failures[index]}")))
+                ends.append(
+                    self._fail(item.sequence, EngineError(f"the model failed on this request: {failures[index]}"))
+                )
                 continue
             rows.append(self._advance(item, draws.get(index)))
             if index in draws and draws[index].token_id is None:
-                ends.append(self._fail(item.sequence, EngineError("the model's logits are not finite (NaN or infinite)")))
+                ends.append(
+                    self._fail(item.sequence, EngineError("the model's logits are not finite (NaN or infinite)"))
+                )
             elif item.sequence.end:
                 ends.append(self._finish(item.sequence, item.sequence.end))
         if self._is_draining and not self._sequences:
@@ -136,7 +137,11 @@ class EngineCore:
 
     def _draw(self, work: list[Work], logits: list[torch.Tensor | None]) -> dict[int, Draw]:
         """Choose a token for each piece of work that has logits, by its index."""
-        wanting = [(index, item.sequence, row) for index, (item, row) in enumerate(zip(work, logits, strict=True)) if row is not None]
+        wanting = [
+            (index, item.sequence, row)
+            for index, (item, row) in enumerate(zip(work, logits, strict=True))
+            if row is not None
+        ]
         draws = draw_tokens(
             [row for _, _, row in wanting],
             [sequence.sampler for _, sequence, _ in wanting],
@@ -167,29 +172,29 @@ class EngineCore:
         return TokenLogprob(token_id=token_id, logprob=logprob, text=text, raw=raw, top=top)
 
     def _submit(self, submit: Submit) -> list[EngineEvent]:
-        events: list[EngineEvent] = []
         earlier = self._sequences.get(submit.request_id)
-        if earlier is not None:
-            if earlier.submit.attempt == submit.attempt:
-                return []
-            events.append(self._finish(earlier, End("cancelled")))
+        if earlier is not None and earlier.submit.attempt == submit.attempt:
+            return []
         try:
             self._check(submit)
             sequence = Sequence(submit, self._num_submits, self._capabilities, self._tokenizer)
-            needed = kv_bytes(self._runner.layout, sequence.capacity)
-            if needed > self._capabilities.kv_budget_bytes:
-                raise MemoryExhausted(  # noqa: TRY301 - one place turns every refusal into an event
-                    f"the request needs {needed} bytes of KV memory; this engine has {self._capabilities.kv_budget_bytes}"
-                )
+            kv_bytes_needed = self._check_memory(sequence)
         except GptossError as error:
-            code = error.code
-            return [*events, _failed(submit, code, error.message)]
+            return [_failed(submit, error)]
+        events: list[EngineEvent] = [self._finish(earlier, End("cancelled"))] if earlier else []
         self._num_submits += 1
         self._sequences[submit.request_id] = sequence
-        self._scheduler.add(sequence, needed)
+        self._scheduler.add(sequence, kv_bytes_needed)
         if sequence.end:  # the earlier attempt had produced everything but could not say so
             events.append(self._finish(sequence, sequence.end))
         return events
+
+    def _cancel(self, request_id: str) -> list[EngineEvent]:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return []
+        finished = self._finish(sequence, End("cancelled"))
+        return [finished, Drained()] if self._is_draining and not self._sequences else [finished]
 
     def _check(self, submit: Submit) -> None:
         """Refuse what cannot run. Raises an error of the tree, with its code."""
@@ -201,22 +206,24 @@ class EngineCore:
         if not prompt:
             raise RequestError("the prompt is empty")
         vocab_size = self._capabilities.vocab_size
-        if not all(0 <= token_id < vocab_size for token_id in (*prompt, *submit.output_token_ids)):
-            wrong = next(t for t in (*prompt, *submit.output_token_ids) if not 0 <= t < vocab_size)
+        wrong = next((id_ for id_ in (*prompt, *submit.output_token_ids) if not 0 <= id_ < vocab_size), None)
+        if wrong is not None:
             raise RequestError(f"token id {wrong} is not in the vocabulary, 0 to {vocab_size - 1}")
-        if len(prompt) + len(submit.output_token_ids) > self._capabilities.max_model_len or (
-            len(prompt) == self._capabilities.max_model_len
-        ):
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; with at least one output token it must fit into "
-                f"{self._capabilities.max_model_len}"
-            )
+        context = self._capabilities.max_model_len
+        if len(prompt) >= context or len(prompt) + len(submit.output_token_ids) > context:
+            raise RequestError(f"the prompt has {len(prompt)} tokens; the context is {context}, output included")
         params = submit.sampling
         check_sampling(params)
-        if not math.isfinite(params.temperature):
-            raise RequestError(f"temperature is {params.temperature}")
         if any(token_id >= vocab_size for token_id in params.logit_bias):
             raise RequestError(f"logit_bias names token {max(params.logit_bias)}; the last one is {vocab_size - 1}")
+
+    def _check_memory(self, sequence: Sequence) -> int:
+        """KV bytes that the request will hold. Raises ``MemoryExhausted`` if they can never be free."""
+        needed = kv_bytes(self._runner.layout, sequence.capacity)
+        budget = self._capabilities.kv_budget_bytes
+        if needed > budget:
+            raise MemoryExhausted(f"the request needs {needed} bytes of KV memory; this engine has {budget} in all")
+        return needed
 
     def _finish(self, sequence: Sequence, end: End) -> Finished:
         self._release(sequence)
@@ -232,7 +239,7 @@ class EngineCore:
 
     def _fail(self, sequence: Sequence, error: GptossError) -> Failed:
         self._release(sequence)
-        return _failed(sequence.submit, error.code, error.message)
+        return _failed(sequence.submit, error)
 
     def _release(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
@@ -267,5 +274,5 @@ def _chunk(item: Work) -> Chunk:
     )
 
 
-def _failed(submit: Submit, code: str, message: str) -> Failed:
-    return Failed(request_id=submit.request_id, attempt=submit.attempt, code=code, message=message)
+def _failed(submit: Submit, error: GptossError) -> Failed:
+    return Failed(request_id=submit.request_id, attempt=submit.attempt, code=error.code, message=error.message)

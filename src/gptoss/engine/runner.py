@@ -16,7 +16,14 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gptoss.engine.attention import ATTENTION_NAME, Chunk, GeometryProbe, PackedRows, UnsupportedAttentionError, slot_attention
+from gptoss.engine.attention import (
+    ATTENTION_NAME,
+    Chunk,
+    GeometryProbe,
+    PackedRows,
+    UnsupportedAttentionError,
+    slot_attention,
+)
 from gptoss.engine.kv_cache import KvGeometry, KvSlot
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.packed_linear import pack_linears
@@ -231,9 +238,7 @@ def _check_parity(runner: PackedRunner, prompt: list[int], expected: torch.Tenso
     found: list[torch.Tensor] = []
     for stop in stops:
         mine = Chunk(slot=slot, token_ids=prompt[start:stop], start=start, wants_logits=True)
-        stranger = Chunk(
-            slot=strange_slot, token_ids=prompt[::-1][start:stop], start=start, wants_logits=False
-        )
+        stranger = Chunk(slot=strange_slot, token_ids=prompt[::-1][start:stop], start=start, wants_logits=False)
         logits, _ = runner.forward([mine, stranger])
         assert logits is not None
         found.append(logits.float())

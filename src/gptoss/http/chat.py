@@ -4,12 +4,13 @@ Answers: a refusal has its own HTTP status, streamed or not, because a stream op
 After the first byte an error is the last frame. A client that goes, or stalls, cancels its request.
 """
 
+import asyncio
 import logging
 
 import msgspec
 from aiohttp import web
 
-from gptoss.actors.generation import GenerateRequest, Generation
+from gptoss.actors.generation import GenerateRequest, Generation, Outcome
 from gptoss.engine.port import TokenLogprob
 from gptoss.errors import GptossError, NotReady
 from gptoss.http.body import MIB, read_json_body
@@ -35,21 +36,29 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     try:
         generate, shape = await _decode(request, context)
     except GptossError as error:
-        request[REQUEST_ID] = context.gateway.reject(
-            error, endpoint=ENDPOINT, request_id=wanted_request_id(request)
-        )
+        request[REQUEST_ID] = context.gateway.reject(error, endpoint=ENDPOINT, request_id=wanted_request_id(request))
         raise
     generation = context.gateway.submit(generate)
     request[REQUEST_ID] = generation.request_id
-    client = ClientConnection(request, context.clock, context.settings.client_stall_s)
-    delivery = _Delivery(request, context, generation, client)
+    delivery = _Delivery(request, context, generation)
+    has_logprobs = generate.sampling.logprobs is not None
     try:
-        has_logprobs = generate.sampling.logprobs is not None
         if generate.stream:
             return await delivery.stream(shape, has_logprobs=has_logprobs)
         return await delivery.whole(has_logprobs=has_logprobs)
-    finally:
-        generation.cancel()  # without effect on a request that has ended
+    except asyncio.CancelledError:
+        tell_cancelled(generation, request)
+        raise
+    except TimeoutError:
+        generation.client_slow(delivery.client.stalled_ms)
+        delivery.client.abort()
+        raise ConnectionResetError("the client took nothing for too long") from None
+    except ConnectionError:
+        generation.client_disconnected()
+        raise
+    except Exception:
+        generation.cancel()  # without effect where the error is how the request ended
+        raise
 
 
 async def _decode(request: web.Request, context: HttpContext) -> tuple[GenerateRequest, StreamShape]:
@@ -80,64 +89,52 @@ def _name_once(named: set[str], fields: tuple[str, ...]) -> None:
 
 
 class _Delivery:
-    """Brings one generation to its client."""
+    """Brings one generation to its client.
 
-    def __init__(
-        self, request: web.Request, context: HttpContext, generation: Generation, client: ClientConnection
-    ) -> None:
+    Both ways raise ``GptossError`` while the status is still open, ``ConnectionError`` when the client has gone and
+    ``TimeoutError`` when it stalls.
+    """
+
+    def __init__(self, request: web.Request, context: HttpContext, generation: Generation) -> None:
+        self.client = ClientConnection(request, context.clock, context.settings.client_stall_s)
         self._request = request
         self._clock = context.clock
-        self._timing = context.timing
+        self._keepalive_s = context.timing.keepalive_s
+        self._tick_s = min(context.timing.poll_s, context.timing.keepalive_s)
         self._generation = generation
-        self._client = client
-        self._tick_s = min(self._timing.poll_s, self._timing.keepalive_s)
 
     async def whole(self, *, has_logprobs: bool) -> web.StreamResponse:
         """Answer once the request has ended."""
         generation = self._generation
         texts: list[str] = []
         logprobs: list[TokenLogprob] = []
-        try:
-            await wait_admitted(generation, self._tick_s, self._look)
-            deltas = Deltas(generation, self._tick_s, self._look)
-            while (delta := await deltas.next()) is not None:
-                texts.append(delta.text)
-                logprobs.extend(delta.logprobs)
-        except BaseException as error:
-            self._tell(error)
-            raise
-        assert generation.outcome is not None
-        body = completion(generation, "".join(texts), logprobs if has_logprobs else None, generation.outcome)
-        return json_response(body)
+        await wait_admitted(generation, self._tick_s, self._look)
+        deltas = Deltas(generation, self._tick_s, self._look)
+        while (delta := await deltas.next()) is not None:
+            texts.append(delta.text)
+            logprobs.extend(delta.logprobs)
+        outcome = generation.outcome or Outcome()
+        return json_response(completion(generation, "".join(texts), logprobs if has_logprobs else None, outcome))
 
     async def stream(self, shape: StreamShape, *, has_logprobs: bool) -> web.StreamResponse:
         """Answer with the text as it comes."""
-        stream = SseStream(self._request, self._client, self._clock, self._timing.keepalive_s)
-        try:
-            await wait_admitted(self._generation, self._tick_s, self._look)
-            frames = ChunkFrames(self._generation, shape, has_logprobs=has_logprobs)
-            await stream.open()
-            await self._send_all(stream, frames)
-            await stream.close()
-        except BaseException as error:
-            self._tell(error)
-            if not stream.response.prepared or not isinstance(error, (ConnectionError, TimeoutError)):
-                raise
-        return stream.response
-
-    async def _send_all(self, stream: SseStream, frames: ChunkFrames) -> None:
+        await wait_admitted(self._generation, self._tick_s, self._look)
+        stream = SseStream(self._request, self.client, self._clock, self._keepalive_s)
+        frames = ChunkFrames(self._generation, shape, has_logprobs=has_logprobs)
+        await stream.open()
         await stream.send(frames.role())
         self._generation.first_byte_sent()
-        deltas = Deltas(self._generation, self._tick_s, stream.idle)
         try:
+            deltas = Deltas(self._generation, self._tick_s, stream.idle)
             while (delta := await deltas.next()) is not None:
                 if frame := frames.delta(delta):
                     await stream.send(frame)
         except GptossError as error:
             await stream.send(error_frame(error))
-            return
-        assert self._generation.outcome is not None
-        await stream.send(frames.last(self._generation.outcome))
+        else:
+            await stream.send(frames.last(self._generation.outcome or Outcome()))
+        await stream.close()
+        return stream.response
 
     async def _look(self) -> None:
-        self._client.check()
+        self.client.check()

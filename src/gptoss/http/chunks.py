@@ -28,7 +28,9 @@ _encode = msgspec.json.encode
 _NO_LOGPROBS = b"null"
 
 
-def completion(generation: Generation, text: str, logprobs: list[TokenLogprob] | None, outcome: Outcome) -> dict[str, Any]:
+def completion(
+    generation: Generation, text: str, logprobs: list[TokenLogprob] | None, outcome: Outcome
+) -> dict[str, Any]:
     """The answer to a request without ``stream``.
 
     Args:

@@ -3,6 +3,7 @@
 Handlers see nothing else of the system: they decode, submit or cancel through the gateway, and frame.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -86,5 +87,7 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     timing: HttpTiming = HttpTiming()
 
 
+CLOSING: web.AppKey[asyncio.Event] = web.AppKey("closing", asyncio.Event)
+"""Set once the server closes its connections itself, so that a cut one is not taken for a client that left."""
 CONTEXT: web.AppKey[HttpContext] = web.AppKey("context", HttpContext)
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from gptoss.actors.generation import Delta, Generation
+from gptoss.http.context import CLOSING
 
 Look = Callable[[], Awaitable[None]]
 """Looks at the client; raises ``ConnectionError`` or ``TimeoutError`` when there is no use in going on."""
@@ -55,8 +56,8 @@ class Deltas:
 
 
 def tell_cancelled(generation: Generation, request: web.Request) -> None:
-    """Pass on that the handler itself was cancelled: its client has gone, or else the server stops."""
-    if request.transport is None or request.transport.is_closing():
-        generation.client_disconnected()
-    else:
+    """Pass on that the handler itself was cancelled: the server closes, or else the client has gone."""
+    if request.app[CLOSING].is_set():
         generation.cancel("shutdown")
+    else:
+        generation.client_disconnected()

@@ -7,6 +7,7 @@
 
 import logging
 import math
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -38,7 +39,10 @@ def error_body(error: GptossError) -> dict[str, Any]:
 
 def envelope(status: int, message: str, *, param: str | None = None, code: str) -> dict[str, Any]:
     """OpenAI's error body from its parts; ``status`` decides the ``type``."""
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        kind = "rate_limit_error"
+    else:
+        kind = "server_error" if _is_server_fault(status) else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -67,7 +71,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except GptossError as error:
-        if error.status >= 500:
+        if _is_server_fault(error.status):
             _log.warning("%s %s: %s: %s", request.method, request.rel_url.raw_path, error.code, error.message)
         return error_response(error)
     except web.HTTPMethodNotAllowed as error:
@@ -86,3 +90,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         _log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         message = "the server failed on this request; its log has the cause"
         return json_response(envelope(500, message, code="internal_error"), status=500)
+
+
+def _is_server_fault(status: int) -> bool:
+    return status >= HTTPStatus.INTERNAL_SERVER_ERROR

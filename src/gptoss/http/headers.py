@@ -44,9 +44,11 @@ def response_request_id(request: web.Request) -> str:
     return named
 
 
-def path_request_id(request: web.Request) -> str:
-    """The ``request_id`` of the path; a chat completion's ``id`` names its request too."""
-    return request.match_info["request_id"].removeprefix(COMPLETION_PREFIX)
+def path_request_ids(request: web.Request) -> tuple[str, ...]:
+    """What the ``request_id`` of the path may mean: that id, or the one inside a completion's ``id``."""
+    written = request.match_info["request_id"]
+    inner = written.removeprefix(COMPLETION_PREFIX)
+    return (written,) if inner == written else (written, inner)
 
 
 def _name_header(request: web.Request, name: str) -> str:

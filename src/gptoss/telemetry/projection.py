@@ -47,8 +47,14 @@ class Projection:
         """Take one record in; the first record of another boot starts a new picture."""
         if record.meta.boot != self._server.boot:
             self._server = ServerView(boot=record.meta.boot)
+        self._server.newest_pos = record.meta.pos
         self._executors.fold(record)
         self._server.fold(record, self._requests.fold(record))
+
+    @property
+    def newest_pos(self) -> int:
+        """Position of the newest record that was folded, -1 before the first."""
+        return self._server.newest_pos
 
     def count_missed(self, records: int) -> None:
         """Say that ``records`` records never came here, for ``/stats``."""

@@ -172,7 +172,7 @@ class SegmentJournal:
     def flush(self, timeout_s: float = 5.0) -> bool:
         """See ``Journal``."""
         with self._lock:
-            targets = [(family, self._sequencer.next_pos(family) - 1) for family in _FAMILIES]
+            targets: list[tuple[Family, int]] = [(name, self._sequencer.next_pos(name) - 1) for name in _FAMILIES]
 
             def is_committed() -> bool:
                 return all(self._committed_pos[family] >= target for family, target in targets)

@@ -39,6 +39,7 @@ class ServerView:
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     started_ns: int = 0
     newest_ns: int = 0
+    newest_pos: int = -1
     wall_offset_ns: int | None = None
     draining: bool = False
     escalated: str = ""

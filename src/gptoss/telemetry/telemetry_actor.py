@@ -10,6 +10,7 @@ Rules:
 """
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -53,6 +54,8 @@ class TelemetryActor(LoopActor):
         self._projection = projection
         self._metrics = metrics
         self._log_writer = log_writer
+        self._home: asyncio.AbstractEventLoop
+        self._home_thread = 0
         self._pending: deque[Record] = deque()
         self._is_woken = False
         self._queued = 0
@@ -63,8 +66,12 @@ class TelemetryActor(LoopActor):
         self._unsubscribe: Callable[[], None] | None = None
 
     def on_start(self) -> None:
-        """Begin to watch."""
+        """Begin to watch, then fold what this boot recorded earlier. Runs on the event loop, where all folding is."""
+        self._home = asyncio.get_running_loop()
+        self._home_thread = threading.get_ident()
         self._unsubscribe = self._journal.subscribe(self._watch)
+        for record in self._journal.read(boot=self._journal.boot, after=self._projection.newest_pos):
+            self._fold(record)
 
     def on_stop(self) -> None:
         """Stop watching and fold what is left."""
@@ -79,7 +86,7 @@ class TelemetryActor(LoopActor):
         del message
         if self._folded >= self._queued:
             return None
-        waiter: asyncio.Future[None] = self.context.system.loop.create_future()
+        waiter: asyncio.Future[None] = self._home.create_future()
         self._waiters.append((self._queued, waiter))
         return waiter
 
@@ -97,11 +104,11 @@ class TelemetryActor(LoopActor):
             self._wake_loop()
 
     def _wake_loop(self) -> None:
-        system = self.context.system
-        if threading.get_ident() == system.loop_thread_id:
-            system.loop.call_soon(self._fold_batch)
-        elif not system.loop.is_closed():
-            system.loop.call_soon_threadsafe(self._fold_batch)
+        if threading.get_ident() == self._home_thread:
+            self._home.call_soon(self._fold_batch)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody will look at the projections again
+                self._home.call_soon_threadsafe(self._fold_batch)
 
     # ------------------------------------------------------------ on the event loop
 
@@ -118,11 +125,15 @@ class TelemetryActor(LoopActor):
             self._tell_waiters()
             if self._pending and not self._is_woken:
                 self._is_woken = True
-                self.context.system.loop.call_soon(self._fold_batch)
+                self._home.call_soon(self._fold_batch)
 
     def _fold_next(self) -> None:
         record = self._pending.popleft()
         self._folded += 1
+        if record.meta.pos > self._projection.newest_pos:  # else on_start has read it already
+            self._fold(record)
+
+    def _fold(self, record: Record) -> None:
         self._projection.fold(record)
         self._metrics.fold(record)
         if self._log_writer is not None:

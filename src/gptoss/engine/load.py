@@ -1,0 +1,220 @@
+"""Loads a prepared model folder: weights, tokenizer, limits and fingerprint.
+
+Rules:
+- Safetensors only, no remote code, no network. Whatever goes wrong becomes a ``ModelLoadError`` of one line.
+- ``auto`` is bfloat16, except on a CPU without bfloat16 instructions: there float32, if that fits well into free memory.
+  Measured on such a CPU with packed linear layers: four times as fast at prefill, twice at eight streams.
+- The weights are hashed in a thread beside the loading. A file of the hub's cache is named by its hash already.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import msgspec
+import psutil
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, core_model_loading
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config, max_model_len_from_config
+from gptoss.engine.model_folder import check_folder, file_sha256, read_json
+from gptoss.engine.port import Load
+from gptoss.engine.prompt import eos_token_ids, load_tokenizer
+from gptoss.engine.runner import Runner, choose_runner, vocab_size
+from gptoss.errors import ModelLoadError
+from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# transformers is only partly typed.
+
+Progress: TypeAlias = Callable[[str, int, int, str], None]
+"""Called with stage, done, total (0: unknown) and unit."""
+
+KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
+"""Part of the memory that is free once the weights are in, taken for KV when no budget is set."""
+FLOAT32_SHARE_MAX = 0.25
+"""``auto`` takes float32 only if the weights then fill at most this part of the free memory."""
+PROGRESS_STEPS = 50
+_SHA256_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that can run. ``notes`` are for people: what is not as they may expect."""
+
+    runner: Runner
+    tokenizer: Tokenizer
+    capabilities: EngineCapabilities
+    fingerprint: ModelFingerprint
+    notes: tuple[str, ...]
+
+
+def load_model(load: Load, progress: Progress) -> LoadedModel:
+    """Load what ``load`` names. Blocks for seconds to minutes.
+
+    Raises:
+        ModelLoadError: the folder cannot be read, the architecture is not supported, memory or the device is missing.
+    """
+    folder = Path(load.folder)
+    config = check_folder(folder)
+    device = _device(load.device)
+    _check_architecture(folder, config)
+    max_model_len = _max_model_len(load, config)
+    tokenizer = load_tokenizer(load.folder)
+    dtype = _choose_dtype(load, folder, device)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as hasher:
+        fingerprint = hasher.submit(_fingerprint, folder)
+        try:
+            model = _load_weights(folder, dtype, device, progress)
+            weights_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+            progress("checking", 0, 0, "steps")
+            layout = kv_layout_from_config(config, dtype_bytes=dtype.itemsize)
+            runner, notes = choose_runner(model, layout, device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ModelLoadError(f"not enough memory for {folder} on {device}: {_one_line(error)}") from None
+        except ModelLoadError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the edge to transformers, which raises anything on a bad folder
+            raise ModelLoadError(f"cannot load {folder}: {_one_line(error)}") from None
+        hashes = fingerprint.result()
+    capabilities = EngineCapabilities(
+        model_name=load.model_name,
+        architecture=type(model).__name__,
+        vocab_size=vocab_size(model),
+        max_model_len=max_model_len,
+        max_batch_size=load.max_batch_size,
+        kv_budget_bytes=load.kv_budget_bytes or _kv_budget(runner.layout, load.max_batch_size, max_model_len, device),
+        kv_layout=runner.layout,
+        weights_bytes=weights_bytes,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        num_threads=torch.get_num_threads(),
+        eos_token_ids=eos_token_ids(load.folder, tokenizer),
+    )
+    return LoadedModel(runner=runner, tokenizer=tokenizer, capabilities=capabilities, fingerprint=hashes, notes=notes)
+
+
+def _device(name: str) -> torch.device:
+    """The torch device called ``name``; several CPU engines, ``cpu:0`` and so on, are all the one CPU."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelLoadError(f"device is {name!r}; it must be cpu or one such as cuda:0") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise ModelLoadError(f"device is {name!r}; only cpu and cuda devices are supported")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index or 0
+    if index >= count:
+        raise ModelLoadError(f"device is {name!r}, but torch sees {count} CUDA devices; use cpu or install CUDA torch")
+    return torch.device("cuda", index)
+
+
+def _check_architecture(folder: Path, config: dict[str, Any]) -> None:
+    model_type = config.get("model_type")
+    if model_type not in cast("Any", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise ModelLoadError(f"{folder}: model_type is {model_type!r}, which transformers has no causal LM for")
+
+
+def _max_model_len(load: Load, config: dict[str, Any]) -> int:
+    context = max_model_len_from_config(config)
+    if load.max_model_len > context:
+        raise ModelLoadError(f"max_model_len is {load.max_model_len}; the model's context is {context} tokens")
+    return load.max_model_len or context
+
+
+def _choose_dtype(load: Load, folder: Path, device: torch.device) -> torch.dtype:
+    if load.dtype != "auto":
+        return cast("torch.dtype", getattr(torch, load.dtype))
+    if device.type != "cpu" or _has_bfloat16_instructions():
+        return torch.bfloat16
+    float32_bytes = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    fits = float32_bytes <= FLOAT32_SHARE_MAX * psutil.virtual_memory().available
+    return torch.float32 if fits else torch.bfloat16
+
+
+def _has_bfloat16_instructions() -> bool:
+    cpu = cast("Any", torch.cpu)
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())  # noqa: SLF001 - torch has no public name
+
+
+def _load_weights(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> Any:
+    with _report_weights(progress):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device} if device.type == "cuda" else None,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise ModelLoadError(f"{folder} lacks {len(missing)} weights of the model, first {missing[0]}")
+    return model.eval().requires_grad_(False)  # noqa: FBT003
+
+
+@contextmanager
+def _report_weights(progress: Progress) -> Iterator[None]:
+    """Turn transformers' progress bar into calls of ``progress`` while the block runs."""
+    module = cast("Any", core_model_loading)
+    original = module.tqdm
+
+    def report(weights: Iterable[Any], **_: Any) -> Iterator[Any]:
+        items = list(weights)
+        every = max(1, len(items) // PROGRESS_STEPS)
+        for done, item in enumerate(items):
+            if done % every == 0:
+                progress("weights", done, len(items), "tensors")
+            yield item
+        progress("weights", len(items), len(items), "tensors")
+
+    module.tqdm = report
+    try:
+        yield
+    finally:
+        module.tqdm = original
+
+
+def _kv_budget(layout: KvLayout, max_batch_size: int, max_model_len: int, device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = psutil.virtual_memory().available
+    return min(int(KV_SHARE[device.type] * free), max_batch_size * kv_bytes(layout, max_model_len))
+
+
+def _fingerprint(folder: Path) -> ModelFingerprint:
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        template_hash = _sha256(template)
+    else:
+        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        given = settings.get("chat_template")
+        template_hash = hashlib.sha256(given.encode()).hexdigest() if isinstance(given, str) else ""
+    weights = "".join(f"{path.name} {_sha256(path)}\n" for path in sorted(folder.glob("*.safetensors")))
+    return ModelFingerprint(
+        weights=hashlib.sha256(weights.encode()).hexdigest(),
+        tokenizer=_sha256(folder / "tokenizer.json"),
+        chat_template=template_hash,
+        config=_sha256(folder / "config.json"),
+    )
+
+
+def _sha256(path: Path) -> str:
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and _SHA256_NAME.fullmatch(blob.name):
+        return blob.name
+    return file_sha256(blob, "fingerprint", lambda *_: None)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{error}".split())[:300] or type(error).__name__

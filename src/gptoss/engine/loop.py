@@ -1,0 +1,91 @@
+"""The loop that serves an engine: load, then commands and steps in turn, in whatever thread or process owns it.
+
+Rules:
+- Commands are taken between steps, all that are there; without work the loop sleeps until one comes. So a cancel takes
+  effect within one step, and a snapshot's answer shows that steps still end.
+- The model stack is imported by ``serve``, not with this module, so that its owner is up before that takes its seconds.
+- The queue is bounded by ``COMMANDS_MAX``. Admission lets far fewer requests through; an engine behind by that many
+  commands is as good as hung, and its driver ends it.
+"""
+
+import queue
+from collections.abc import Callable, Iterator
+
+import psutil
+
+from gptoss.clock import NS_PER_MS, Clock
+from gptoss.engine.port import EngineCommand, EngineEvent, Load, Loaded, LoadFailed, LoadProgressed, Shutdown
+from gptoss.errors import EngineProtocolError, GptossError
+
+COMMANDS_MAX = 65_536
+EXIT_LOAD_FAILED = 1
+
+
+def serve(
+    load: Load,
+    commands: "queue.Queue[EngineCommand]",
+    emit: Callable[[EngineEvent], None],
+    clock: Clock,
+    *,
+    owns_process: bool,
+) -> int:
+    """Load and run until ``Shutdown``.
+
+    Args:
+        load: what to load.
+        commands: in order of arrival; filled by another thread.
+        emit: called in this thread with each event.
+        clock: for times.
+        owns_process: whether torch's thread count may be set without being asked for.
+
+    Returns:
+        0 after ``Shutdown``, ``EXIT_LOAD_FAILED`` if the model could not be loaded.
+    """
+    started_ns = clock.monotonic_ns()
+    emit(LoadProgressed(stage="import", done=0, total=0, unit="modules"))
+    import torch  # noqa: PLC0415 - see the module's rules
+
+    from gptoss.engine.core import EngineCore  # noqa: PLC0415
+    from gptoss.engine.load import load_model  # noqa: PLC0415
+
+    if load.num_threads or owns_process:
+        torch.set_num_threads(load.num_threads or psutil.cpu_count(logical=False) or 1)
+
+    def progress(stage: str, done: int, total: int, unit: str) -> None:
+        emit(LoadProgressed(stage=stage, done=done, total=total, unit=unit))
+
+    try:
+        model = load_model(load, progress)
+    except GptossError as error:
+        emit(LoadFailed(code=error.code, message=error.message))
+        return EXIT_LOAD_FAILED
+    load_ms = (clock.monotonic_ns() - started_ns) / NS_PER_MS
+    emit(
+        Loaded(
+            capabilities=model.capabilities,
+            fingerprint=model.fingerprint,
+            load_ms=load_ms,
+            pid=psutil.Process().pid,
+            notes=model.notes,
+        )
+    )
+    core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock)
+    while True:
+        for command in _take(commands, wait=not core.has_work()):
+            if isinstance(command, Shutdown):
+                return 0
+            if isinstance(command, Load):
+                raise EngineProtocolError("a second Load was sent to a loaded engine")
+            for event in core.handle(command):
+                emit(event)
+        if core.has_work():
+            for event in core.step():
+                emit(event)
+
+
+def _take(commands: "queue.Queue[EngineCommand]", *, wait: bool) -> Iterator[EngineCommand]:
+    """The commands that are there now; with ``wait``, at least one."""
+    if wait:
+        yield commands.get()
+    for _ in range(commands.qsize()):
+        yield commands.get()

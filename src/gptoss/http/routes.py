@@ -1,0 +1,56 @@
+"""The whole HTTP surface on one screen: every route, and what wraps all of them.
+
+The application knows no absolute path, so an embedder can mount it: ``parent.add_subapp("/llm", make_app(context))``.
+"""
+
+import asyncio
+
+from aiohttp import web
+
+from gptoss.http import admin, chat, health, models, page
+from gptoss.http.context import CLOSING, CONTEXT, HttpContext
+from gptoss.http.errors import answer_errors
+from gptoss.http.guard import admit_callers
+from gptoss.http.headers import response_request_id
+
+
+def make_app(context: HttpContext) -> web.Application:
+    """The application that serves ``context``."""
+    app = web.Application(middlewares=[answer_errors, admit_callers])
+    app[CONTEXT] = context
+    app[CLOSING] = asyncio.Event()
+    app[chat.NAMED_FIELDS] = set()
+    app[models.STARTED_S] = models.started_s(app)
+    app.on_response_prepare.append(_add_headers)
+    app.on_shutdown.append(_note_closing)
+    app.add_routes(
+        [
+            web.get("/", page.home),
+            web.post("/v1/chat/completions", chat.chat_completions),
+            web.get("/v1/models", models.list_models),
+            web.get("/v1/models/{model:.+}", models.show_model),
+            web.post("/cancel/{request_id}", admin.cancel),
+            web.get("/health", health.health),
+            web.get("/health/live", health.live),
+            web.get("/health/ready", health.ready),
+            web.get("/stats", health.stats),
+            web.get("/memory_stats", health.memory_stats),
+            web.get("/metrics", health.metrics),
+            web.get("/admin/requests", admin.recent_requests),
+            web.get("/admin/requests/{request_id}/events", admin.request_events),
+            web.get("/admin/debug/bundle", admin.debug_bundle),
+        ]
+    )
+    return app
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Request-ID"] = response_request_id(request)
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Server"] = "gptoss"
+    if request.app[CONTEXT].draining():
+        response.headers["Connection"] = "close"
+
+
+async def _note_closing(app: web.Application) -> None:
+    app[CLOSING].set()
