@@ -58,4 +58,3 @@ def test_every_module_opens_with_its_rules() -> None:
 
 def test_no_module_is_named_for_nothing_in_particular() -> None:
     assert not [str(path) for path in _modules() if BANNED_WORDS & set(path.stem.split("_"))]
-

@@ -67,7 +67,7 @@ def test_a_privileged_port_is_a_bad_setting(monkeypatch: pytest.MonkeyPatch) -> 
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(socket.socket, "bind", refuse)
-    with pytest.raises(ConfigError, match="port 80 is reserved.*1024"):
+    with pytest.raises(ConfigError, match=r"port 80 is reserved.*1024"):
         check_port("127.0.0.1", 80)
 
 

@@ -42,7 +42,20 @@ def golden(cls: type[Event]) -> dict[str, Any]:
 
 def meta_of(cls: type[Event]) -> Meta:
     return Meta(
-        "node-1", "boot_1", 41, "request/req_1", 7, cls.__name__, cls.VERSION, 40, "req_1", "0" * 32, "1" * 16, "a", 1, 9
+        "node-1",
+        "boot_1",
+        41,
+        "request/req_1",
+        7,
+        cls.__name__,
+        cls.VERSION,
+        40,
+        "req_1",
+        "0" * 32,
+        "1" * 16,
+        "a",
+        1,
+        9,
     )
 
 
@@ -59,7 +72,7 @@ def example(kind: Any, name: str) -> Any:
     """A value of a type; never its default, so that an old file shows every field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind in SCALARS:
-        return SCALARS[kind](name)
+        return scalar(kind, name)
     if origin is typing.Literal:
         return arguments[-1]
     if origin in {types.UnionType, typing.Union}:
@@ -73,13 +86,17 @@ def example(kind: Any, name: str) -> Any:
     raise SystemExit(f"golden.py knows no example of {kind} (field {name})")
 
 
-SCALARS: dict[Any, Any] = {
-    str: lambda name: f"{name} \u00e9",
-    int: lambda name: 1000 + len(name),
-    float: lambda name: len(name) + 0.5,
-    bool: lambda _: True,
-    msgspec.Raw: lambda _: encode_command(WithdrawRequest(now_ns=5, request_id="req_1")),
-}
+SCALARS = (str, int, float, bool, msgspec.Raw)
+
+
+def scalar(kind: Any, name: str) -> Any:
+    if kind is str:
+        return f"{name} \u00e9"
+    if kind is int:
+        return 1000 + len(name)
+    if kind is float:
+        return len(name) + 0.5
+    return True if kind is bool else encode_command(WithdrawRequest(now_ns=5, request_id="req_1"))
 
 
 if __name__ == "__main__":

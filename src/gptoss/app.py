@@ -34,7 +34,7 @@ from gptoss.clock import Clock, IdSource, Rng, SystemClock, SystemIds, SystemRng
 from gptoss.config import Settings
 from gptoss.devices import Device, parse_devices
 from gptoss.engine.model_source import PreparedModel, prepare_in_child
-from gptoss.engine.port import DriverFactory, Load, Renderer
+from gptoss.engine.port import DriverFactory, EngineDriver, Load, Renderer
 from gptoss.engine.process import ProcessDriver
 from gptoss.engine.prompt import load_renderer
 from gptoss.errors import ModelLoadError, NotReady
@@ -87,7 +87,7 @@ class ServingSystem:
         self.journal: Journal
         self.system: System
         self.gateway: Gateway
-        self._drivers = drivers or (lambda _: ProcessDriver())
+        self._drivers: DriverFactory = drivers or _own_process
         self._renderer = renderer
         self._model = model
         self._log = log
@@ -112,7 +112,6 @@ class ServingSystem:
             ConfigError, ModelLoadError: the model cannot be served.
             JournalError: the data folder cannot be used.
         """
-        settings = self.settings
         self.journal = await asyncio.to_thread(self._open_journal)
         self.system = System(
             name="gptoss", clock=self.clock, ids=self.ids, rng=self.rng, journal=self.journal
@@ -331,6 +330,10 @@ class ServingSystem:
     async def _idle(self) -> None:
         while self.gateway.running:
             await asyncio.sleep(0.02)
+
+
+def _own_process(_: str) -> EngineDriver:
+    return ProcessDriver()
 
 
 def _node_key(settings: Settings) -> bytes:

@@ -238,3 +238,7 @@ async def test_new_requests_are_503_while_draining(open_house: Callable[..., Any
     status, answer = await house.chat()
     assert (status, answer["error"]["code"]) == (503, "not_ready")
     assert house.gateway.rejected[0][0] == "not_ready"
+    reader, writer = await house.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    assert b"\r\nConnection: close\r\n" in answer, "clients should go elsewhere with their next request"

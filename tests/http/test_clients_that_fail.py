@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from gptoss.actors.generation import Delta, Generation
+from gptoss.actors.generation import Delta, Generation, Outcome
 from gptoss.http.routes import make_app
 
 WAIT_S = 5.0
@@ -21,7 +21,7 @@ async def queued_forever(generation: Generation) -> None:
 
 async def silent_forever(generation: Generation) -> None:
     generation.put_admitted(4)
-    generation.put(Delta(text="Hel", token_ids=(1,)))
+    generation.put(Delta(text="Half", token_ids=(1,)))
     await queued_forever(generation)
 
 
@@ -71,6 +71,15 @@ async def test_an_embedders_server_that_cancels_no_handlers_still_notices(
     assert [reason for _, reason in house.gateway.cancelled] == ["disconnect"]
 
 
+async def narrow_client(house: Any) -> socket.socket:
+    """A connection whose kernel takes next to nothing before its program reads."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", house.port))
+    return client
+
+
 @pytest.mark.parametrize("text_bytes", [200, 20_000])
 async def test_a_client_that_does_not_read_is_dropped(
     house: Any, chat_bytes: Callable[..., bytes], text_bytes: int
@@ -84,12 +93,8 @@ async def test_a_client_that_does_not_read_is_dropped(
             await asyncio.sleep(0.002)
 
     house.gateway.script = flows
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
-    client.setblocking(False)
-    loop = asyncio.get_running_loop()
-    await loop.sock_connect(client, ("127.0.0.1", house.port))
-    await loop.sock_sendall(client, chat_bytes(stream=True))
+    client = await narrow_client(house)
+    await asyncio.get_running_loop().sock_sendall(client, chat_bytes(stream=True))
     await asyncio.wait_for(house.gateway.over.wait(), WAIT_S)
     client.close()
     assert house.gateway.notices == ["first_byte", "slow"]
@@ -99,20 +104,47 @@ async def test_a_client_that_does_not_read_is_dropped(
 
 
 async def test_a_slow_client_that_does_read_is_kept(house: Any, chat_bytes: Callable[..., bytes]) -> None:
-    house.gateway.script = flows_forever
-    reader, writer = await house.raw(chat_bytes(stream=True))
-    for _ in range(12):  # three times the stall limit, always reading a little
-        assert await reader.read(2000)
-        await asyncio.sleep(0.1)
+    async def floods(generation: Generation) -> None:
+        generation.put_admitted(4)
+        generation.put(Delta(text="x" * 500_000, token_ids=(1,)))
+        await queued_forever(generation)
+
+    house.gateway.script = floods
+    loop = asyncio.get_running_loop()
+    client = await narrow_client(house)
+    await loop.sock_sendall(client, chat_bytes(stream=True))
+    for _ in range(60):  # three times the stall limit, always reading a little
+        assert await loop.sock_recv(client, 1000)
+        await asyncio.sleep(0.02)
     assert house.gateway.notices == ["first_byte"]
-    writer.transport.abort()
+    client.close()
     await asyncio.wait_for(house.gateway.over.wait(), WAIT_S)
+    assert house.gateway.notices == ["first_byte", "disconnect"]
+
+
+async def test_the_end_of_a_long_answer_waits_for_a_slow_client(house: Any, chat_bytes: Callable[..., bytes]) -> None:
+    async def ends_at_once(generation: Generation) -> None:
+        generation.put_admitted(4)
+        generation.put(Delta(text="x" * 200_000, token_ids=(1,)))
+        generation.end(Outcome(finish_reason="stop"))
+
+    house.gateway.script = ends_at_once
+    loop = asyncio.get_running_loop()
+    client = await narrow_client(house)
+    await loop.sock_sendall(client, chat_bytes(stream=True))
+    received = b""
+    while not received.endswith(b"0\r\n\r\n"):
+        received += await loop.sock_recv(client, 4000)
+        await asyncio.sleep(0.005)
+    client.close()
+    assert received.count(b"x") >= 200_000
+    assert b"data: [DONE]" in received
 
 
 async def test_a_stream_that_waits_for_its_tokens_is_no_stall(house: Any, chat_bytes: Callable[..., bytes]) -> None:
     house.gateway.script = silent_forever
     reader, writer = await house.raw(chat_bytes(stream=True))
-    await reader.readuntil(b"Hel")
+    await reader.readuntil(b"Half")
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(house.gateway.over.wait(), 0.9)
     writer.transport.abort()
@@ -132,7 +164,7 @@ async def test_a_client_that_leaves_during_its_upload_leaves_no_request(house: A
 async def test_closing_the_server_cancels_as_shutdown(house: Any, chat_bytes: Callable[..., bytes]) -> None:
     house.gateway.script = silent_forever
     reader, writer = await house.raw(chat_bytes(stream=True))
-    await reader.readuntil(b"Hel")
+    await reader.readuntil(b"Half")
     await house.server.close()
     await asyncio.wait_for(house.gateway.over.wait(), WAIT_S)
     assert [reason for _, reason in house.gateway.cancelled] == ["shutdown"]

@@ -80,7 +80,7 @@ async def test_refusals_are_the_clients_own_exceptions(house: Any, client: opena
 async def test_an_error_inside_a_stream_is_raised(house: Any, client: openai.AsyncOpenAI) -> None:
     async def dies(generation: Generation) -> None:
         generation.put_admitted(4)
-        generation.put(Delta(text="Hel", token_ids=(1,)))
+        generation.put(Delta(text="Half", token_ids=(1,)))
         await asyncio.sleep(0.01)
         generation.end(Outcome(error=EngineLost("the engine process died")))
 

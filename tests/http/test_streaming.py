@@ -120,7 +120,7 @@ async def test_logprobs_that_nobody_asked_for_are_left_out(house: Any) -> None:
 
 async def fails_late(generation: Generation) -> None:
     generation.put_admitted(4)
-    generation.put(Delta(text="Hel", token_ids=(1,)))
+    generation.put(Delta(text="Half", token_ids=(1,)))
     await asyncio.sleep(0.01)
     generation.end(Outcome(error=EngineLost("the engine process died")))
 
@@ -129,7 +129,7 @@ async def test_an_error_after_the_first_byte_is_the_last_frame(house: Any) -> No
     house.gateway.script = fails_late
     stream = await house.stream()
     assert stream.endswith(
-        text(b"Hel") + b"}\n\n"
+        text(b"Half") + b"}\n\n"
         b'data: {"error":{"message":"the engine process died","type":"server_error","param":null,"code":"engine_lost"}}'
         b"\n\n"
     )
@@ -143,7 +143,7 @@ async def test_an_error_of_a_whole_answer_has_its_status(house: Any) -> None:
 
 async def until_cancelled(generation: Generation) -> None:
     generation.put_admitted(4)
-    generation.put(Delta(text="Hel", token_ids=(1,)))
+    generation.put(Delta(text="Half", token_ids=(1,)))
     while generation.outcome is None:
         await asyncio.sleep(0.005)
 

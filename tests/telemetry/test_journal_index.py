@@ -74,7 +74,6 @@ def test_the_index_answers_as_a_full_read_does(folder: Path) -> None:
     assert answers(folder) == expected
 
 
-
 def delete(file: Path) -> None:
     file.unlink()
 

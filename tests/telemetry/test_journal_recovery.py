@@ -1,7 +1,7 @@
 """Damaged segments: torn tails are cut, everything else is set aside and raises where it stands."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +57,7 @@ def open_journal(folder: Path, boot: str) -> SegmentJournal:
 
 
 @contextmanager
-def recovered(files: dict[str, bytes]) -> Iterator[SegmentJournal]:
+def recovered(files: dict[str, bytes]) -> Generator[SegmentJournal]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file, data in files.items():
@@ -72,8 +72,7 @@ def recovered(files: dict[str, bytes]) -> Iterator[SegmentJournal]:
 def read_until_corrupt(journal: SegmentJournal) -> tuple[list[Record], str]:
     records: list[Record] = []
     try:
-        for record in journal.read():
-            records.append(record)
+        records.extend(journal.read())  # A list keeps what came before the error.
     except JournalCorrupt as error:
         return records, error.message
     return records, ""

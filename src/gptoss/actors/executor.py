@@ -25,6 +25,9 @@ STOP_TIMEOUT_S = 5.0
 # Memory readings that differ by less than this say nothing new and are not recorded.
 MEMORY_GRAIN_BYTES = 16 * 1024 * 1024
 
+# What shows that the engine gets on with its work; an answered probe shows only that the process lives.
+PROGRESS = (port.StepDone, port.Finished, port.Failed)
+
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """To itself, on a clock: is the engine alive, and how much memory does it use?"""
@@ -59,7 +62,7 @@ class ExecutorActor(ThreadedActor):
         self._driver = drivers(config.load.device)
         self._directory = directory
         self._in_flight: dict[str, _InFlight] = {}
-        self._heard_ns = 0
+        self._progress_ns = 0
         self._nonce = 0
         self._observed: tuple[int, int] = (0, -1)
         self._is_deaf = False
@@ -108,8 +111,8 @@ class ExecutorActor(ThreadedActor):
 
     def on_receive(self, message: object) -> None:
         """Hand each message to its handler."""
-        if not isinstance(message, Probe):
-            self._heard_ns = self._now()
+        if isinstance(message, PROGRESS) or not self._in_flight:
+            self._progress_ns = self._now()
         self._handlers[type(message)](message)
 
     def _hear(self, news: port.EngineEvent) -> None:
@@ -221,7 +224,7 @@ class ExecutorActor(ThreadedActor):
     # ---- health
 
     def _probe(self, _: Probe) -> None:
-        silent_ns = self._now() - self._heard_ns
+        silent_ns = self._now() - self._progress_ns
         if self._in_flight and silent_ns > self._config.step_timeout_s * NS_PER_S:
             self.record(ev.EngineStalled(executor=self._name, silent_ms=silent_ns / NS_PER_MS))
             self._driver.kill()

@@ -83,8 +83,8 @@ class Generation:
         request_id: str,
         model: str,
         created_s: int,
-        on_cancel: Callable[[CancelReason], None],
-        on_notice: Callable[[Notice, float], None],
+        on_cancel: Callable[[CancelReason], object],
+        on_notice: Callable[[Notice, float], object],
     ) -> None:
         self.request_id = request_id
         self.model = model

@@ -248,8 +248,8 @@ class RequestActor(DeciderActor[RequestState]):
 
     def _cancel(self, _: ev.CancelRequested) -> None:
         if self.state.phase == "running":
-            message = CancelInEngine(request_id=self._id)
-            self._directory.tell(executor_name(self.state.executor), message, control=True)
+            # On the same lane as the Submit, so that it cannot overtake it and be lost.
+            self._directory.tell(executor_name(self.state.executor), CancelInEngine(request_id=self._id))
 
     # ---- terminal events
 

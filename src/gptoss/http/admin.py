@@ -34,7 +34,7 @@ async def request_events(request: web.Request) -> web.StreamResponse:
     """``GET /admin/requests/{request_id}/events``: everything recorded about one request, in order."""
     for request_id in path_request_ids(request):
         if events := await request.app[CONTEXT].events(request_id):
-            return json_response({"object": "list", "request_id": request_id, "data": events})
+            return json_response({"request_id": request_id, "events": events})
     raise _unknown(request, "no request has")
 
 

@@ -7,10 +7,10 @@
 """
 
 import ipaddress
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from yarl import URL
 
 from gptoss.config import Settings
 from gptoss.http.context import CONTEXT
@@ -53,6 +53,6 @@ def _is_loopback(host: str) -> bool:
 def _host_name(host: str) -> str:
     """The name in a ``Host`` header, without its port; empty when it is malformed."""
     try:
-        return (URL(f"http://{host}").host or "").lower()
+        return (urlsplit(f"//{host}").hostname or "").lower()
     except ValueError:
         return ""

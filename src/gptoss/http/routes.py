@@ -49,6 +49,7 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Server"] = "gptoss"
     if request.app[CONTEXT].draining():
+        response.force_close()
         response.headers["Connection"] = "close"
 
 

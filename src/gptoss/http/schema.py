@@ -16,7 +16,7 @@ from msgspec import Meta
 from gptoss.errors import RequestError
 
 MAX_DEPTH = 64
-MAX_CONTAINERS = 65_536
+MAX_CONTAINERS = 20_000
 """Arrays and objects in one body; bounds the time of the depth check."""
 
 ModelName = Annotated[str, Meta(max_length=256)]

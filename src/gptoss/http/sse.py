@@ -1,7 +1,7 @@
 """Server-sent events: one response that is written as it grows, and the client at its other end.
 
 Rules:
-- A frame goes out whole, in one write. Silence of ``keepalive_s`` is broken by a comment.
+- Silence of ``keepalive_s`` is broken by a comment, between frames and never inside one.
 - A client that is gone shows as ``ConnectionError``; one that takes nothing for ``stall_s`` as ``TimeoutError``, and
   its connection is aborted, because a polite close would wait for it.
 - "Takes nothing" is measured: bytes wait, here or in the kernel's send queue, and none of them was acknowledged. The
@@ -23,9 +23,12 @@ from aiohttp import web
 from gptoss.clock import NS_PER_MS, NS_PER_S, Clock
 from gptoss.http.errors import STREAM_STARTED
 
+MS_PER_S = 1000
 KEEPALIVE = b": keepalive\n\n"
-# A write of less than this into an empty transport stays below its high-water mark (64 KiB), so it cannot block.
-_UNBLOCKED_BYTES = 32_768
+# At most this much waits in the transport before a write, and at most this much is written at once: together less than
+# its high-water mark (64 KiB), so that no write ever blocks and a stall is always seen by ``check``.
+_BACKLOG_BYTES = 24_576
+_BACKLOG_POLL_S = 0.05
 _CHECK_NS = NS_PER_S // 4
 
 
@@ -73,25 +76,28 @@ class ClientConnection:
         if not waiting or taken > self._taken_bytes:
             self._progress_ns = self._checked_ns
         self._taken_bytes = taken
-        if self.stalled_ms > self._stall_s * 1000:
+        if self.stalled_ms >= self._stall_s * MS_PER_S:
             raise TimeoutError(f"the client has taken nothing for {self.stalled_ms:.0f} ms")
 
     async def write(self, response: web.StreamResponse, data: bytes) -> None:
-        """Send ``data``. Raises as ``check`` does."""
+        """Send ``data`` once the client has room for it. Raises as ``check`` does."""
         if self._clock.monotonic_ns() - self._checked_ns >= _CHECK_NS:
             self.check()
-        self._sent_bytes += len(data)
-        transport = self._request.transport
-        if transport is not None and not transport.get_write_buffer_size() and len(data) < _UNBLOCKED_BYTES:
-            await response.write(data)
-            return
-        async with asyncio.timeout(self._stall_s):
-            await response.write(data)
+        for start in range(0, len(data), _BACKLOG_BYTES):
+            await self._wait_below(_BACKLOG_BYTES)
+            part = data[start : start + _BACKLOG_BYTES]
+            self._sent_bytes += len(part)
+            await response.write(part)
 
     async def finish(self, response: web.StreamResponse) -> None:
-        """End ``response`` in order. Raises as ``check`` does."""
-        async with asyncio.timeout(self._stall_s):
-            await response.write_eof()
+        """End ``response`` once everything before its end is on its way. Raises as ``check`` does."""
+        await self._wait_below(0)
+        await response.write_eof()
+
+    async def _wait_below(self, limit_bytes: int) -> None:
+        while (transport := self._request.transport) and transport.get_write_buffer_size() > limit_bytes:
+            self.check()
+            await asyncio.sleep(_BACKLOG_POLL_S)
 
     def abort(self) -> None:
         """Drop the connection without waiting for what it has not taken."""

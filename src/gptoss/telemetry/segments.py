@@ -269,9 +269,9 @@ class SegmentJournal:
     def _give_up(self, reason: str) -> None:
         with self._lock:
             self._stop(reason)
+            self.append(LogDegraded(reason=reason), Origin(stream="journal", actor="journal"))
         for log in self._logs.values():
             log.abandon()
-        self.append(LogDegraded(reason=reason), Origin(stream="journal", actor="journal"))
 
     def _stop(self, reason: str) -> None:
         self._stop_reason = reason

@@ -283,7 +283,7 @@ def _check_order(own: list[Record]) -> list[str]:
     stream = [record for record in own if received and record.meta.stream == received[0].meta.stream]
     problems = [
         f"seq {record.meta.seq} of {record.meta.stream} stands where {expected} should"
-        for expected, record in enumerate(stream, start=received[0].meta.seq if received else 0)
+        for expected, record in enumerate(stream, start=stream[0].meta.seq if stream else 0)
         if record.meta.seq != expected
     ][:1]
     terminal_pos = next((record.meta.pos for record in _of(stream, *ev.TERMINAL_EVENTS)), None)
