@@ -1,6 +1,6 @@
 """Run the actor system inside another asyncio program, without HTTP.
 
-    python examples/embed.py "What is the capital of France?"
+python examples/embed.py "What is the capital of France?"
 """
 
 import asyncio

@@ -113,9 +113,7 @@ class ServingSystem:
             JournalError: the data folder cannot be used.
         """
         self.journal = await asyncio.to_thread(self._open_journal)
-        self.system = System(
-            name="gptoss", clock=self.clock, ids=self.ids, rng=self.rng, journal=self.journal
-        )
+        self.system = System(name="gptoss", clock=self.clock, ids=self.ids, rng=self.rng, journal=self.journal)
         await self.system.start()
         self.system.on_escalated(self._note_escalation)
         try:
@@ -328,7 +326,7 @@ class ServingSystem:
         )
 
     async def _idle(self) -> None:
-        while self.gateway.running:
+        while self.gateway.running:  # noqa: ASYNC110 - a count in another object; polled only while draining
             await asyncio.sleep(0.02)
 
 

@@ -106,4 +106,3 @@ def _welcome(settings: Settings, port: int, model: str) -> None:
     url = f"http://{host}:{port}"
     console = Console(stderr=True, highlight=False)
     console.print(f"\n[bold green]Ready[/]  {model} at [bold]{url}[/]   (page: {url}/  API: {url}/v1  stop: Ctrl-C)\n")
-

@@ -6,8 +6,8 @@ from typing import Any
 from aiohttp import web
 
 from gptoss.app import ServingSystem
-from gptoss.http.routes import make_app as make_http_app
 from gptoss.http.context import HttpContext
+from gptoss.http.routes import make_app as make_http_app
 from gptoss.messages.codec import as_json
 from gptoss.telemetry.bundle import system_snapshot
 

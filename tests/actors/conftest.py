@@ -67,7 +67,7 @@ class ListJournal:
             record
             for record in tuple(self._records)
             if stream in {None, record.meta.stream} and correlation in {None, record.meta.correlation}
-            if record.meta.pos > after and record.event.FAMILY == family and boot in {None, self.boot}
+            if record.meta.pos > after and family == record.event.FAMILY and boot in {None, self.boot}
         ]
         return iter(found[:limit])
 

@@ -11,7 +11,7 @@ import pykka
 import pytest
 from pykka._envelope import Envelope
 
-from gptoss.actors.actor import LoopActor, ThreadedActor
+from gptoss.actors.actor import LoopActor, SystemActor, ThreadedActor
 from gptoss.actors.future import ReplyFuture
 from gptoss.actors.inbox import Inbox, Letter, MailboxSpec
 from gptoss.actors.journal import Journal
@@ -169,7 +169,7 @@ def test_a_stock_on_start_failure_is_silent(lone_registry: None) -> None:
 
 @pytest.mark.parametrize("base", [LoopActor, ThreadedActor])
 async def test_our_on_start_failure_is_an_event_and_reaches_supervision(
-    system: System, journal: Journal, base: type[LoopActor] | type[ThreadedActor]
+    system: System, journal: Journal, base: type[SystemActor]
 ) -> None:
     starts: list[int] = []
 

@@ -1,7 +1,10 @@
-"""The demo model, prepared once for all tests of the engine."""
+"""The demo model, prepared once for all tests of the engine, and tiny models with random weights."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,3 +27,73 @@ def demo_folder(demo_cache: Path) -> str:
 
 def _ignore(stage: str, done: int, total: int, unit: str) -> None:
     del stage, done, total, unit
+
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 640,
+    "eos_token_id": 256,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+"""Of the tiny models: token ids below 256 are single bytes, 256 is the end of a text."""
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Makes a prepared folder of a two-layer model with random weights, by the name of its kind."""
+    import torch
+    import transformers
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "llama": lambda: transformers.LlamaConfig(**TINY),
+        "mistral": lambda: transformers.MistralConfig(**TINY, sliding_window=8),
+        "qwen3": lambda: transformers.Qwen3Config(
+            **TINY, use_sliding_window=True, sliding_window=8, max_window_layers=1
+        ),
+        "gpt_oss": lambda: transformers.GptOssConfig(
+            **TINY,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        "gemma2": lambda: transformers.Gemma2Config(**TINY, sliding_window=8),
+    }
+
+    @functools.cache
+    def make(kind: str) -> str:
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(1)
+        model: Any = transformers.AutoModelForCausalLM.from_config(kinds[kind](), dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("sinks"):
+                    parameter.normal_()
+                elif parameter.ndim > 1:
+                    parameter.mul_(5)  # far from uniform, so that a wrong step shows
+        model.save_pretrained(folder)
+        write_byte_tokenizer(folder / "tokenizer.json")
+        return str(folder)
+
+    return make
+
+
+def write_byte_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer without merges: token ``b`` is the byte ``b``, token 256 the special ``<|end|>``."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    from gptoss.engine.token_text import byte_alphabet
+
+    tokenizer = Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.save(str(path))

@@ -60,7 +60,7 @@ async def test_a_served_name_may_hold_a_slash(house: Any) -> None:
 
 async def test_events_of_a_request_or_404(house: Any) -> None:
     status, answer = await get(house, "/admin/requests/known/events")
-    assert (status, answer["data"][0]["type"]) == (200, "RequestReceived")
+    assert (status, answer["events"][0]["type"]) == (200, "RequestReceived")
     assert (await get(house, "/admin/requests/chatcmpl-known/events"))[1]["request_id"] == "known"
     status, answer = await get(house, "/admin/requests/unknown/events")
     assert (status, answer["error"]["code"]) == (404, "request_not_found")

@@ -307,7 +307,7 @@ class LoopActor(SystemActor):
                 if not survives:
                     return
                 continue
-            if result is not None and hasattr(result, "__await__"):
+            if result is not None and result is not letter.reply_to and hasattr(result, "__await__"):
                 self._wait_for(letter, result)
                 return
             if letter.reply_to is not None:

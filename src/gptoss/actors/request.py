@@ -262,7 +262,9 @@ class RequestActor(DeciderActor[RequestState]):
         self._finish_with(Outcome(finish_reason=event.finish_reason, usage=usage, stop_reason=event.stop_reason))
 
     def _failed(self, event: ev.RequestFailed) -> None:
-        self._finish_with(Outcome(error=error_from(event.code, event.message), usage=self._usage(event.completion_tokens)))
+        self._finish_with(
+            Outcome(error=error_from(event.code, event.message), usage=self._usage(event.completion_tokens))
+        )
 
     def _cancelled(self, event: ev.RequestCancelled) -> None:
         usage = self._usage(event.completion_tokens)

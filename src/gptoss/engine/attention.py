@@ -11,7 +11,7 @@ Rules:
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 import torch
@@ -20,6 +20,8 @@ from torch.nn import functional
 from gptoss.engine.kv_cache import KvSlot, LayerGeometry
 
 ATTENTION_NAME = "gptoss_slots"
+
+_foreach_copy = cast("Any", torch)._foreach_copy_  # private, but what torch's optimisers are built of: one call for many
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +81,9 @@ def slot_attention(
 
     Args:
         module: the layer; its ``layer_idx`` says which.
-        query, key, value: ``[1, heads, T, head_dim]``.
+        query: ``[1, heads, T, head_dim]``.
+        key: ``[1, kv_heads, T, head_dim]``.
+        value: as ``key``.
         attention_mask: none; a model that makes its own is not supported.
         options: ``scaling``, ``sliding_window``, ``s_aux`` and the ``packed`` rows of this step.
 
@@ -91,9 +95,9 @@ def slot_attention(
     packed: Packed | None = options.get("packed")
     if packed is None or attention_mask is not None or options.get("softcap") is not None:
         raise UnsupportedAttentionError("the model does not pass packed rows on, masks by itself or caps scores")
-    scale: float | None = options.get("scaling")
+    scaling: float | None = options.get("scaling")
     layer_options = LayerOptions(options.get("sliding_window") or 0, options.get("s_aux"))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     return packed.attend(module.layer_idx, (query[0], key[0], value[0]), scale, layer_options)[None], None
 
 
@@ -174,11 +178,11 @@ class PackedRows:
         heads, _, head_dim = query.shape
         kv_heads = kv.shape[1]
         views = self._decodes[layer]
-        torch._foreach_copy_([target for target, _, _ in views], kv.unbind(2)[: self._num_decodes])  # noqa: SLF001 - one call for all rows
+        _foreach_copy([target for target, _, _ in views], kv.unbind(2)[: self._num_decodes])
         sinks = options.sinks.view(1, kv_heads, -1) if options.sinks is not None else None
         folded = query.transpose(0, 1)[: self._num_decodes].reshape(-1, 1, kv_heads, heads // kv_heads, head_dim)
         for row, (_, keys, values) in zip(folded.unbind(0), views, strict=True):
-            results.append(attend(row, keys, values, scale, sinks=sinks).reshape(1, heads, head_dim))
+            results.append(attend(row, (keys, values), scale, sinks=sinks).reshape(1, heads, head_dim))
 
     def _attend_prefill(
         self, layer: int, chunk: Chunk, qkv: tuple[torch.Tensor, torch.Tensor], scale: float, options: LayerOptions
@@ -192,7 +196,7 @@ class PackedRows:
         shared = keys[:, None].expand(-1, groups, -1, -1, -1)
         sinks = options.sinks.view(-1, groups).t()[:, :, None] if options.sinks is not None else None
         mask = self._mask(chunk.start, rows, first, options.window, query)
-        out = attend(folded, shared[0], shared[1], scale, sinks=sinks, mask=mask, is_causal=mask is None)
+        out = attend(folded, (shared[0], shared[1]), scale, sinks=sinks, mask=mask, is_causal=mask is None)
         return out.permute(2, 1, 0, 3).reshape(rows, heads, head_dim)
 
     def _mask(self, start: int, rows: int, first: int, window: int, like: torch.Tensor) -> torch.Tensor | None:
@@ -230,8 +234,7 @@ def _store_chunk(slot: KvSlot, layer: int, kv: torch.Tensor, start: int) -> tupl
 
 def attend(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
     scale: float,
     *,
     sinks: torch.Tensor | None = None,
@@ -242,7 +245,7 @@ def attend(
 
     Args:
         query: ``[batch, heads, rows, head_dim]``.
-        keys, values: ``[batch, heads, length, head_dim]``.
+        kv: keys and values, ``[batch, heads, length, head_dim]`` each.
         scale: factor of the scores.
         sinks: broadcast to ``[batch, heads, rows]``.
         mask: added to the scores, ``[rows, length]``.
@@ -251,6 +254,7 @@ def attend(
     Returns:
         ``[batch, heads, rows, head_dim]``.
     """
+    keys, values = kv
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - the public call hides lse
             query, keys, values, 0.0, is_causal, attn_mask=mask, scale=scale

@@ -155,11 +155,12 @@ class EngineCore:
         start = sequence.num_computed
         sequence.num_computed += item.num_tokens
         prefilled = max(0, min(sequence.num_computed, sequence.num_prompt) - start)
-        identity = {"request_id": sequence.submit.request_id, "attempt": sequence.submit.attempt}
+        request_id, attempt = sequence.submit.request_id, sequence.submit.attempt
         if draw is None or draw.token_id is None:
-            return StepRow(**identity, prefilled=prefilled)
+            return StepRow(request_id=request_id, attempt=attempt, prefilled=prefilled)
         return StepRow(
-            **identity,
+            request_id=request_id,
+            attempt=attempt,
             token_ids=(draw.token_id,),
             text=sequence.push(draw.token_id),
             prefilled=prefilled,

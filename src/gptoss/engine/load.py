@@ -3,13 +3,14 @@
 Rules:
 - Safetensors only, no remote code, no network. Whatever goes wrong becomes a ``ModelLoadError`` of one line.
 - ``auto`` is bfloat16, except on a CPU without bfloat16 instructions: there float32, if that fits well into free memory.
-  Measured on such a CPU with packed linear layers: four times as fast at prefill, twice at eight streams.
+  Measured there on the 135M model with packed linear layers, bfloat16 against float32: prefill of 136 tokens 595 and
+  242 ms, a decoding step 75 and 60 ms at one stream, 103 and 80 ms at eight.
 - The weights are hashed in a thread beside the loading. A file of the hub's cache is named by its hash already.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from gptoss.engine.runner import Runner, choose_runner, vocab_size
 from gptoss.errors import ModelLoadError
 from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # transformers is only partly typed.
 
 Progress: TypeAlias = Callable[[str, int, int, str], None]
@@ -146,7 +147,7 @@ def _has_bfloat16_instructions() -> bool:
 
 def _load_weights(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> Any:
     with _report_weights(progress):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device} if device.type == "cuda" else None,
@@ -159,11 +160,11 @@ def _load_weights(folder: Path, dtype: torch.dtype, device: torch.device, progre
     missing = sorted(info["missing_keys"])
     if missing:  # transformers would go on with random numbers in their place
         raise ModelLoadError(f"{folder} lacks {len(missing)} weights of the model, first {missing[0]}")
-    return model.eval().requires_grad_(False)  # noqa: FBT003
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
-def _report_weights(progress: Progress) -> Iterator[None]:
+def _report_weights(progress: Progress) -> Generator[None]:
     """Turn transformers' progress bar into calls of ``progress`` while the block runs."""
     module = cast("Any", core_model_loading)
     original = module.tqdm
@@ -213,7 +214,11 @@ def _sha256(path: Path) -> str:
     blob = path.resolve()
     if blob.parent.name == "blobs" and _SHA256_NAME.fullmatch(blob.name):
         return blob.name
-    return file_sha256(blob, "fingerprint", lambda *_: None)
+    return file_sha256(blob, "fingerprint", _unseen)
+
+
+def _unseen(stage: str, done: int, total: int, unit: str) -> None:
+    """Progress that runs beside the loading is not told."""
 
 
 def _one_line(error: BaseException) -> str:

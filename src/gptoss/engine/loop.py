@@ -8,14 +8,20 @@ Rules:
   commands is as good as hung, and its driver ends it.
 """
 
+import os
 import queue
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import psutil
 
 from gptoss.clock import NS_PER_MS, Clock
 from gptoss.engine.port import EngineCommand, EngineEvent, Load, Loaded, LoadFailed, LoadProgressed, Shutdown
 from gptoss.errors import EngineProtocolError, GptossError
+
+if TYPE_CHECKING:
+    from gptoss.engine.core import EngineCore
+    from gptoss.engine.load import LoadedModel
 
 COMMANDS_MAX = 65_536
 EXIT_LOAD_FAILED = 1
@@ -43,37 +49,49 @@ def serve(
     """
     started_ns = clock.monotonic_ns()
     emit(LoadProgressed(stage="import", done=0, total=0, unit="modules"))
-    import torch  # noqa: PLC0415 - see the module's rules
-
-    from gptoss.engine.core import EngineCore  # noqa: PLC0415
-    from gptoss.engine.load import load_model  # noqa: PLC0415
+    from gptoss.engine.core import EngineCore  # noqa: PLC0415 - see the module's rules
 
     if load.num_threads or owns_process:
-        torch.set_num_threads(load.num_threads or psutil.cpu_count(logical=False) or 1)
-
-    def progress(stage: str, done: int, total: int, unit: str) -> None:
-        emit(LoadProgressed(stage=stage, done=done, total=total, unit=unit))
-
+        _set_num_threads(load.num_threads or psutil.cpu_count(logical=False) or 1)
     try:
-        model = load_model(load, progress)
+        model = _load(load, emit)
     except GptossError as error:
         emit(LoadFailed(code=error.code, message=error.message))
         return EXIT_LOAD_FAILED
-    load_ms = (clock.monotonic_ns() - started_ns) / NS_PER_MS
     emit(
         Loaded(
             capabilities=model.capabilities,
             fingerprint=model.fingerprint,
-            load_ms=load_ms,
-            pid=psutil.Process().pid,
+            load_ms=(clock.monotonic_ns() - started_ns) / NS_PER_MS,
+            pid=os.getpid(),
             notes=model.notes,
         )
     )
-    core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock)
+    _run(EngineCore(model.runner, model.capabilities, model.tokenizer, clock), commands, emit)
+    return 0
+
+
+def _load(load: Load, emit: Callable[[EngineEvent], None]) -> "LoadedModel":
+    from gptoss.engine.load import load_model  # noqa: PLC0415 - see the module's rules
+
+    def progress(stage: str, done: int, total: int, unit: str) -> None:
+        emit(LoadProgressed(stage=stage, done=done, total=total, unit=unit))
+
+    return load_model(load, progress)
+
+
+def _set_num_threads(num_threads: int) -> None:
+    import torch  # noqa: PLC0415 - see the module's rules
+
+    torch.set_num_threads(num_threads)
+
+
+def _run(core: "EngineCore", commands: "queue.Queue[EngineCommand]", emit: Callable[[EngineEvent], None]) -> None:
+    """Commands and steps in turn, until ``Shutdown``."""
     while True:
         for command in _take(commands, wait=not core.has_work()):
             if isinstance(command, Shutdown):
-                return 0
+                return
             if isinstance(command, Load):
                 raise EngineProtocolError("a second Load was sent to a loaded engine")
             for event in core.handle(command):

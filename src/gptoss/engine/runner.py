@@ -29,6 +29,9 @@ from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.packed_linear import pack_linears
 from gptoss.messages.model import KvLayout
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch and transformers are only partly typed.
+
 MIN_ROWS = 4
 """Rows of a matrix product fall into bit classes by their number (1, 2-3, 4 and more): fewer are padded to this."""
 

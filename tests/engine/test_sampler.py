@@ -1,0 +1,151 @@
+"""The sampler: settings of one request, noise of one (seed, position, token)."""
+
+import math
+
+import pytest
+import torch
+
+from gptoss.engine.sampler import SamplerState, draw_tokens, gumbel_noise
+from gptoss.messages.sampling import SamplingParams
+
+VOCAB = 50
+
+
+def logits(seed: int = 0, size: int = VOCAB) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def draw(row: torch.Tensor, position: int = 7, output: tuple[int, ...] = (), **settings: object) -> int | None:
+    state = SamplerState(SamplingParams(**settings), prompt_ids=(1, 2), end_ids=(5,))  # pyright: ignore[reportArgumentType]
+    for token_id in output:
+        state.push(token_id)
+    return draw_tokens([row], [state], [position])[0].token_id
+
+
+def many(row: torch.Tensor, count: int = 300, **settings: object) -> set[int | None]:
+    return {draw(row, position, temperature=1.0, seed=3, **settings) for position in range(count)}
+
+
+def test_temperature_zero_takes_the_best_token() -> None:
+    row = logits()
+    assert draw(row, temperature=0.0) == int(row.argmax())
+
+
+def test_the_same_seed_and_position_give_the_same_token_and_others_do_not() -> None:
+    row = torch.zeros(VOCAB)
+    first = [draw(row, position, seed=11) for position in range(20)]
+    assert first == [draw(row, position, seed=11) for position in range(20)]
+    assert first != [draw(row, position, seed=12) for position in range(20)]
+    assert len(set(first)) > 5
+
+
+def test_the_noise_is_the_same_on_every_machine() -> None:
+    noise = gumbel_noise(42, 1000, torch.tensor([0, 1, 151_000]))
+    assert noise.tolist() == pytest.approx([float.fromhex(value) for value in GOLDEN_NOISE], rel=1e-14)
+
+
+GOLDEN_NOISE: list[str] = []
+
+
+def test_a_negative_seed_is_a_seed_like_any_other() -> None:
+    ids = torch.arange(100)
+    assert not torch.equal(gumbel_noise(-1, 0, ids), gumbel_noise(1, 0, ids))
+    assert torch.isfinite(gumbel_noise(-(2**63), 0, ids)).all()
+
+
+def test_draws_do_not_depend_on_the_batch() -> None:
+    rows = [logits(index) for index in range(8)]
+    params = [SamplingParams(temperature=0.5 + index / 8, seed=index, top_p=0.9, top_k=index * 5) for index in range(8)]
+    states = [SamplerState(each, (), ()) for each in params]
+    together = [each.token_id for each in draw_tokens(rows, states, list(range(8)))]
+    alone = [draw_tokens([rows[i]], [states[i]], [i])[0].token_id for i in reversed(range(8))]
+    assert together == alone[::-1]
+
+
+def test_draws_follow_the_softmax() -> None:
+    row = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    counts = [0] * 4
+    for position in range(4000):
+        token_id = draw(row, position, temperature=1.0, seed=5)
+        assert token_id is not None
+        counts[token_id] += 1
+    for count, expected in zip(counts, (0.5, 0.3, 0.15, 0.05), strict=True):
+        assert count / 4000 == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 4000))
+
+
+def test_top_k_draws_only_from_the_best_k() -> None:
+    row = logits() / 10
+    assert many(row, top_k=3) == set(row.topk(3).indices.tolist())
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_the_mass() -> None:
+    row = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    assert many(row, top_p=0.6) == {0, 1}
+    assert many(row, top_p=0.05) == {0}
+
+
+def test_top_p_reaches_beyond_the_quick_pool_where_the_mass_is_flat() -> None:
+    drawn = many(torch.linspace(0.0, 0.1, 3000), top_p=0.95, count=400)
+    assert len(drawn) > 300
+    assert min(token_id for token_id in drawn if token_id is not None) < 1500
+
+
+def test_top_p_applies_to_what_top_k_left() -> None:
+    row = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    assert many(row, top_k=2, top_p=0.5) == {0}
+
+
+def test_min_p_drops_what_is_unlikely_beside_the_best() -> None:
+    row = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    assert many(row, min_p=0.4) == {0, 1}
+
+
+def test_logit_bias_moves_a_token() -> None:
+    row = logits()
+    assert draw(row, temperature=0.0, logit_bias={17: 100.0}) == 17
+    assert draw(row, temperature=0.0, logit_bias={int(row.argmax()): -100.0}) == int(row.topk(2).indices[1])
+
+
+def test_min_tokens_holds_the_end_back() -> None:
+    row = torch.zeros(VOCAB)
+    row[5], row[9] = 10.0, 5.0
+    assert draw(row, temperature=0.0, min_tokens=2, output=(1,)) == 9
+    assert draw(row, temperature=0.0, min_tokens=2, output=(1, 1)) == 5
+
+
+def test_penalties_count_what_they_say() -> None:
+    row = torch.zeros(VOCAB)
+    row[1], row[8], row[9] = 2.0, 1.5, 1.0
+    assert draw(row, temperature=0.0) == 1
+    assert draw(row, temperature=0.0, presence_penalty=2.0) == 1, "the prompt's tokens are not penalised for presence"
+    assert draw(row, temperature=0.0, presence_penalty=0.6, output=(1, 1)) == 8
+    assert draw(row, temperature=0.0, frequency_penalty=0.6, output=(1, 1, 8)) == 9
+    assert draw(row, temperature=0.0, repetition_penalty=1.5) == 8, "the prompt's tokens count for repetition"
+
+
+def test_a_row_that_is_not_finite_is_reported_and_leaves_the_others_alone() -> None:
+    broken = logits()
+    broken[3] = float("nan")
+    rows = [logits(1), broken, logits(1) * float("inf"), logits(2)]
+    states = [SamplerState(SamplingParams(temperature=1.0, seed=1), (), ()) for _ in rows]
+    ids = [each.token_id for each in draw_tokens(rows, states, [0, 0, 0, 0])]
+    assert ids[1:3] == [None, None]
+    assert ids[0] == draw_tokens(rows[:1], states[:1], [0])[0].token_id
+    assert ids[3] is not None
+
+
+def test_logprobs_are_of_the_models_own_distribution() -> None:
+    row = logits()
+    state = SamplerState(SamplingParams(temperature=0.0, logprobs=3, logit_bias={17: 100.0}), (), ())
+    (result,) = draw_tokens([row], [state], [0])
+    expected = torch.log_softmax(row, dim=0)
+    assert result.token_id == 17
+    assert result.logprob == pytest.approx(float(expected[17]), abs=1e-6)
+    assert [token_id for token_id, _ in result.top] == row.topk(3).indices.tolist()
+
+
+def test_zero_logprobs_report_the_chosen_token_only() -> None:
+    state = SamplerState(SamplingParams(temperature=0.0, logprobs=0), (), ())
+    (result,) = draw_tokens([logits().bfloat16()], [state], [0])
+    assert result.logprob is not None
+    assert result.top == ()
