@@ -1,7 +1,7 @@
 """The whole actor system over a fake engine: every request ends once, and the journal tells the truth about it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,15 @@ def request(
 @asynccontextmanager
 async def serving(
     options: FakeOptions | None = None, *, drivers: Callable[[str], FakeDriver] | None = None, **settings: Any
-) -> AsyncIterator[ServingSystem]:
+) -> AsyncGenerator[ServingSystem]:
     values: dict[str, Any] = {"journal": "memory", "devices": "cpu", **settings}
-    make = drivers or (lambda _: FakeDriver(options))
-    async with ServingSystem(Settings(**values), drivers=make, renderer=FakeRenderer(), model=MODEL) as system:
+
+    def fake(_: str) -> FakeDriver:
+        return FakeDriver(options)
+
+    async with ServingSystem(
+        Settings(**values), drivers=drivers or fake, renderer=FakeRenderer(), model=MODEL
+    ) as system:
         await system.ready(10.0)
         yield system
 

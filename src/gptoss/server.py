@@ -13,32 +13,24 @@ from rich.console import Console
 
 from gptoss.app import ServingSystem
 from gptoss.config import Layered, Settings
-from gptoss.errors import ConfigError, GptossError, JournalError
 from gptoss.http.server import RunningServer, serve
 from gptoss.serving_context import make_app
 from gptoss.telemetry.logs import LogWriter
 
 EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_UNWRITABLE = 78
+SIGNAL_EXIT = 128
 
 
 def run_server(layered: Layered) -> int:
-    """Serve until told to stop; returns the exit status."""
+    """Serve until told to stop; returns the exit status.
+
+    Raises:
+        GptossError: the server cannot start; the command line turns it into one line and an exit status.
+    """
     try:
         return asyncio.run(_serve(layered.settings))
-    except GptossError as error:
-        sys.stderr.write(f"gptoss: {error.message}\n")
-        return exit_status(error)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-
-
-def exit_status(error: GptossError) -> int:
-    """The exit status of a start that ``error`` ended."""
-    if isinstance(error, JournalError):
-        return EXIT_UNWRITABLE
-    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+        return SIGNAL_EXIT + signal.SIGINT
 
 
 async def _serve(settings: Settings) -> int:

@@ -10,6 +10,7 @@ from gptoss.http.context import HttpContext
 from gptoss.http.routes import make_app as make_http_app
 from gptoss.messages.codec import as_json
 from gptoss.telemetry.bundle import system_snapshot
+from gptoss.telemetry.request_records import request_records
 
 PROFILE_TEMPERATURES = {"latency_first": 0.7, "quality_first": 0.8}
 
@@ -28,7 +29,7 @@ def http_context(serving: ServingSystem) -> HttpContext:
         return serving.metrics.render(accept)
 
     async def events(request_id: str) -> list[dict[str, Any]]:
-        return await asyncio.to_thread(lambda: [as_json(r) for r in journal.read(correlation=request_id)])
+        return await asyncio.to_thread(lambda: [as_json(r) for r in request_records(journal, request_id)])
 
     async def snapshot() -> dict[str, Any]:
         await serving.caught_up()

@@ -4,11 +4,15 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from gptoss.engine.model_source import prepare_in_child
+from gptoss.engine.port import Load
+
+if TYPE_CHECKING:
+    from gptoss.engine.load import LoadedModel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -97,3 +101,16 @@ def write_byte_tokenizer(path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     tokenizer.save(str(path))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Callable[[str], str]) -> Callable[..., "LoadedModel"]:
+    """Loads a tiny model in float32, once for each kind and set of limits."""
+    from gptoss.engine.load import load_model
+
+    @functools.cache
+    def load(kind: str = "llama", **limits: int) -> "LoadedModel":
+        options = {"max_batch_size": 8, "kv_budget_bytes": 1 << 30} | limits
+        return load_model(Load(folder=tiny_folder(kind), model_name=kind, dtype="float32", **options), _ignore)  # pyright: ignore[reportArgumentType]
+
+    return load

@@ -38,8 +38,7 @@ from gptoss.messages.envelope import Event, Origin, Record
 
 __all__ = ["Context", "LoopActor", "SystemActor", "Terminated", "ThreadedActor"]
 
-BATCH = 64
-"""Messages that a loop actor handles before others get their turn."""
+BATCH = 64  # messages that a loop actor handles before others get their turn
 
 
 NO_LETTER = Letter(None)
@@ -129,7 +128,7 @@ class SystemActor(pykka.Actor):
         return reply
 
     def stop(self) -> None:
-        """Stop this actor for good after the current message; letters that wait become dead letters."""
+        """Stop for good after the current message; letters that wait become dead letters."""
         if not self._has_ended:
             self._is_halting = True
             self._kernel.run_on_loop(self._cell.begin_stop)

@@ -30,13 +30,15 @@ logger = logging.getLogger(__name__)
 class ReplyFuture(pykka.Future[T]):
     """A value that arrives later, for coroutines (``await``) and threads (``get``)."""
 
+    # Class attributes, not set for each instance: there is a future for each ask.
+    _done = False
+    _set_by_replier = False
+    _value: Any = None
+    _error: BaseException | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self._lock = threading.Lock()
-        self._done = False
-        self._set_by_replier = False
-        self._value: Any = None
-        self._error: BaseException | None = None
         self._callbacks: list[Callable[[Self], object]] = []
 
     def done(self) -> bool:

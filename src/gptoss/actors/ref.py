@@ -12,10 +12,10 @@ import asyncio
 from typing import Any, Generic, Protocol, TypeVar
 
 from gptoss.actors.future import ReplyFuture
-from gptoss.actors.inbox import CONTROL, DATA, Inbox, Lane, Letter
+from gptoss.actors.inbox import CONTROL, DATA, Inbox, Letter
 from gptoss.actors.kernel import Kernel
 from gptoss.clock import NS_PER_S
-from gptoss.errors import ActorDead, MailboxFull
+from gptoss.errors import ActorDead, ActorError, MailboxFull
 from gptoss.messages.envelope import NO_CAUSE
 
 M_contra = TypeVar("M_contra", contravariant=True)
@@ -76,7 +76,14 @@ class Ref(Generic[M_contra]):
             correlation: the request concerned.
             control: use the control lane, which is served before data.
         """
-        self._post(Letter(message, None, cause, correlation), CONTROL if control else DATA)
+        letter = Letter(message, None, cause, correlation)
+        try:
+            shed = self.inbox.put(letter, CONTROL if control else DATA)
+        except (ActorDead, MailboxFull) as error:
+            self._bury(letter, error)
+        else:
+            if shed is not None:
+                self._kernel.bury(shed, self.name, "shed")
 
     def ask(
         self,
@@ -98,9 +105,15 @@ class Ref(Generic[M_contra]):
         """
         reply: ReplyFuture[Any] = ReplyFuture()
         deadline_ns = self._kernel.clock.monotonic_ns() + int(timeout_s * NS_PER_S)
-        self._post(Letter(message, reply, cause, correlation, deadline_ns), CONTROL if control else DATA)
-        if not reply.done():
-            self._kernel.expire(reply, timeout_s, self.name)
+        letter = Letter(message, reply, cause, correlation, deadline_ns)
+        try:
+            shed = self.inbox.put(letter, CONTROL if control else DATA)
+        except (ActorDead, MailboxFull) as error:
+            self._bury(letter, error)
+            return reply
+        if shed is not None:
+            self._kernel.bury(shed, self.name, "shed")
+        self._kernel.expire(reply, timeout_s, self.name)
         return reply
 
     async def tell_wait(
@@ -142,13 +155,5 @@ class Ref(Generic[M_contra]):
         """Send ``watcher`` a ``Terminated`` when this actor stops for good, at once if it has."""
         self._home.watch(watcher)
 
-    def _post(self, letter: Letter, lane: Lane) -> None:
-        try:
-            shed = self.inbox.put(letter, lane)
-        except ActorDead:
-            self._kernel.bury(letter, self.name, "dead")
-        except MailboxFull:
-            self._kernel.bury(letter, self.name, "full")
-        else:
-            if shed is not None:
-                self._kernel.bury(shed, self.name, "shed")
+    def _bury(self, letter: Letter, error: ActorError) -> None:
+        self._kernel.bury(letter, self.name, "dead" if isinstance(error, ActorDead) else "full")

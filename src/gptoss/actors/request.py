@@ -23,7 +23,7 @@ from gptoss.actors.decider import DeciderActor
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
 from gptoss.actors.lifecycle import Lifecycle, RequestState
-from gptoss.actors.runtime import Timer
+from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
 from gptoss.engine.port import RenderedPrompt, Renderer, Submit, TokenLogprob
 from gptoss.errors import EngineError, GptossError, RequestError, error_from

@@ -20,7 +20,6 @@ from gptoss.actors.inbox import MailboxSpec
 from gptoss.actors.journal import Journal
 from gptoss.actors.kernel import Kernel
 from gptoss.actors.ref import Ref
-from gptoss.actors.runtime import Timer
 from gptoss.actors.supervisor import Supervision, Supervisor
 from gptoss.clock import Clock, IdSource, Rng
 from gptoss.errors import ActorError
@@ -41,11 +40,12 @@ class Context(msgspec.Struct, frozen=True, eq=False):
     ref: Ref[Any]
 
 
-class ScheduledTimer(Timer):
+class Timer:
     """A message that will be sent later, once or again and again; ``cancel`` it from any thread."""
 
     def __init__(self, kernel: Kernel, ref: Ref[Any], factory: Callable[[], Any], period_s: float | None) -> None:
-        super().__init__()
+        self.cancelled = False
+        self.handle: asyncio.TimerHandle | None = None
         self._kernel = kernel
         self._ref = ref
         self._factory = factory
@@ -239,7 +239,7 @@ class System:
         self, delay_s: float, ref: Ref[Any], message_factory: Callable[[], Any], period_s: float | None
     ) -> Timer:
         kernel = self._bound()
-        timer = ScheduledTimer(kernel, ref, message_factory, period_s)
+        timer = Timer(kernel, ref, message_factory, period_s)
         kernel.run_on_loop(timer.arm, delay_s)
         return timer
 

@@ -21,7 +21,9 @@ from gptoss.engine.kv_cache import KvSlot, LayerGeometry
 
 ATTENTION_NAME = "gptoss_slots"
 
-_foreach_copy = cast("Any", torch)._foreach_copy_  # private, but what torch's optimisers are built of: one call for many
+_foreach_copy = cast(
+    "Any", torch
+)._foreach_copy_  # private, but what torch's optimisers are built of: one call for many
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,154 @@
+"""Runners against transformers' own eager attention, on tiny models with random weights."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gptoss.engine.attention import Chunk
+from gptoss.engine.load import LoadedModel
+from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config
+from gptoss.engine.model_folder import check_folder
+from gptoss.engine.packed_linear import PackedLinear
+from gptoss.engine.runner import GenericRunner, PackedRunner, Runner, run_isolated
+from gptoss.messages.model import KvLayout
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+Models = Callable[..., LoadedModel]
+Folders = Callable[[str], str]
+PACKED = ["llama", "mistral", "qwen3", "gpt_oss"]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [(index * 37 + seed * 101 + 5) % 256 for index in range(length)]
+
+
+def eager_logits(folder: str, token_ids: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+
+
+def run_through(runner: Runner, token_ids: list[int], stops: Sequence[int]) -> list[torch.Tensor]:
+    """Logits at each stop, prefilled and decoded beside two strangers."""
+    slot = runner.new_slot(len(token_ids))
+    strangers = [prompt(len(token_ids), seed) for seed in (1, 2)]
+    slots = [runner.new_slot(len(token_ids)) for _ in strangers]
+    found: list[torch.Tensor] = []
+    start = 0
+    for stop in stops:
+        mine = Chunk(slot=slot, token_ids=token_ids[start:stop], start=start, wants_logits=True)
+        others = [
+            Chunk(slot=other, token_ids=ids[start:stop], start=start, wants_logits=False)
+            for other, ids in zip(slots, strangers, strict=True)
+        ]
+        logits = runner.forward([others[0], mine, others[1]])[1]
+        assert logits is not None
+        found.append(logits)
+        start = stop
+    return found
+
+
+@pytest.mark.parametrize("kind", [*PACKED, "gemma2"])
+def test_logits_are_those_of_eager_attention(kind: str, tiny_model: Models, tiny_folder: Folders) -> None:
+    model = tiny_model(kind)
+    assert type(model.runner) is (PackedRunner if kind in PACKED else GenericRunner)
+    token_ids = prompt(40)
+    stops = [5, 6, 7, 8, 9, 10, 23, 24, 25, 40]  # across the window of 8, in chunks and single tokens
+    expected = eager_logits(tiny_folder(kind), token_ids)[torch.tensor(stops) - 1]
+    found = torch.stack(run_through(model.runner, token_ids, stops))
+    assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max()))
+
+
+def test_a_model_outside_the_seam_is_run_generically_and_says_so(tiny_model: Models) -> None:
+    (note,) = tiny_model("gemma2").notes
+    assert note.startswith("generic runner, one request at a time:")
+    assert tiny_model("llama").notes == ()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_logits_have_the_same_bits_alone_and_in_company(kind: str, tiny_model: Models) -> None:
+    runner = tiny_model(kind).runner
+    token_ids = prompt(30)
+    alone_slot = runner.new_slot(30)
+    found = run_through(runner, token_ids, [20, 21, 22, 30])
+    start = 0
+    for stop, expected in zip([20, 21, 22, 30], found, strict=True):
+        chunk = Chunk(slot=alone_slot, token_ids=token_ids[start:stop], start=start, wants_logits=True)
+        logits = runner.forward([chunk])[0]
+        assert logits is not None
+        assert torch.equal(logits, expected)
+        start = stop
+
+
+def test_prefilling_what_was_decoded_leaves_the_same_bits(tiny_model: Models) -> None:
+    runner = tiny_model("llama").runner
+    token_ids = prompt(30)
+    one_by_one = run_through(runner, token_ids, range(10, 31))[-1]
+    assert torch.equal(run_through(runner, token_ids, [29, 30])[-1], one_by_one)
+
+
+def test_a_step_that_ran_twice_is_as_if_it_ran_once(tiny_model: Models) -> None:
+    runner = tiny_model("mistral").runner
+    slot = runner.new_slot(20)
+    runner.forward([Chunk(slot=slot, token_ids=prompt(12), start=0, wants_logits=False)])
+    chunk = Chunk(slot=slot, token_ids=[7], start=12, wants_logits=True)
+    first, second = runner.forward([chunk])[0], runner.forward([chunk])[0]
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 300])
+def test_a_slot_has_the_bytes_that_the_memory_model_estimates(
+    kind: str, tokens: int, tiny_model: Models, tiny_folder: Folders
+) -> None:
+    runner = tiny_model(kind).runner
+    from_config = kv_layout_from_config(check_folder(tiny_folder(kind)), dtype_bytes=4)  # pyright: ignore[reportArgumentType]
+    assert runner.layout == from_config
+    assert runner.new_slot(tokens).num_bytes == kv_bytes(runner.layout, tokens)
+
+
+def test_a_packed_linear_gives_a_row_the_same_bits_among_any_number_of_rows() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 64)
+    packed = PackedLinear(linear)
+    rows = torch.randn(64, 96)
+    with torch.inference_mode():
+        expected = packed(rows)
+        assert torch.allclose(expected, linear(rows), atol=1e-5)
+        for count in (2, 3, 4, 7, 16, 33):
+            assert torch.equal(packed(rows[:count]), expected[:count])
+
+
+class PoisonRunner:
+    """Fails every step that holds the token 13."""
+
+    is_batched = True
+    layout = KvLayout(
+        full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=1, dtype_bytes=1, block_tokens=1
+    )
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def new_slot(self, tokens: int) -> object:
+        raise NotImplementedError
+
+    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
+        self.steps += 1
+        if any(13 in chunk.token_ids for chunk in chunks):
+            raise RuntimeError("poisoned\nby 13")
+        return [torch.tensor(chunk.token_ids[0]) for chunk in chunks]
+
+
+def test_only_the_chunk_at_fault_fails() -> None:
+    runner = PoisonRunner()
+    chunks = [Chunk(slot=None, token_ids=[token], start=0, wants_logits=True) for token in (1, 2, 13, 4, 5)]
+    logits, failures = run_isolated(runner, chunks)  # pyright: ignore[reportArgumentType]
+    assert failures == {2: "RuntimeError: poisoned by 13"}
+    assert [None if row is None else int(row) for row in logits] == [1, 2, None, 4, 5]
+    assert runner.steps <= 2 * len(chunks)
