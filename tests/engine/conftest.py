@@ -14,6 +14,9 @@ from gptoss.engine.port import Load
 if TYPE_CHECKING:
     from gptoss.engine.load import LoadedModel
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch and transformers are only partly typed.
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -33,7 +36,7 @@ def _ignore(stage: str, done: int, total: int, unit: str) -> None:
     del stage, done, total, unit
 
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -106,10 +109,13 @@ def write_byte_tokenizer(path: Path) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Callable[[str], str]) -> Callable[..., "LoadedModel"]:
     """Loads a tiny model in float32, once for each kind and set of limits."""
+    import torch
+
     from gptoss.engine.load import load_model
 
     @functools.cache
     def load(kind: str = "llama", **limits: int) -> "LoadedModel":
+        torch.set_num_threads(1)  # several would only wait for each other on models this small
         options = {"max_batch_size": 8, "kv_budget_bytes": 1 << 30} | limits
         return load_model(Load(folder=tiny_folder(kind), model_name=kind, dtype="float32", **options), _ignore)  # pyright: ignore[reportArgumentType]
 

@@ -1,6 +1,7 @@
 """Runners against transformers' own eager attention, on tiny models with random weights."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gptoss.engine.runner import GenericRunner, PackedRunner, Runner, run_isolat
 from gptoss.messages.model import KvLayout
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch and transformers are only partly typed.
 
 Models = Callable[..., LoadedModel]
 Folders = Callable[[str], str]
@@ -83,11 +85,13 @@ def test_logits_have_the_same_bits_alone_and_in_company(kind: str, tiny_model: M
         start = stop
 
 
-def test_prefilling_what_was_decoded_leaves_the_same_bits(tiny_model: Models) -> None:
-    runner = tiny_model("llama").runner
+@pytest.mark.parametrize("kind", PACKED)
+def test_prefilling_what_was_decoded_changes_no_more_than_rounding(kind: str, tiny_model: Models) -> None:
+    runner = tiny_model(kind).runner
     token_ids = prompt(30)
     one_by_one = run_through(runner, token_ids, range(10, 31))[-1]
-    assert torch.equal(run_through(runner, token_ids, [29, 30])[-1], one_by_one)
+    at_once = run_through(runner, token_ids, [29, 30])[-1]
+    assert torch.allclose(at_once, one_by_one, atol=1e-5 * float(one_by_one.abs().max()))
 
 
 def test_a_step_that_ran_twice_is_as_if_it_ran_once(tiny_model: Models) -> None:
@@ -107,7 +111,7 @@ def test_a_slot_has_the_bytes_that_the_memory_model_estimates(
     kind: str, tokens: int, tiny_model: Models, tiny_folder: Folders
 ) -> None:
     runner = tiny_model(kind).runner
-    from_config = kv_layout_from_config(check_folder(tiny_folder(kind)), dtype_bytes=4)  # pyright: ignore[reportArgumentType]
+    from_config = kv_layout_from_config(check_folder(Path(tiny_folder(kind))), dtype_bytes=4)
     assert runner.layout == from_config
     assert runner.new_slot(tokens).num_bytes == kv_bytes(runner.layout, tokens)
 

@@ -1,12 +1,16 @@
 """The sampler: settings of one request, noise of one (seed, position, token)."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from gptoss.engine.sampler import SamplerState, draw_tokens, gumbel_noise
 from gptoss.messages.sampling import SamplingParams
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch and transformers are only partly typed.
 
 VOCAB = 50
 GOLDEN_NOISE = ["-0x1.6d2bfa01d201fp-2", "-0x1.19d6c126ab233p-3", "-0x1.298ca7d14d87ep-2"]
@@ -16,14 +20,14 @@ def logits(seed: int = 0, size: int = VOCAB) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def draw(row: torch.Tensor, position: int = 7, output: tuple[int, ...] = (), **settings: object) -> int | None:
-    state = SamplerState(SamplingParams(**settings), prompt_ids=(1, 2), end_ids=(5,))  # pyright: ignore[reportArgumentType]
+def draw(row: torch.Tensor, position: int = 7, output: tuple[int, ...] = (), **settings: Any) -> int | None:
+    state = SamplerState(SamplingParams(**settings), prompt_ids=(1, 2), end_ids=(5,))
     for token_id in output:
         state.push(token_id)
     return draw_tokens([row], [state], [position])[0].token_id
 
 
-def many(row: torch.Tensor, count: int = 300, **settings: object) -> set[int | None]:
+def many(row: torch.Tensor, count: int = 300, **settings: Any) -> set[int | None]:
     return {draw(row, position, temperature=1.0, seed=3, **settings) for position in range(count)}
 
 

@@ -53,8 +53,11 @@ class InProcessDriver:
     def kill(self) -> None:
         """See ``engine.port.EngineDriver`` and this module's rules."""
         self._is_killed = True
-        if self._commands.empty():
-            self._commands.put(Shutdown())  # wakes a loop that waits for work
+        try:
+            self._commands.put_nowait(Shutdown())  # ends a loop that waits for work
+        except queue.Full:
+            self._commands.get_nowait()  # nobody will miss it, and the loop must find the last one
+            self._commands.put_nowait(Shutdown())
 
     def join(self, timeout_s: float) -> bool:
         """See ``engine.port.EngineDriver``."""

@@ -11,11 +11,13 @@ Rules:
 import os
 import queue
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from gptoss.clock import NS_PER_MS, Clock
+from gptoss.engine.model_folder import check_folder
 from gptoss.engine.port import EngineCommand, EngineEvent, Load, Loaded, LoadFailed, LoadProgressed, Shutdown
 from gptoss.errors import EngineProtocolError, GptossError
 
@@ -49,11 +51,12 @@ def serve(
     """
     started_ns = clock.monotonic_ns()
     emit(LoadProgressed(stage="import", done=0, total=0, unit="modules"))
-    from gptoss.engine.core import EngineCore  # noqa: PLC0415 - see the module's rules
-
-    if load.num_threads or owns_process:
-        _set_num_threads(load.num_threads or psutil.cpu_count(logical=False) or 1)
     try:
+        check_folder(Path(load.folder))  # a folder that is no model need not wait for the imports
+        from gptoss.engine.core import EngineCore  # noqa: PLC0415 - see the module's rules
+
+        if load.num_threads or owns_process:
+            _set_num_threads(load.num_threads or psutil.cpu_count(logical=False) or 1)
         model = _load(load, emit)
     except GptossError as error:
         emit(LoadFailed(code=error.code, message=error.message))
