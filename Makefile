@@ -27,8 +27,9 @@ install: $(INSTALLED) ## make .venv with the package and its tools
 run: $(INSTALLED) ## serve the demo model, or what ARGS says, on http://127.0.0.1:8000
 	$(BIN)/gptoss serve $(ARGS)
 
+# One thread for each process: the models in the tests are tiny, and on a busy machine threads only wait for each other.
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 check: $(INSTALLED) ## formatting, lint, types, layers, dependencies, spelling, generated documents
 	$(BIN)/ruff format --check .

@@ -25,7 +25,7 @@ def question(text: str, max_tokens: int) -> GenerateRequest:
 
 async def test_the_demo_model_answers_and_survives_the_death_of_its_engine(demo_folder: str) -> None:
     model = PreparedModel(folder=demo_folder, model_name="demo", source="demo", max_model_len=8192)
-    async with ServingSystem(Settings(journal="memory", devices="cpu"), model=model) as serving:
+    async with ServingSystem(Settings(journal="memory", devices="cpu", num_threads=1), model=model) as serving:
         await serving.ready(120.0)
         assert "Paris" in await serving.submit(question("What is the capital of France?", 32)).text()
 
