@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType] - safetensors types its path loosely
 
 from gptoss.engine.load import LoadedModel, load_model
 from gptoss.engine.memory_model import kv_bytes

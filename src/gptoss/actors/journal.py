@@ -1,6 +1,6 @@
 """The journal port: append facts, read them back, watch them pass.
 
-Contract, shared by every store and tested once for all of them (``tests/actors/journal_contract.py``):
+Contract, shared by every store and tested once for all of them (``tests/telemetry/test_journal_contract.py``):
 - ``append`` never blocks on the disk and never raises because of it. It assigns ``pos`` (gapless per family) and
   ``seq`` (gapless per stream), hands the record to the subscribers in that order, and returns the record.
 - A record is *acknowledged* once ``committed_pos`` has reached it; an acknowledged record survives ``kill -9``.
