@@ -15,9 +15,6 @@ from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.port import Load
 from gptoss.errors import ModelLoadError
 
-# pyright: reportUnknownVariableType=false
-# safetensors is only partly typed.
-
 Folders = Callable[[str], str]
 
 
