@@ -69,6 +69,16 @@ def test_an_unbound_grant_counts_against_every_pool() -> None:
     assert isinstance(events[0], ev.ReservationGranted)
 
 
+def test_who_asks_again_keeps_the_grant_and_cannot_make_it_larger() -> None:
+    state, _ = run(pool("cpu:0", 100), reserve("a", 60), bind("a", "cpu:0"))
+    state, events = run(reserve("a", 50), state=state)
+    assert isinstance(events[0], ev.ReservationGranted)
+    assert events[0].kv_bytes == 60
+    state, events = run(reserve("a", 90), state=state)
+    assert isinstance(events[0], ev.ReservationRefused)
+    assert (state.grants["a"].kv_bytes, state.grants["a"].executor) == (60, "cpu:0")
+
+
 def test_a_grant_is_released_exactly_once() -> None:
     state, events = run(pool("cpu:0", 100), reserve("a", 60), bind("a", "cpu:0"), release("a"))
     assert events == [ev.ReservationReleased(request_id="a", kv_bytes=60, executor="cpu:0")]

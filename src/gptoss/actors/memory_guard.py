@@ -4,6 +4,7 @@ Rules:
 - A pool is one executor's KV budget. What is granted never exceeds it.
 - A grant is first unbound: it counts against every pool until the router has chosen one, so that no choice can
   over-commit. Binding moves it to that pool; when a pool is lost, its grants are unbound again.
+- Who asks again keeps the grant as it is, its pool included; a grant never grows.
 - Every grant is released exactly once; a second release does nothing.
 """
 
@@ -103,7 +104,7 @@ class MemoryGuard:
                 }
                 return GuardState(kept, unbound)
             case ReservationGranted():
-                return GuardState(pools, {**grants, event.request_id: Grant(event.kv_bytes)})
+                return GuardState(pools, {event.request_id: Grant(event.kv_bytes), **grants})
             case ReservationBound():
                 grant = Grant(grants[event.request_id].kv_bytes, event.executor)
                 return GuardState(pools, {**grants, event.request_id: grant})
@@ -129,10 +130,11 @@ def _estimate(state: GuardState, command: cmd.EstimateMemory) -> MemoryEstimated
 
 def _reserve(state: GuardState, command: cmd.ReserveMemory) -> Event:
     free = state.free_bytes_max()
-    if command.request_id in state.grants or command.kv_bytes <= free:
+    held = state.grants.get(command.request_id)
+    if command.kv_bytes <= (held.kv_bytes if held else free):
         return ReservationGranted(
             request_id=command.request_id,
-            kv_bytes=command.kv_bytes,
+            kv_bytes=held.kv_bytes if held else command.kv_bytes,
             kv_bytes_free_max=free,
             unbound_bytes=state.reserved_bytes(""),
         )
