@@ -97,4 +97,5 @@ def _welcome(settings: Settings, port: int, model: str) -> None:
     host = settings.host if settings.host not in {"0.0.0.0", "::"} else "127.0.0.1"  # noqa: S104 - compared, not bound
     url = f"http://{host}:{port}"
     console = Console(stderr=True, highlight=False)
-    console.print(f"\n[bold green]Ready[/]  {model} at [bold]{url}[/]   (page: {url}/  API: {url}/v1  stop: Ctrl-C)\n")
+    line = f"[bold green]Ready[/]  {model} at [bold]{url}[/]   page: {url}/   API: {url}/v1   stop: Ctrl-C"
+    console.print(f"\n{line}\n", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The demo model, prepared once for all tests of the engine, and tiny models with random weights."""
+"""Tiny models with random weights, and the demo model loaded."""
 
 import functools
 import os
@@ -16,25 +16,6 @@ if TYPE_CHECKING:
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def demo_cache() -> Path:
-    """A cache folder that outlives the test run: dequantising the demo takes about twenty seconds the first time."""
-    return Path(os.environ.get("GPTOSS_TEST_CACHE") or REPOSITORY / ".cache")
-
-
-@pytest.fixture(scope="session")
-def demo_folder(demo_cache: Path) -> str:
-    """The prepared folder of the demo model in bfloat16."""
-    return prepare_in_child("demo", cache_dir=demo_cache, dtype="auto", progress=_ignore).folder
-
-
-def _ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
-
 
 TINY: dict[str, Any] = {
     "vocab_size": 300,
