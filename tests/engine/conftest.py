@@ -1,14 +1,12 @@
 """Tiny models with random weights, and the demo model loaded."""
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gptoss.engine.model_source import prepare_in_child
 from gptoss.engine.port import Load
 
 if TYPE_CHECKING:
@@ -16,6 +14,11 @@ if TYPE_CHECKING:
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
+
+
+def _ignore(stage: str, done: int, total: int, unit: str) -> None:
+    del stage, done, total, unit
+
 
 TINY: dict[str, Any] = {
     "vocab_size": 300,
