@@ -54,7 +54,7 @@ PACKAGES = ("aiohttp", "msgspec", "pykka", "tokenizers", "torch", "transformers"
 BYTES_PER_MB = 1024 * 1024
 CATCH_UP_TIMEOUT_S = 5.0
 # A profile's batch and length; the settings override both.
-PROFILES = {"latency_first": (8, 512), "quality_first": (4, 2048)}
+PROFILES = {"latency_first": (32, 512), "quality_first": (16, 2048)}
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
 
 
