@@ -295,6 +295,7 @@ class Sabotage:
         self._raises = raises
         self.layout = model.runner.layout
         self.is_batched = True
+        self.is_row_invariant = False
         self.new_slot = model.runner.new_slot
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:

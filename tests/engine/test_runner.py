@@ -41,9 +41,9 @@ def run_through(runner: Runner, token_ids: list[int], stops: Sequence[int]) -> l
     found: list[torch.Tensor] = []
     start = 0
     for stop in stops:
-        mine = Chunk(slot=slot, token_ids=token_ids[start:stop], start=start, wants_logits=True)
+        mine = Chunk(slot=slot, token_ids=token_ids[start:stop], start=start, num_logits=1)
         others = [
-            Chunk(slot=other, token_ids=ids[start:stop], start=start, wants_logits=False)
+            Chunk(slot=other, token_ids=ids[start:stop], start=start, num_logits=0)
             for other, ids in zip(slots, strangers, strict=True)
         ]
         logits = runner.forward([others[0], mine, others[1]])[1]
@@ -60,8 +60,26 @@ def test_logits_are_those_of_eager_attention(kind: str, tiny_model: Models, tiny
     token_ids = prompt(40)
     stops = [5, 6, 7, 8, 9, 10, 23, 24, 25, 40]  # across the window of 8, in chunks and single tokens
     expected = eager_logits(tiny_folder(kind), token_ids)[torch.tensor(stops) - 1]
-    found = torch.stack(run_through(model.runner, token_ids, stops))
+    found = torch.cat(run_through(model.runner, token_ids, stops))
     assert torch.allclose(found, expected, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2"])
+def test_a_chunk_gives_the_logits_of_as_many_last_rows_as_it_wants(
+    kind: str, tiny_model: Models, tiny_folder: Folders
+) -> None:
+    runner = tiny_model(kind).runner
+    token_ids = prompt(30)
+    expected = eager_logits(tiny_folder(kind), token_ids)[24:]
+    chunks = [Chunk(slot=runner.new_slot(30), token_ids=token_ids, start=0, num_logits=count) for count in (0, 1, 6)]
+    none, last, six = runner.forward(chunks)
+    assert none is None
+    assert last is not None
+    assert six is not None
+    tolerance = 2e-4 * float(expected.abs().max())
+    assert last.shape == (1, expected.shape[1])
+    assert torch.allclose(last, expected[-1:], atol=tolerance)
+    assert torch.allclose(six, expected, atol=tolerance)
 
 
 def test_a_model_outside_the_seam_is_run_generically_and_says_so(tiny_model: Models) -> None:
@@ -78,7 +96,7 @@ def test_logits_have_the_same_bits_alone_and_in_company(kind: str, tiny_model: M
     found = run_through(runner, token_ids, [20, 21, 22, 30])
     start = 0
     for stop, expected in zip([20, 21, 22, 30], found, strict=True):
-        chunk = Chunk(slot=alone_slot, token_ids=token_ids[start:stop], start=start, wants_logits=True)
+        chunk = Chunk(slot=alone_slot, token_ids=token_ids[start:stop], start=start, num_logits=1)
         logits = runner.forward([chunk])[0]
         assert logits is not None
         assert torch.equal(logits, expected)
@@ -97,8 +115,8 @@ def test_prefilling_what_was_decoded_changes_no_more_than_rounding(kind: str, ti
 def test_a_step_that_ran_twice_is_as_if_it_ran_once(tiny_model: Models) -> None:
     runner = tiny_model("mistral").runner
     slot = runner.new_slot(20)
-    runner.forward([Chunk(slot=slot, token_ids=prompt(12), start=0, wants_logits=False)])
-    chunk = Chunk(slot=slot, token_ids=[7], start=12, wants_logits=True)
+    runner.forward([Chunk(slot=slot, token_ids=prompt(12), start=0, num_logits=0)])
+    chunk = Chunk(slot=slot, token_ids=[7], start=12, num_logits=1)
     first, second = runner.forward([chunk])[0], runner.forward([chunk])[0]
     assert first is not None
     assert second is not None
@@ -132,6 +150,7 @@ class PoisonRunner:
     """Fails every step that holds the token 13."""
 
     is_batched = True
+    is_row_invariant = False
     layout = KvLayout(
         full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=1, dtype_bytes=1, block_tokens=1
     )
@@ -151,7 +170,7 @@ class PoisonRunner:
 
 def test_only_the_chunk_at_fault_fails() -> None:
     runner = PoisonRunner()
-    chunks = [Chunk(slot=None, token_ids=[token], start=0, wants_logits=True) for token in (1, 2, 13, 4, 5)]
+    chunks = [Chunk(slot=None, token_ids=[token], start=0, num_logits=1) for token in (1, 2, 13, 4, 5)]
     logits, failures = run_isolated(runner, chunks)  # pyright: ignore[reportArgumentType]
     assert failures == {2: "RuntimeError: poisoned by 13"}
     assert [None if row is None else int(row) for row in logits] == [1, 2, None, 4, 5]

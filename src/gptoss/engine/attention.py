@@ -31,13 +31,13 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         start: absolute position of the first of ``token_ids``; what is before it was run earlier.
-        wants_logits: whether the logits after the last token are needed.
+        num_logits: how many of the last rows want logits: 0, 1, or more when drafts are verified.
     """
 
     slot: Any
     token_ids: Sequence[int]
     start: int
-    wants_logits: bool
+    num_logits: int
 
 
 class Packed(Protocol):

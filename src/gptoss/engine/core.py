@@ -143,7 +143,7 @@ class EngineCore:
             if row is not None
         ]
         draws = draw_tokens(
-            [row for _, _, row in wanting],
+            [row[-1] for _, _, row in wanting],
             [sequence.sampler for _, sequence, _ in wanting],
             [len(sequence.token_ids) for _, sequence, _ in wanting],
         )
@@ -271,7 +271,7 @@ def _chunk(item: Work) -> Chunk:
         slot=sequence.slot,
         token_ids=sequence.token_ids[start:stop],
         start=start,
-        wants_logits=stop == len(sequence.token_ids),
+        num_logits=int(stop == len(sequence.token_ids)),
     )
 
 

@@ -53,17 +53,23 @@ class Runner(Protocol):
     Attributes:
         layout: KV geometry, exact for ``memory_model.kv_bytes``.
         is_batched: a step is one forward; otherwise each chunk is run alone.
+        is_row_invariant: the bits of a row do not depend on how its request was cut into chunks.
     """
 
     layout: KvLayout
     is_batched: bool
+    is_row_invariant: bool
 
     def new_slot(self, tokens: int) -> Slot:
         """KV memory for a request of at most ``tokens`` positions."""
         ...
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
-        """Run the chunks. Returns the logits ``[vocab]`` after each one that wants them."""
+        """Run the chunks.
+
+        Returns:
+            for each chunk the logits of its last ``num_logits`` rows, ``[num_logits, vocab]``, or None if that is 0.
+        """
         ...
 
 
@@ -71,6 +77,7 @@ class PackedRunner:
     """All chunks of a step in one forward."""
 
     is_batched = True
+    is_row_invariant = False
 
     def __init__(self, model: Any, geometry: KvGeometry) -> None:
         self._model = model
@@ -89,27 +96,29 @@ class PackedRunner:
         ordered = [chunks[index] for index in order]
         token_ids: list[int] = []
         positions: list[int] = []
-        last_rows: list[int] = []
+        kept: list[int] = []
         wanting: list[int] = []
         for index, chunk in zip(order, ordered, strict=True):
             token_ids += chunk.token_ids
             positions += range(chunk.start, chunk.start + len(chunk.token_ids))
-            if chunk.wants_logits:
-                last_rows.append(len(token_ids) - 1)
+            if chunk.num_logits:
+                kept += range(len(token_ids) - chunk.num_logits, len(token_ids))
                 wanting.append(index)
         padding = max(0, MIN_ROWS - len(token_ids))
-        last_rows += last_rows[:1] * (MIN_ROWS - len(last_rows)) or [0]
+        kept += kept[:1] * (MIN_ROWS - len(kept))
         device = self._geometry.device
         logits = self._model(
             input_ids=torch.tensor([token_ids + [0] * padding], device=device),
             position_ids=torch.tensor([positions + [0] * padding], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(last_rows, device=device),
+            logits_to_keep=torch.tensor(kept or [0], device=device),
             packed=PackedRows(ordered, padding),
         ).logits[0]
         rows: list[torch.Tensor | None] = [None] * len(chunks)
-        for row, index in enumerate(wanting):
-            rows[index] = logits[row]
+        first = 0
+        for index in wanting:
+            rows[index] = logits[first : first + chunks[index].num_logits]
+            first += chunks[index].num_logits
         return rows
 
 
@@ -125,13 +134,13 @@ class GenericRunner:
     """One request at a time, with transformers' own cache."""
 
     is_batched = False
+    is_row_invariant = False
 
     def __init__(self, model: Any, layout: KvLayout, device: torch.device) -> None:
         self._model = model
         self._device = device
         self.layout = layout
-        takes_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if takes_last_only else {}
+        self._takes_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def new_slot(self, tokens: int) -> Slot:
         """See ``Runner``."""
@@ -143,14 +152,15 @@ class GenericRunner:
         rows: list[torch.Tensor | None] = []
         for chunk in chunks:
             positions = torch.arange(chunk.start, chunk.start + len(chunk.token_ids), device=self._device)
+            options: dict[str, Any] = {"logits_to_keep": chunk.num_logits or 1} if self._takes_last_only else {}
             logits = self._model(
                 input_ids=torch.tensor([list(chunk.token_ids)], device=self._device),
                 position_ids=positions[None],
                 past_key_values=chunk.slot.cache,
                 use_cache=True,
-                **self._options,
+                **options,
             ).logits
-            rows.append(logits[0, -1] if chunk.wants_logits else None)
+            rows.append(logits[0, -chunk.num_logits :] if chunk.num_logits else None)
         return rows
 
 
@@ -240,13 +250,13 @@ def _check_parity(runner: PackedRunner, prompt: list[int], expected: torch.Tenso
     start = 0
     found: list[torch.Tensor] = []
     for stop in stops:
-        mine = Chunk(slot=slot, token_ids=prompt[start:stop], start=start, wants_logits=True)
-        stranger = Chunk(slot=strange_slot, token_ids=prompt[::-1][start:stop], start=start, wants_logits=False)
+        mine = Chunk(slot=slot, token_ids=prompt[start:stop], start=start, num_logits=1)
+        stranger = Chunk(slot=strange_slot, token_ids=prompt[::-1][start:stop], start=start, num_logits=0)
         logits, _ = runner.forward([mine, stranger])
         assert logits is not None
         found.append(logits.float())
         start = stop
-    gap = (torch.stack(found[1:]) - expected).norm() / expected.norm()
+    gap = (torch.cat(found[1:]) - expected).norm() / expected.norm()
     allowed = PARITY_TOLERANCE.get(runner.dtype, max(PARITY_TOLERANCE.values()))
     if not gap <= allowed:
         raise UnsupportedAttentionError(f"logits differ from eager attention by {gap:.1e} of their norm")
