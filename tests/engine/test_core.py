@@ -296,6 +296,7 @@ class Sabotage:
         self.layout = model.runner.layout
         self.is_batched = True
         self.is_row_invariant = False
+        self.geometry = model.runner.geometry
         self.new_slot = model.runner.new_slot
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:

@@ -151,6 +151,7 @@ class PoisonRunner:
 
     is_batched = True
     is_row_invariant = False
+    geometry = None
     layout = KvLayout(
         full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=1, dtype_bytes=1, block_tokens=1
     )

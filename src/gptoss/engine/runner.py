@@ -60,6 +60,11 @@ class Runner(Protocol):
     is_batched: bool
     is_row_invariant: bool
 
+    @property
+    def geometry(self) -> KvGeometry | None:
+        """Of its slots if they are ``KvSlot``, which the prefix cache can copy from and to; None if not."""
+        ...
+
     def new_slot(self, tokens: int) -> Slot:
         """KV memory for a request of at most ``tokens`` positions."""
         ...
@@ -81,13 +86,13 @@ class PackedRunner:
 
     def __init__(self, model: Any, geometry: KvGeometry) -> None:
         self._model = model
-        self._geometry = geometry
+        self.geometry = geometry
         self.layout = geometry.layout
         self.dtype = geometry.dtype
 
     def new_slot(self, tokens: int) -> Slot:
         """See ``Runner``."""
-        return KvSlot(self._geometry, tokens)
+        return KvSlot(self.geometry, tokens)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
@@ -106,7 +111,7 @@ class PackedRunner:
                 wanting.append(index)
         padding = max(0, MIN_ROWS - len(token_ids))
         kept += kept[:1] * (MIN_ROWS - len(kept))
-        device = self._geometry.device
+        device = self.geometry.device
         logits = self._model(
             input_ids=torch.tensor([token_ids + [0] * padding], device=device),
             position_ids=torch.tensor([positions + [0] * padding], device=device),
@@ -140,6 +145,7 @@ class GenericRunner:
         self._model = model
         self._device = device
         self.layout = layout
+        self.geometry = None
         self._takes_last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def new_slot(self, tokens: int) -> Slot:
