@@ -45,7 +45,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
 
     kinds: dict[str, Callable[[], Any]] = {
         "llama": lambda: transformers.LlamaConfig(**TINY),
+        "llama32": lambda: transformers.LlamaConfig(**{**TINY, "head_dim": 32}),  # of a shape that the CPU kernels take
+        "smollm": lambda: transformers.LlamaConfig(**{**TINY, "tie_word_embeddings": True}),
         "mistral": lambda: transformers.MistralConfig(**TINY, sliding_window=8),
+        "qwen2": lambda: transformers.Qwen2Config(**TINY),
         "qwen3": lambda: transformers.Qwen3Config(
             **TINY, use_sliding_window=True, sliding_window=8, max_window_layers=1
         ),
@@ -66,8 +69,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
         model: Any = transformers.AutoModelForCausalLM.from_config(kinds[kind](), dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith("sinks"):
-                    parameter.normal_()
+                if name.endswith(("sinks", "bias")):
+                    parameter.normal_()  # transformers starts them at zero, which hides whether they are used
                 elif parameter.ndim > 1:
                     parameter.mul_(5)  # far from uniform, so that a wrong step shows
         model.save_pretrained(folder)
@@ -92,15 +95,15 @@ def write_byte_tokenizer(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Callable[[str], str]) -> Callable[..., "LoadedModel"]:
-    """Loads a tiny model in float32, once for each kind and set of limits."""
+    """Loads a tiny model, once for each kind and set of options; in float32 unless they say otherwise."""
     import torch
 
     from gptoss.engine.load import load_model
 
     @functools.cache
-    def load(kind: str = "llama", **limits: int) -> "LoadedModel":
+    def load(kind: str = "llama", **options: Any) -> "LoadedModel":
         torch.set_num_threads(1)  # several would only wait for each other on models this small
-        options = {"max_batch_size": 8, "kv_budget_bytes": 1 << 30} | limits
-        return load_model(Load(folder=tiny_folder(kind), model_name=kind, dtype="float32", **options), _ignore)  # pyright: ignore[reportArgumentType]
+        options = {"dtype": "float32", "max_batch_size": 8, "kv_budget_bytes": 1 << 30} | options
+        return load_model(Load(folder=tiny_folder(kind), model_name=kind, **options), _ignore)
 
     return load
