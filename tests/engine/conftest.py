@@ -35,6 +35,9 @@ TINY: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 """Of the tiny models: token ids below 256 are single bytes, 256 is the end of a text."""
+LLAMA32: dict[str, Any] = {**TINY, "head_dim": 32}
+"""Of a shape that the CPU kernels take."""
+TIED: dict[str, Any] = {**TINY, "tie_word_embeddings": True}
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +48,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
 
     kinds: dict[str, Callable[[], Any]] = {
         "llama": lambda: transformers.LlamaConfig(**TINY),
-        "llama32": lambda: transformers.LlamaConfig(**{**TINY, "head_dim": 32}),  # of a shape that the CPU kernels take
-        "smollm": lambda: transformers.LlamaConfig(**{**TINY, "tie_word_embeddings": True}),
+        "llama32": lambda: transformers.LlamaConfig(**LLAMA32),
+        "smollm": lambda: transformers.LlamaConfig(**TIED),
         "mistral": lambda: transformers.MistralConfig(**TINY, sliding_window=8),
         "qwen2": lambda: transformers.Qwen2Config(**TINY),
         "qwen3": lambda: transformers.Qwen3Config(
