@@ -1,93 +1,28 @@
 """The step loop on tiny models: one terminal event a request, whatever happens to it or beside it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
+from core_run import Run, run, submit
 
-from gptoss.clock import SystemClock
 from gptoss.engine.attention import Chunk
-from gptoss.engine.core import EngineCore
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.port import (
     Cancel,
     Drain,
     Drained,
-    EngineEvent,
     EngineStatus,
     Failed,
     Finished,
     Snapshot,
     StepDone,
-    StepRow,
     Submit,
 )
 from gptoss.messages.sampling import SamplingParams
 
 Models = Callable[..., LoadedModel]
-STEPS_MAX = 2000
-
-
-def submit(request_id: str, *, length: int = 12, attempt: int = 1, priority: int = 0, **settings: Any) -> Submit:
-    prompt = tuple(
-        32 + (index * 37 + 11 * sum(map(ord, request_id))) % 95 for index in range(length)
-    )  # printable ASCII
-    params: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "seed": 5, "ignore_eos": True} | settings
-    return Submit(
-        request_id=request_id,
-        attempt=attempt,
-        prompt_token_ids=prompt,
-        sampling=SamplingParams(**params),
-        priority=priority,
-    )
-
-
-class Run:
-    """A core and everything it said."""
-
-    def __init__(self, model: LoadedModel) -> None:
-        self.core = EngineCore(model.runner, model.capabilities, model.tokenizer, SystemClock())
-        self.events: list[EngineEvent] = []
-
-    def handle(self, *commands: Submit | Cancel | Drain | Snapshot) -> None:
-        for command in commands:
-            self.events += self.core.handle(command)
-
-    def step(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.events += self.core.step()
-
-    def finish(self) -> "Run":
-        for _ in range(STEPS_MAX):
-            if not self.core.has_work():
-                return self
-            self.step()
-        raise AssertionError("the core never ran out of work")
-
-    def rows(self, request_id: str) -> list[StepRow]:
-        steps = [event for event in self.events if isinstance(event, StepDone)]
-        return [row for step in steps for row in step.rows if row.request_id == request_id]
-
-    def tokens(self, request_id: str) -> tuple[int, ...]:
-        return tuple(token_id for row in self.rows(request_id) for token_id in row.token_ids)
-
-    def text(self, request_id: str) -> str:
-        end = self.end(request_id)
-        assert isinstance(end, Finished)
-        return "".join(row.text for row in self.rows(request_id)) + end.text
-
-    def end(self, request_id: str) -> Finished | Failed:
-        ends = [e for e in self.events if isinstance(e, Finished | Failed) and e.request_id == request_id]
-        assert len(ends) == 1, ends
-        return ends[0]
-
-
-def run(model: LoadedModel, *submits: Submit) -> Run:
-    running = Run(model)
-    running.handle(*submits)
-    return running.finish()
 
 
 @pytest.mark.parametrize(
@@ -313,9 +248,7 @@ def test_only_the_request_at_fault_fails(raises: bool, tiny_model: Models) -> No
     good = [submit("a"), submit("bb"), submit("ccc")]
     expected = run(model, *good)
     bad = Submit(request_id="bad", attempt=1, prompt_token_ids=(299, 1, 2), sampling=SamplingParams(temperature=0.0))
-    running = Run(model)
-    sabotage = Sabotage(model, 299, raises=raises)
-    running.core = EngineCore(sabotage, model.capabilities, model.tokenizer, SystemClock())
+    running = Run(model, Sabotage(model, 299, raises=raises))
     running.handle(good[0], bad, *good[1:])
     running.finish()
     end = running.end("bad")

@@ -131,6 +131,16 @@ def test_a_waiting_request_moves_the_waiting_gauge(script: "Script") -> None:
     assert samples(fold(script))["vllm:num_requests_waiting all demo-20b"] == 1
 
 
+def test_preemptions_are_counted(script: "Script") -> None:
+    script.receive("req_1")
+    script.admit("req_1")
+    script.route("req_1")
+    for step in (3, 9):
+        lost = ev.Preempted(request_id="req_1", executor="cpu", attempt=1, step=step, reason="priority")
+        script.add("executor/cpu", lost, correlation="req_1")
+    assert samples(fold(script))["vllm:num_preemptions_total cpu demo-20b"] == 2
+
+
 def test_nothing_that_a_client_writes_becomes_a_label(script: "Script") -> None:
     script.rejected("req_canary", model="canary-model")
     script.completed("req_canary2")

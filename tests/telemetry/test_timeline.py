@@ -85,6 +85,17 @@ def test_steps_are_summarised_and_only_the_requests_own_rows_count(script: "Scri
     assert (decode.steps, decode.tokens, decode.p50_step_ms, decode.others_max) == (2, 2, 19.0, 2)
 
 
+def test_a_preemption_is_a_moment_with_its_reason(script: "Script") -> None:
+    script.receive("req_1")
+    script.admit("req_1")
+    script.route("req_1")
+    lost = ev.Preempted(request_id="req_1", executor="cpu", attempt=1, step=3, reason="memory")
+    script.add("executor/cpu", lost, correlation="req_1")
+    (phase,) = [phase for phase in timeline(script.records).phases if phase.name == "preempted"]
+    assert phase.mark
+    assert phase.detail == "at step 3: memory"
+
+
 def test_a_retried_request_shows_both_attempts(script: "Script") -> None:
     script.retried("req_1")
     line = timeline(script.records)

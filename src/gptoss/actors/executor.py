@@ -19,6 +19,7 @@ from gptoss.engine import port
 from gptoss.errors import EngineLost
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
+from gptoss.messages.plan import Preemption
 
 PROBE_PERIOD_S = 1.0
 STOP_TIMEOUT_S = 5.0
@@ -162,6 +163,10 @@ class ExecutorActor(ThreadedActor):
             executor=self._name,
             attempt=submit.attempt,
             prompt_tokens=len(submit.prompt_token_ids),
+            resumed_tokens=len(submit.output_token_ids),
+            max_tokens=submit.sampling.max_tokens or 0,
+            priority=submit.priority,
+            deadline_ns=submit.deadline_ns,
         )
         self.record(accepted, correlation=submit.request_id)
         self._driver.send(submit)
@@ -175,12 +180,21 @@ class ExecutorActor(ThreadedActor):
             step=news.step,
             started_ns=news.started_ns,
             duration_ns=news.duration_ns,
-            rows=tuple(ev.CommittedRow(r.request_id, r.attempt, len(r.token_ids), r.prefilled) for r in news.rows),
+            rows=tuple(map(_committed, news.rows)),
             waiting=news.waiting,
             running=news.running,
             kv_bytes_in_use=news.kv_bytes_in_use,
+            submits_taken=news.submits_taken,
+            preemptions=news.preemptions,
+            starts=news.starts,
+            refused=news.refused,
+            prefill_tokens_max=news.prefill_tokens_max,
+            prefill_ms_per_token=news.prefill_ms_per_token,
+            kv_budget_bytes=news.kv_budget_bytes,
         )
         cause = self.record(committed).meta.pos
+        for lost in news.preemptions:
+            self._preempted(news.step, lost, cause)
         produced: list[ev.ProducedRow] = []
         for row in news.rows:
             flight = self._in_flight.get(row.request_id)
@@ -192,6 +206,12 @@ class ExecutorActor(ThreadedActor):
             self._directory.tell(request_name(row.request_id), tokens, cause=cause)
         if produced and self._config.keep_content:
             self.record(ev.StepTokens(executor=self._name, step=news.step, rows=tuple(produced)))
+
+    def _preempted(self, step: int, lost: Preemption, cause: int) -> None:
+        preempted = ev.Preempted(
+            request_id=lost.request_id, executor=self._name, attempt=lost.attempt, step=step, reason=lost.reason
+        )
+        self.record(preempted, correlation=lost.request_id, cause=cause)
 
     def _finished(self, news: port.Finished) -> None:
         flight = self._take(news.request_id, news.attempt)
@@ -298,3 +318,18 @@ class ExecutorActor(ThreadedActor):
 
     def _now(self) -> int:
         return self.context.system.now_ns()
+
+
+def _committed(row: port.StepRow) -> ev.CommittedRow:
+    return ev.CommittedRow(
+        row.request_id,
+        row.attempt,
+        len(row.token_ids),
+        row.prefilled,
+        row.start,
+        row.num_tokens,
+        row.num_logits,
+        row.num_draft,
+        row.failure,
+        row.ended,
+    )

@@ -224,6 +224,7 @@ class RequestActor(DeciderActor[RequestState]):
             output_token_ids=tuple(self._delivered),
             sampling=msgspec.structs.replace(event.sampling, stop=self._request.sampling.stop),
             priority=self._request.priority,
+            deadline_ns=self._deadline_ns,
         )
         if self._directory.tell(executor_name(self.state.executor), submit):
             return

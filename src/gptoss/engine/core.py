@@ -6,17 +6,21 @@ Rules:
 - Every event returned is of ``engine.port``; a request's terminal event comes after its last row, once.
 - A submit with the id and attempt of a request that is still here is the same request, and ignored. One with another
   attempt takes its place: the older attempt ends as cancelled.
+- A row that found no memory is run again once, after the worst other request gave its own back.
 """
 
 from typing import TypeAlias
 
+import msgspec
 import psutil
 import torch
 from tokenizers import Tokenizer
 
 from gptoss.clock import Clock
 from gptoss.engine.attention import Chunk
+from gptoss.engine.batch import Batch
 from gptoss.engine.memory_model import kv_bytes
+from gptoss.engine.pace import PrefillPace
 from gptoss.engine.port import (
     Cancel,
     Drain,
@@ -31,24 +35,23 @@ from gptoss.engine.port import (
     Submit,
     TokenLogprob,
 )
-from gptoss.engine.runner import Runner, run_isolated
-from gptoss.engine.sampler import Draw, draw_tokens
-from gptoss.engine.scheduler import Scheduler, Work
+from gptoss.engine.runner import Runner
+from gptoss.engine.sampler import Draw
+from gptoss.engine.scheduler import schedule
 from gptoss.engine.sequence import End, Sequence
+from gptoss.engine.step import Fault, RowOutcome, Task, run_tasks
+from gptoss.engine.submit_check import check_submit
 from gptoss.engine.token_text import TokenText
-from gptoss.errors import (
-    EngineError,
-    GptossError,
-    MemoryExhausted,
-    NotReady,
-    QueueFull,
-    RequestError,
-)
+from gptoss.errors import EngineError, GptossError, MemoryExhausted, NotReady, QueueFull
 from gptoss.messages.model import EngineCapabilities
-from gptoss.messages.sampling import check_sampling
+from gptoss.messages.plan import Limits, PlannedRow, RowFailure, StepPlan, without
 
 WAITING_MAX = 8192
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+BLOCK_TOKENS = 32
+PREFILL_TARGET_MS = 100.0
+"""How long prefill may keep those waiting who decode, in each step."""
+MEMORY_FAULTS_MAX = 2
 
 CoreCommand: TypeAlias = Submit | Cancel | Drain | Snapshot
 
@@ -61,173 +64,208 @@ class EngineCore:
         capabilities: limits that submits are checked against.
         tokenizer: of the model.
         clock: for the times of steps.
+
+    Attributes:
+        capabilities: with what the core itself decides on.
     """
 
     def __init__(self, runner: Runner, capabilities: EngineCapabilities, tokenizer: Tokenizer, clock: Clock) -> None:
         self._runner = runner
-        self._capabilities = capabilities
         self._tokenizer = tokenizer
         self._spelling = TokenText(tokenizer)
         self._clock = clock
         self._device = torch.device(capabilities.device)
-        self._scheduler = Scheduler(
+        limits = Limits(
             max_batch_size=capabilities.max_batch_size,
-            kv_budget_bytes=capabilities.kv_budget_bytes,
             chunk_tokens=CHUNK_TOKENS.get(self._device.type, CHUNK_TOKENS["cpu"]),
+            align_tokens=BLOCK_TOKENS,
+            is_row_invariant=runner.is_row_invariant,
+            target_ms=PREFILL_TARGET_MS,
         )
-        self._sequences: dict[str, Sequence] = {}
+        self.capabilities = msgspec.structs.replace(capabilities, limits=limits)
+        self._batch = Batch(runner, limits, capabilities.kv_budget_bytes)
+        self._pace = PrefillPace()
         self._num_steps = 0
-        self._num_submits = 0
+        self._num_sequences = 0
+        self._submits_taken = 0
         self._is_draining = False
 
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
-        return bool(self._sequences)
+        return bool(self._batch.sequences)
 
     def handle(self, command: CoreCommand) -> list[EngineEvent]:
         """Take a command between steps. Returns what there is to say at once."""
         match command:
             case Submit():
+                self._submits_taken += 1
                 return self._submit(command)
             case Cancel():
                 return self._cancel(command.request_id)
             case Drain():
                 self._is_draining = True
-                return [] if self._sequences else [Drained()]
+                return self._drained()
             case Snapshot():
                 return [self._status(command.nonce)]
 
-    def step(self) -> list[EngineEvent]:
-        """Run one step of the batch. Returns a ``StepDone``, then the terminal events that it brought."""
+    def step(self, plan: StepPlan | None = None) -> list[EngineEvent]:
+        """Run one step of the batch.
+
+        Args:
+            plan: what to do; None asks the scheduler. A replay gives the plans of the log.
+
+        Returns:
+            a ``StepDone``, then the terminal events that it brought.
+        """
         started_ns = self._clock.monotonic_ns()
-        ends: list[EngineEvent] = [
-            self._fail(sequence, EngineError(message))
-            for sequence, message in self._scheduler.start_waiting(self._runner)
-        ]
-        work = self._scheduler.plan()
-        logits, failures = run_isolated(self._runner, [_chunk(item) for item in work])
-        draws = self._draw(work, logits)
-        rows: list[StepRow] = []
-        for index, item in enumerate(work):
-            if index in failures:
-                ends.append(
-                    self._fail(item.sequence, EngineError(f"the model failed on this request: {failures[index]}"))
-                )
-                continue
-            rows.append(self._advance(item, draws.get(index)))
-            if index in draws and draws[index].token_id is None:
-                ends.append(
-                    self._fail(item.sequence, EngineError("the model's logits are not finite (NaN or infinite)"))
-                )
-            elif item.sequence.end:
-                ends.append(self._finish(item.sequence, item.sequence.end))
-        if self._is_draining and not self._sequences:
-            ends.append(Drained())
+        plan = plan or schedule(self._batch.state(self._pace.ms_per_token))
+        refused = self._batch.place(plan)
+        plan = without(plan, refused)
+        ends = self._fail_hopeless(refused)
+        outcomes = run_tasks(self._runner, [self._task(row) for row in plan.rows], self._batch.relieve)
+        rows = [self._advance(row, outcome, ends) for row, outcome in zip(plan.rows, outcomes, strict=True)]
+        if any(row.failure == "memory" for row in rows):
+            self._batch.shorten_budget()
+        duration_ns = self._clock.monotonic_ns() - started_ns
+        self._pace.observe(plan, duration_ns)
         self._num_steps += 1
         done = StepDone(
             step=self._num_steps,
             started_ns=started_ns,
-            duration_ns=self._clock.monotonic_ns() - started_ns,
+            duration_ns=duration_ns,
             rows=tuple(rows),
-            waiting=self._scheduler.num_waiting,
-            running=self._scheduler.num_running,
-            kv_bytes_in_use=self._scheduler.kv_bytes_in_use,
+            waiting=self._batch.num_waiting,
+            running=self._batch.num_running,
+            kv_bytes_in_use=self._batch.kv_bytes_in_use,
+            submits_taken=self._submits_taken,
+            preemptions=plan.preemptions,
+            starts=plan.starts,
+            refused=tuple(refused),
+            prefill_tokens_max=plan.prefill_tokens_max,
+            prefill_ms_per_token=plan.prefill_ms_per_token,
+            kv_budget_bytes=plan.kv_budget_bytes,
         )
-        return [done, *ends]
+        self._submits_taken = 0
+        return [done, *ends, *self._drained()]
 
-    def _draw(self, work: list[Work], logits: list[torch.Tensor | None]) -> dict[int, Draw]:
-        """Choose a token for each piece of work that has logits, by its index."""
-        wanting = [
-            (index, item.sequence, row)
-            for index, (item, row) in enumerate(zip(work, logits, strict=True))
-            if row is not None
-        ]
-        draws = draw_tokens(
-            [row[-1] for _, _, row in wanting],
-            [sequence.sampler for _, sequence, _ in wanting],
-            [len(sequence.token_ids) for _, sequence, _ in wanting],
-        )
-        return {index: draw for (index, _, _), draw in zip(wanting, draws, strict=True)}
+    def _fail_hopeless(self, refused: dict[str, str]) -> list[EngineEvent]:
+        """If the device refuses memory although nothing else runs, waiting will not help: fail the first of them."""
+        if not refused or self._batch.num_running:
+            return []
+        request_id, message = next(iter(refused.items()))
+        return [self._fail(self._batch.sequences[request_id], _no_memory(message))]
 
-    def _advance(self, item: Work, draw: Draw | None) -> StepRow:
-        """Note what was computed and chosen for one request."""
-        sequence = item.sequence
-        start = sequence.num_computed
-        sequence.num_computed += item.num_tokens
-        prefilled = max(0, min(sequence.num_computed, sequence.num_prompt) - start)
-        request_id, attempt = sequence.submit.request_id, sequence.submit.attempt
-        if draw is None or draw.token_id is None:
-            return StepRow(request_id=request_id, attempt=attempt, prefilled=prefilled)
+    def _task(self, row: PlannedRow) -> Task:
+        """What it takes to run a planned row."""
+        sequence = self._batch.sequences[row.request_id]
+        token_ids = sequence.token_ids[row.start : row.start + row.num_tokens]
+        chunk = Chunk(slot=sequence.slot, token_ids=token_ids, start=row.start, num_logits=row.num_logits)
+        return Task(chunk, (), sequence.sampler, len(sequence.token_ids))
+
+    def _advance(self, row: PlannedRow, outcome: RowOutcome, ends: list[EngineEvent]) -> StepRow:
+        """Note what was computed and chosen for one request; ``ends`` grows if that ends it."""
+        sequence = self._batch.sequences[row.request_id]
+        if outcome.fault is not None:
+            return self._fault(sequence, row, outcome.fault, ends)
+        sequence.num_memory_faults = 0
+        sequence.num_computed = row.start + row.num_tokens
+        texts: list[str] = []
+        draws: list[Draw] = []
+        failure: RowFailure = ""
+        for draw in outcome.draws:
+            if draw.token_id is None:
+                failure = "not_finite"
+                ends.append(self._fail(sequence, EngineError("the model's logits are not finite (NaN or infinite)")))
+                break
+            draws.append(draw)
+            texts.append(sequence.push(draw.token_id))
+            if sequence.end:
+                ends.append(self._finish(sequence, sequence.end))
+                break
         return StepRow(
-            request_id=request_id,
-            attempt=attempt,
-            token_ids=(draw.token_id,),
-            text=sequence.push(draw.token_id),
-            prefilled=prefilled,
-            logprobs=() if draw.logprob is None else (self._token_logprob(draw.token_id, draw.logprob, draw),),
+            request_id=row.request_id,
+            attempt=row.attempt,
+            token_ids=tuple(draw.token_id for draw in draws if draw.token_id is not None),
+            text="".join(texts),
+            prefilled=max(0, min(row.start + row.num_tokens, sequence.num_prompt) - row.start),
+            logprobs=tuple(self._token_logprob(draw) for draw in draws if draw.logprob is not None),
+            start=row.start,
+            num_tokens=row.num_tokens,
+            num_logits=row.num_logits,
+            num_draft=row.num_draft,
+            failure=failure,
+            ended=bool(failure or sequence.end),
         )
 
-    def _token_logprob(self, token_id: int, logprob: float, draw: Draw) -> TokenLogprob:
-        text, raw = self._spelling.spell(token_id)
+    def _fault(self, sequence: Sequence, row: PlannedRow, fault: Fault, ends: list[EngineEvent]) -> StepRow:
+        """Note that a row came to nothing."""
+        sequence.num_memory_faults += fault.failure == "memory"
+        if fault.failure != "memory":
+            ends.append(self._fail(sequence, EngineError(f"the model failed on this request: {fault.message}")))
+        elif sequence.num_memory_faults >= MEMORY_FAULTS_MAX:
+            ends.append(self._fail(sequence, _no_memory(fault.message)))
+        return StepRow(
+            request_id=row.request_id,
+            attempt=row.attempt,
+            start=row.start,
+            num_tokens=row.num_tokens,
+            num_logits=row.num_logits,
+            num_draft=row.num_draft,
+            failure=fault.failure,
+            ended=row.request_id not in self._batch.sequences,
+        )
+
+    def _token_logprob(self, draw: Draw) -> TokenLogprob:
+        assert draw.token_id is not None
+        assert draw.logprob is not None
+        text, raw = self._spelling.spell(draw.token_id)
         top = tuple((other, value, *self._spelling.spell(other)) for other, value in draw.top)
-        return TokenLogprob(token_id=token_id, logprob=logprob, text=text, raw=raw, top=top)
+        return TokenLogprob(token_id=draw.token_id, logprob=draw.logprob, text=text, raw=raw, top=top)
 
     def _submit(self, submit: Submit) -> list[EngineEvent]:
-        earlier = self._sequences.get(submit.request_id)
+        earlier = self._batch.sequences.get(submit.request_id)
         if earlier is not None and earlier.submit.attempt == submit.attempt:
             return []
         try:
-            self._check(submit)
-            sequence = Sequence(submit, self._num_submits, self._capabilities, self._tokenizer)
-            kv_bytes_needed = self._check_memory(sequence)
+            self._check_room()
+            check_submit(submit, self.capabilities)
+            sequence = Sequence(submit, self._num_sequences, self.capabilities, self._tokenizer)
+            sequence.kv_bytes = self._kv_bytes(sequence.capacity)
         except GptossError as error:
             return [_failed(submit, error)]
         events: list[EngineEvent] = [self._finish(earlier, End("cancelled"))] if earlier else []
-        self._num_submits += 1
-        self._sequences[submit.request_id] = sequence
-        self._scheduler.add(sequence, kv_bytes_needed)
+        self._num_sequences += 1
+        self._batch.add(sequence)
         if sequence.end:  # the earlier attempt had produced everything but could not say so
             events.append(self._finish(sequence, sequence.end))
         return events
 
-    def _cancel(self, request_id: str) -> list[EngineEvent]:
-        sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return []
-        finished = self._finish(sequence, End("cancelled"))
-        return [finished, Drained()] if self._is_draining and not self._sequences else [finished]
-
-    def _check(self, submit: Submit) -> None:
-        """Refuse what cannot run. Raises an error of the tree, with its code."""
+    def _check_room(self) -> None:
+        """Raise an error of the tree if nothing more is taken."""
         if self._is_draining:
             raise NotReady("the engine is draining and takes no new requests")
-        if len(self._sequences) >= WAITING_MAX:
+        if len(self._batch.sequences) >= WAITING_MAX:
             raise QueueFull(f"the engine holds {WAITING_MAX} requests already")
-        prompt = submit.prompt_token_ids
-        if not prompt:
-            raise RequestError("the prompt is empty")
-        vocab_size = self._capabilities.vocab_size
-        wrong = next((id_ for id_ in (*prompt, *submit.output_token_ids) if not 0 <= id_ < vocab_size), None)
-        if wrong is not None:
-            raise RequestError(f"token id {wrong} is not in the vocabulary, 0 to {vocab_size - 1}")
-        context = self._capabilities.max_model_len
-        if len(prompt) >= context or len(prompt) + len(submit.output_token_ids) > context:
-            raise RequestError(f"the prompt has {len(prompt)} tokens; the context is {context}, output included")
-        params = submit.sampling
-        check_sampling(params)
-        if any(token_id >= vocab_size for token_id in params.logit_bias):
-            raise RequestError(f"logit_bias names token {max(params.logit_bias)}; the last one is {vocab_size - 1}")
 
-    def _check_memory(self, sequence: Sequence) -> int:
-        """KV bytes that the request will hold. Raises ``MemoryExhausted`` if they can never be free."""
-        needed = kv_bytes(self._runner.layout, sequence.capacity)
-        budget = self._capabilities.kv_budget_bytes
+    def _kv_bytes(self, capacity: int) -> int:
+        """KV bytes of a request of so many tokens. Raises ``MemoryExhausted`` if they can never be free."""
+        needed = kv_bytes(self._runner.layout, capacity)
+        budget = self.capabilities.kv_budget_bytes
         if needed > budget:
             raise MemoryExhausted(f"the request needs {needed} bytes of KV memory; this engine has {budget} in all")
         return needed
 
+    def _cancel(self, request_id: str) -> list[EngineEvent]:
+        sequence = self._batch.sequences.get(request_id)
+        if sequence is None:
+            return []
+        return [self._finish(sequence, End("cancelled")), *self._drained()]
+
+    def _drained(self) -> list[EngineEvent]:
+        return [Drained()] if self._is_draining and not self._batch.sequences else []
+
     def _finish(self, sequence: Sequence, end: End) -> Finished:
-        self._release(sequence)
+        self._batch.remove(sequence)
         return Finished(
             request_id=sequence.submit.request_id,
             attempt=sequence.submit.attempt,
@@ -239,12 +277,8 @@ class EngineCore:
         )
 
     def _fail(self, sequence: Sequence, error: GptossError) -> Failed:
-        self._release(sequence)
+        self._batch.remove(sequence)
         return _failed(sequence.submit, error)
-
-    def _release(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
-        del self._sequences[sequence.submit.request_id]
 
     def _status(self, nonce: int) -> EngineStatus:
         if self._device.type == "cuda":
@@ -255,24 +289,16 @@ class EngineCore:
         return EngineStatus(
             nonce=nonce,
             step=self._num_steps,
-            waiting=self._scheduler.num_waiting,
-            running=self._scheduler.num_running,
-            kv_bytes_in_use=self._scheduler.kv_bytes_in_use,
+            waiting=self._batch.num_waiting,
+            running=self._batch.num_running,
+            kv_bytes_in_use=self._batch.kv_bytes_in_use,
             memory_bytes=used,
             device_memory_total_bytes=total,
         )
 
 
-def _chunk(item: Work) -> Chunk:
-    sequence = item.sequence
-    start = sequence.num_computed
-    stop = start + item.num_tokens
-    return Chunk(
-        slot=sequence.slot,
-        token_ids=sequence.token_ids[start:stop],
-        start=start,
-        num_logits=int(stop == len(sequence.token_ids)),
-    )
+def _no_memory(message: str) -> MemoryExhausted:
+    return MemoryExhausted(f"the device has no memory for this request: {message}")
 
 
 def _failed(submit: Submit, error: GptossError) -> Failed:

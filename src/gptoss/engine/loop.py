@@ -61,16 +61,17 @@ def serve(
     except GptossError as error:
         emit(LoadFailed(code=error.code, message=error.message))
         return EXIT_LOAD_FAILED
+    core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock)
     emit(
         Loaded(
-            capabilities=model.capabilities,
+            capabilities=core.capabilities,
             fingerprint=model.fingerprint,
             load_ms=(clock.monotonic_ns() - started_ns) / NS_PER_MS,
             pid=os.getpid(),
             notes=model.notes,
         )
     )
-    _run(EngineCore(model.runner, model.capabilities, model.tokenizer, clock), commands, emit)
+    _run(core, commands, emit)
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
+from gptoss.messages.plan import Preemption, RowFailure, Start
 from gptoss.messages.sampling import SamplingParams
 
 
@@ -37,6 +38,9 @@ class Load(_Wire, frozen=True, kw_only=True):
         device: ``cpu``, ``cuda:0`` and so on.
         kv_budget_bytes: 0 lets the engine derive it from free memory.
         num_threads: 0 lets the engine choose.
+        kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
+        quantization: ``int8`` stores weights in 8 bits; only with the CPU kernels.
+        cache_folder: where compiled kernels are kept; empty is the user's cache folder.
     """
 
     folder: str
@@ -47,6 +51,9 @@ class Load(_Wire, frozen=True, kw_only=True):
     max_model_len: int = 0
     kv_budget_bytes: int = 0
     num_threads: int = 0
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    quantization: Literal["none", "int8"] = "none"
+    cache_folder: str = ""
 
 
 class Submit(_Wire, frozen=True, kw_only=True):
@@ -57,7 +64,9 @@ class Submit(_Wire, frozen=True, kw_only=True):
         output_token_ids: tokens that an earlier attempt already delivered; generation goes on after them, and
             neither their ids nor their text are sent again.
         sampling: ``seed`` and ``max_tokens`` are set by now; ``max_tokens`` counts from the start of the output.
-        priority: lower runs first.
+        priority: lower runs first, and may take the place of a higher one.
+        deadline_ns: on this machine's monotonic clock; among equal priorities the earliest runs first. 0 is none. The
+            engine does not enforce it: whoever submits cancels.
     """
 
     request_id: str
@@ -66,6 +75,7 @@ class Submit(_Wire, frozen=True, kw_only=True):
     sampling: SamplingParams
     output_token_ids: tuple[int, ...] = ()
     priority: int = 0
+    deadline_ns: int = 0
 
 
 class Cancel(_Wire, frozen=True, kw_only=True):
@@ -136,12 +146,15 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step did for one request.
+    """What one step did for one request: the row of the plan, and what came of it.
 
     Attributes:
-        token_ids: tokens produced in this step (empty for a row that only prefilled).
+        token_ids: tokens produced in this step (empty for a row that only prefilled or failed).
         text: text that became final: held back while it may be part of a stop string or an unfinished character.
         prefilled: prompt tokens computed in this step.
+        start, num_tokens, num_logits, num_draft: as planned, see ``messages.plan.PlannedRow``.
+        failure: why its model run counts for nothing. With ``memory`` it is tried again; otherwise ``Failed`` follows.
+        ended: this is its last row; ``Finished`` or ``Failed`` follows.
     """
 
     request_id: str
@@ -150,10 +163,25 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     prefilled: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    start: int = 0
+    num_tokens: int = 0
+    num_logits: int = 0
+    num_draft: int = 0
+    failure: RowFailure = ""
+    ended: bool = False
 
 
 class StepDone(_Wire, frozen=True, kw_only=True):
-    """One step of the batch. Times are nanoseconds of this machine's monotonic clock."""
+    """One step of the batch: its plan and its outcome. Times are nanoseconds of this machine's monotonic clock.
+
+    Attributes:
+        rows: every planned row, in the plan's order.
+        kv_bytes_in_use: held by running requests; the prefix cache comes on top, within the same budget.
+        submits_taken: how many submits the engine took since the step before, refused and repeated ones included; the
+            plan was made after them.
+        refused: planned to start, but the device had no memory; they are back in line, or ``Failed`` follows.
+        preemptions, starts, prefill_tokens_max, prefill_ms_per_token, kv_budget_bytes: see ``messages.plan.StepPlan``.
+    """
 
     step: int
     started_ns: int
@@ -162,6 +190,13 @@ class StepDone(_Wire, frozen=True, kw_only=True):
     waiting: int
     running: int
     kv_bytes_in_use: int
+    submits_taken: int = 0
+    preemptions: tuple[Preemption, ...] = ()
+    starts: tuple[Start, ...] = ()
+    refused: tuple[str, ...] = ()
+    prefill_tokens_max: int = 0
+    prefill_ms_per_token: float = 0.0
+    kv_budget_bytes: int = 0
 
 
 class Finished(_Wire, frozen=True, kw_only=True):

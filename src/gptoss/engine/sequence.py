@@ -1,8 +1,8 @@
 """One request inside the engine: its tokens, what of them was computed, and how it ends.
 
 Rules:
-- ``token_ids`` is prompt plus output. ``num_computed`` of them are in KV memory; the rest is pending. With one pending
-  token the request decodes, with more it prefills; a resumed request prefills its earlier output too.
+- ``token_ids`` is prompt plus output. ``num_computed`` of them are in KV memory; the rest is pending. What is pending
+  after a resumption or a preemption, earlier output included, is computed again.
 - The request ends with the first of: an end token, a stop string, ``max_tokens`` or the end of the context.
 - The text of the end token is not output.
 """
@@ -14,6 +14,7 @@ from gptoss.engine.detokenizer import Detokenizer
 from gptoss.engine.port import Submit
 from gptoss.engine.runner import Slot
 from gptoss.engine.sampler import SamplerState
+from gptoss.engine.scheduler import NO_DEADLINE, Candidate
 from gptoss.messages.model import EngineCapabilities, FinishReason
 
 
@@ -34,7 +35,9 @@ class Sequence:
         tokenizer: of the model.
 
     Attributes:
-        slot: its KV memory, once it runs.
+        slot: its KV memory, while it runs.
+        kv_bytes: what its KV memory takes or will take.
+        num_memory_faults: how often in succession its part of a step found no memory.
         max_tokens: bound on generated tokens, by the request and by the context.
         end: set when it is over.
     """
@@ -42,11 +45,13 @@ class Sequence:
     def __init__(self, submit: Submit, arrival: int, capabilities: EngineCapabilities, tokenizer: Tokenizer) -> None:
         params = submit.sampling
         self.submit = submit
-        self.order = (submit.priority, arrival)
+        self.order = (submit.priority, submit.deadline_ns or NO_DEADLINE, arrival)
         self.token_ids = list(submit.prompt_token_ids)
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0
         self.slot: Slot | None = None
+        self.kv_bytes = 0
+        self.num_memory_faults = 0
         self.end: End | None = None
         room = capabilities.max_model_len - self.num_prompt
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -68,15 +73,20 @@ class Sequence:
         """Tokens generated over all attempts."""
         return len(self.token_ids) - self.num_prompt
 
-    @property
-    def num_pending(self) -> int:
-        """Tokens not in KV memory yet."""
-        return len(self.token_ids) - self.num_computed
-
-    @property
-    def is_decoding(self) -> bool:
-        """One token is pending, and it is not the start of a prompt."""
-        return self.num_pending == 1 and self.num_computed > 0
+    def candidate(self) -> Candidate:
+        """Itself as the scheduler sees it."""
+        priority, deadline_ns, arrival = self.order
+        return Candidate(
+            self.submit.request_id,
+            self.submit.attempt,
+            priority,
+            deadline_ns,
+            arrival,
+            self.num_prompt,
+            len(self.token_ids),
+            self.num_computed,
+            self.kv_bytes,
+        )
 
     def push(self, token_id: int) -> str:
         """Take a generated token; sets ``end`` if it was the last. Returns the text that became final."""

@@ -15,6 +15,7 @@ import msgspec
 from gptoss.messages.commands import AdmissionAction, CancelReason
 from gptoss.messages.envelope import Event, Family
 from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
+from gptoss.messages.plan import Preemption, PreemptionReason, RowFailure, Start
 from gptoss.messages.sampling import SamplingParams
 
 # ---------------------------------------------------------------- system
@@ -507,25 +508,47 @@ class RouteForgotten(Event, frozen=True, kw_only=True):
 
 
 class ExecutorAccepted(Event, frozen=True, kw_only=True):
-    """The executor handed the request to its engine."""
+    """The executor handed the request to its engine, with all that the engine's scheduler goes by.
+
+    ``max_tokens`` 0 is as many as the context allows; ``resumed_tokens`` of output were there already.
+    """
 
     request_id: str
     executor: str
     attempt: int
     prompt_tokens: int
+    resumed_tokens: int = 0
+    max_tokens: int = 0
+    priority: int = 0
+    deadline_ns: int = 0
 
 
 class CommittedRow(msgspec.Struct, frozen=True, array_like=True):
-    """One request's part of a step: tokens produced, prompt tokens computed."""
+    """One request's part of a step: tokens produced, prompt tokens computed, and the row as it was planned.
+
+    The row is ``num_tokens`` positions from ``start``, with logits of the last ``num_logits``; the last ``num_draft`` of
+    them were guesses. With a ``failure`` it came to nothing; ``ended`` says that it was the request's last.
+    """
 
     request_id: str
     attempt: int
     tokens: int
     prefilled: int
+    start: int = 0
+    num_tokens: int = 0
+    num_logits: int = 0
+    num_draft: int = 0
+    failure: RowFailure = ""
+    ended: bool = False
 
 
 class StepCommitted(Event, frozen=True, kw_only=True):
-    """One step of an engine, for all requests in it. ``started_ns`` is on the same monotonic clock as the records."""
+    """One step of an engine, for all requests in it. ``started_ns`` is on the same monotonic clock as the records.
+
+    It holds the whole plan, and with the events before it all that the plan was made from: ``submits_taken`` says how
+    many of the accepted requests the engine had seen by then. Those preempted lost their memory before the rows ran;
+    those refused were planned to start, but the device had no memory. ``messages/plan.py`` describes the parts.
+    """
 
     executor: str
     step: int
@@ -535,6 +558,23 @@ class StepCommitted(Event, frozen=True, kw_only=True):
     waiting: int
     running: int
     kv_bytes_in_use: int
+    submits_taken: int = 0
+    preemptions: tuple[Preemption, ...] = ()
+    starts: tuple[Start, ...] = ()
+    refused: tuple[str, ...] = ()
+    prefill_tokens_max: int = 0
+    prefill_ms_per_token: float = 0.0
+    kv_budget_bytes: int = 0
+
+
+class Preempted(Event, frozen=True, kw_only=True):
+    """The request gave its KV memory up and waits again, for one of better priority or because memory is short."""
+
+    request_id: str
+    executor: str
+    attempt: int
+    step: int
+    reason: PreemptionReason
 
 
 class CancelApplied(Event, frozen=True, kw_only=True):

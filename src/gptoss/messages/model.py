@@ -4,6 +4,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from gptoss.messages.plan import Limits
+
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
@@ -33,6 +35,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         max_model_len: prompt plus output, in tokens.
         max_batch_size: requests that can run at once.
         kv_budget_bytes: KV memory that may be reserved on this engine.
+        limits: what its scheduler keeps to.
     """
 
     model_name: str
@@ -47,6 +50,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     num_threads: int
     eos_token_ids: tuple[int, ...]
+    limits: Limits | None = None
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):

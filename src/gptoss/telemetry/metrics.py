@@ -48,6 +48,7 @@ class _Families:
         self.generation_tokens = Counter("vllm:generation_tokens_total", "Tokens generated.", VLLM)
         self.prefix_queries = Counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up.", VLLM)
         self.prefix_hits = Counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the cache.", VLLM)
+        self.preemptions = Counter("vllm:num_preemptions_total", "Running requests sent back in line.", VLLM)
         self.success = Counter("vllm:request_success_total", "Requests that ran to an end.", (*VLLM, "finished_reason"))
         self.ttft = Histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", VLLM, SECONDS)
         self.itl = Histogram("vllm:inter_token_latency_seconds", "Between two tokens.", VLLM, ITL_SECONDS)
@@ -148,6 +149,8 @@ class Metrics:
             families.dead_letters.add((event.reason,))
         elif isinstance(event, ev.EngineExited):
             families.exits.add((event.executor,))
+        elif isinstance(event, ev.Preempted):
+            families.preemptions.add(self._vllm(event.executor))
 
     def _fold_gauges(self, event: Event) -> None:
         """Bring up to date what the record may have moved; most records move nothing."""

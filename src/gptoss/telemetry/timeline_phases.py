@@ -45,6 +45,7 @@ PHASES: dict[type[Event], tuple[str, bool, Callable[[Any], str]]] = {
     ev.RouteDecided: ("route", True, _routed),
     ev.RequestRouted: ("routed", False, lambda e: f"{e.executor}, attempt {e.attempt}"),
     ev.ExecutorAccepted: ("accepted", False, lambda e: e.executor),
+    ev.Preempted: ("preempted", True, lambda e: f"at step {e.step}: {e.reason}"),
     ev.FirstTokenProduced: ("first token", True, _nothing),
     ev.FirstByteSent: ("first byte", True, _nothing),
     ev.ClientSlow: ("client slow", True, lambda e: f"not reading for {e.stalled_ms:.0f} ms"),

@@ -1,0 +1,145 @@
+"""What the steps say is enough: every plan follows from the log, and a plan fed back gives the same tokens."""
+
+import random
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from core_run import Run, submit
+
+from gptoss.engine.load import LoadedModel
+from gptoss.engine.memory_model import kv_bytes
+from gptoss.engine.port import Cancel, Finished, StepDone, Submit
+from gptoss.engine.scheduler import NO_DEADLINE, Candidate, SchedulerState, schedule
+from gptoss.messages.model import EngineCapabilities
+from gptoss.messages.plan import plan_of, without
+
+Models = Callable[..., LoadedModel]
+
+
+class LoggedState:
+    """The scheduler's state, from commands and steps alone; it knows how many tokens there are, not which."""
+
+    def __init__(self, capabilities: EngineCapabilities) -> None:
+        assert capabilities.limits is not None
+        self.capabilities = capabilities
+        self.limits = capabilities.limits
+        self.sent: list[Submit] = []
+        self.line: dict[str, Candidate] = {}
+        self.running: dict[str, Candidate] = {}
+        self.arrivals = 0
+
+    def cancel(self, request_id: str) -> None:
+        self.line.pop(request_id, None)
+        self.running.pop(request_id, None)
+
+    def take(self, count: int) -> None:
+        for command in self.sent[:count]:
+            prompt, output = len(command.prompt_token_ids), len(command.output_token_ids)
+            capacity = prompt + (command.sampling.max_tokens or 0)
+            self.line[command.request_id] = Candidate(
+                command.request_id,
+                command.attempt,
+                command.priority,
+                command.deadline_ns or NO_DEADLINE,
+                self.arrivals,
+                prompt,
+                prompt + output,
+                0,
+                kv_bytes(self.capabilities.kv_layout, capacity),
+            )
+            self.arrivals += 1
+        del self.sent[:count]
+
+    def state(self, step: StepDone) -> SchedulerState:
+        hits = {start.request_id: start.num_cached for start in step.starts}
+        waiting = sorted(self.line.values(), key=lambda each: each.order)
+        drafts = {row.request_id: row.num_draft for row in step.rows}
+        return SchedulerState(
+            limits=self.limits,
+            running=tuple(
+                msgspec.structs.replace(each, num_draft=drafts.get(each.request_id, 0))
+                for each in self.running.values()
+            ),
+            waiting=tuple(msgspec.structs.replace(each, num_computed=hits.get(each.request_id, 0)) for each in waiting),
+            kv_budget_bytes=step.kv_budget_bytes,
+            prefill_ms_per_token=step.prefill_ms_per_token,
+        )
+
+    def apply(self, step: StepDone) -> None:
+        for preemption in step.preemptions:
+            lost = self.running.pop(preemption.request_id)
+            self.line[lost.request_id] = msgspec.structs.replace(lost, num_computed=0)
+        for start in step.starts:
+            self.running[start.request_id] = self.line.pop(start.request_id)
+        for row in step.rows:
+            if row.ended:
+                del self.running[row.request_id]
+            elif not row.failure:
+                each = self.running[row.request_id]
+                rejected = row.num_draft - (len(row.token_ids) - 1) if row.num_draft else 0
+                self.running[row.request_id] = msgspec.structs.replace(
+                    each,
+                    num_tokens=each.num_tokens + len(row.token_ids),
+                    num_computed=row.start + row.num_tokens - rejected,
+                )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_plan_follows_from_the_log(seed: int, tiny_model: Models) -> None:
+    chance = random.Random(seed)
+    layout = tiny_model().capabilities.kv_layout
+    model = tiny_model("llama", max_batch_size=3, kv_budget_bytes=kv_bytes(layout, 400))
+    running = Run(model)
+    log = LoggedState(running.core.capabilities)
+    for index in range(40):
+        if index < 24 and chance.random() < 0.6:
+            command = submit(
+                f"r{index}",
+                length=chance.choice([1, 5, 40, 300]),
+                priority=chance.choice([0, 0, 0, -1, 1]),
+                max_tokens=chance.choice([1, 4, 20]),
+            )
+            running.handle(command)
+            log.sent.append(command)
+        if log.running and chance.random() < 0.1:
+            victim = chance.choice(sorted(log.running))
+            running.handle(Cancel(request_id=victim))
+            log.cancel(victim)
+        if running.core.has_work():
+            running.step()
+            step = running.steps()[-1]
+            log.take(step.submits_taken)
+            assert without(schedule(log.state(step)), step.refused) == plan_of(step)
+            log.apply(step)
+    running.finish()
+    assert any(step.preemptions for step in running.steps()), "the workload is meant to preempt"
+    assert all(isinstance(running.end(request_id), Finished) for request_id in log.running)
+
+
+def test_a_plan_and_its_outcome_survive_the_wire(tiny_model: Models) -> None:
+    running = Run(tiny_model())
+    running.handle(submit("a"), submit("b", logprobs=1))
+    running.finish()
+    for step in running.steps():
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=StepDone) == step
+        again = msgspec.msgpack.decode(msgspec.msgpack.encode(plan_of(step)), type=type(plan_of(step)))
+        assert again == plan_of(step)
+
+
+def test_plans_fed_back_give_the_same_steps(tiny_model: Models) -> None:
+    layout = tiny_model().capabilities.kv_layout
+    model = tiny_model("llama", max_batch_size=2, kv_budget_bytes=kv_bytes(layout, 400))
+    commands = [submit("a", length=300, temperature=1.0), submit("b", max_tokens=30), submit("c", priority=-1)]
+    first, second = Run(model), Run(model)
+    first.handle(*commands[:2])
+    first.step(4)
+    first.handle(commands[2])
+    first.finish()
+    taken = 0
+    for step in first.steps():
+        second.handle(*commands[taken : taken + step.submits_taken])
+        taken += step.submits_taken
+        second.events += second.core.step(plan_of(step))
+    assert [step.rows for step in second.steps()] == [step.rows for step in first.steps()]
+    assert any(step.preemptions for step in first.steps())
