@@ -12,8 +12,7 @@ from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config
 from gptoss.engine.model_folder import check_folder
 from gptoss.engine.packed_linear import PackedLinear
-from gptoss.engine.runner import GenericRunner, PackedRunner, Runner, run_isolated
-from gptoss.messages.model import KvLayout
+from gptoss.engine.runner import GenericRunner, PackedRunner, Runner
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
@@ -144,35 +143,3 @@ def test_a_packed_linear_gives_a_row_the_same_bits_among_any_number_of_rows() ->
         assert torch.allclose(expected, linear(rows), atol=1e-5)
         for count in (2, 3, 4, 7, 16, 33):
             assert torch.equal(packed(rows[:count]), expected[:count])
-
-
-class PoisonRunner:
-    """Fails every step that holds the token 13."""
-
-    is_batched = True
-    is_row_invariant = False
-    geometry = None
-    layout = KvLayout(
-        full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=1, dtype_bytes=1, block_tokens=1
-    )
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def new_slot(self, tokens: int) -> object:
-        raise NotImplementedError
-
-    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
-        self.steps += 1
-        if any(13 in chunk.token_ids for chunk in chunks):
-            raise RuntimeError("poisoned\nby 13")
-        return [torch.tensor(chunk.token_ids[0]) for chunk in chunks]
-
-
-def test_only_the_chunk_at_fault_fails() -> None:
-    runner = PoisonRunner()
-    chunks = [Chunk(slot=None, token_ids=[token], start=0, num_logits=1) for token in (1, 2, 13, 4, 5)]
-    logits, failures = run_isolated(runner, chunks)  # pyright: ignore[reportArgumentType]
-    assert failures == {2: "RuntimeError: poisoned by 13"}
-    assert [None if row is None else int(row) for row in logits] == [1, 2, None, 4, 5]
-    assert runner.steps <= 2 * len(chunks)
