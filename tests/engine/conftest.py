@@ -72,8 +72,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
         model: Any = transformers.AutoModelForCausalLM.from_config(kinds[kind](), dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith(("sinks", "bias")):
-                    parameter.normal_()  # transformers starts them at zero, which hides whether they are used
+                if name.endswith("sinks"):
+                    parameter.normal_()
+                elif name.endswith("bias"):
+                    parameter.normal_(std=0.1)  # transformers starts them at zero, which hides whether they are used
                 elif parameter.ndim > 1:
                     parameter.mul_(5)  # far from uniform, so that a wrong step shows
         model.save_pretrained(folder)
