@@ -1,0 +1,379 @@
+"""The same request with the same seed gives the same tokens: alone, in company, after a preemption, a crash or a restart.
+
+What is compared is the whole stream: token ids, text, and the log-probabilities to the last bit, so that a difference in
+rounding shows even where it does not change a token.
+"""
+
+import functools
+import queue
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from core_run import Run, submit
+
+from gptoss.engine.load import LoadedModel
+from gptoss.engine.port import (
+    Cancel,
+    EngineEvent,
+    EngineExited,
+    Failed,
+    Finished,
+    Load,
+    Loaded,
+    LoadFailed,
+    StepDone,
+    Submit,
+    TokenLogprob,
+)
+from gptoss.engine.process import ProcessDriver
+
+Models = Callable[..., LoadedModel]
+Folders = Callable[[str], str]
+
+WAIT_S = 100.0
+TOKENS = 24
+STRANGERS = 16
+ARCHITECTURES = ["llama", "qwen3", "mistral", "gpt_oss"]
+WAYS = [
+    *((kind, "float32") for kind in ARCHITECTURES),
+    ("gpt_oss", "bfloat16"),
+    ("llama32", "bfloat16"),
+    ("gemma2", "float32"),  # the generic runner
+]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "greedy with penalties": {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    "temperature": {"temperature": 1.0},
+    "top_p": {"temperature": 0.9, "top_p": 0.9},
+    "top_k": {"temperature": 1.2, "top_k": 20},
+    "min_p": {"temperature": 1.0, "min_p": 0.05},
+    "penalties": {"temperature": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
+    "all": {"temperature": 1.1, "top_k": 100, "top_p": 0.95, "min_p": 0.01, "logit_bias": {70: 2.0}, "min_tokens": 9},
+}
+LENGTHS = [3, 33, 17, 270, 9, 60, 256, 300]
+"""Tokens of prompt; some of more than one chunk of prefill."""
+
+
+class Stream(msgspec.Struct, frozen=True):
+    """Everything that a request got."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+
+
+NOTHING = Stream((), "", ())
+
+
+def targets(priority: int = 0) -> list[Submit]:
+    """One request for each of the settings."""
+    return [
+        submit(name, length=length, priority=priority, max_tokens=TOKENS, seed=seed, logprobs=2, **settings)
+        for seed, (length, (name, settings)) in enumerate(zip(LENGTHS, SETTINGS.items(), strict=True))
+    ]
+
+
+def strangers(count: int, priority: int = 0) -> list[Submit]:
+    """Requests of all lengths, sampled and greedy."""
+    return [
+        submit(f"s{i}", length=2 + 7 * i % 90, max_tokens=9 + 5 * i % 40, seed=i, temperature=i % 3, priority=priority)
+        for i in range(count)
+    ]
+
+
+def streams(events: Iterable[EngineEvent]) -> dict[str, Stream]:
+    """What each request got, by its id; a request that failed is left out."""
+    found: dict[str, Stream] = {}
+
+    def add(request_id: str, *more: Any) -> None:
+        old = found.get(request_id, NOTHING)
+        found[request_id] = Stream(*(a + b for a, b in zip(msgspec.structs.astuple(old), more, strict=True)))
+
+    for event in events:
+        if isinstance(event, StepDone):
+            for row in event.rows:
+                add(row.request_id, row.token_ids, row.text, row.logprobs)
+        elif isinstance(event, Finished):
+            add(event.request_id, (), event.text, ())
+        elif isinstance(event, Failed):
+            del found[event.request_id]
+    return found
+
+
+def has_each(events: Iterable[EngineEvent], names: Iterable[str], count: int) -> bool:
+    """Whether each of the requests has ``count`` tokens or more."""
+    found = streams(events)
+    return all(name in found and len(found[name].token_ids) >= count for name in names)
+
+
+def rest_of(requests: Iterable[Submit], events: Sequence[EngineEvent]) -> list[Submit]:
+    """What is sent to another engine after the one that said ``events`` was lost."""
+    delivered = streams(events)
+    ended = {event.request_id for event in events if isinstance(event, Finished)}
+    return [
+        msgspec.structs.replace(
+            request, attempt=2, output_token_ids=delivered.get(request.request_id, NOTHING).token_ids
+        )
+        for request in requests
+        if request.request_id not in ended
+    ]
+
+
+def joined(before: Iterable[EngineEvent], after: Iterable[EngineEvent], name: str) -> Stream:
+    """The stream of a request of which one engine delivered the first part and another the rest."""
+    first, second = (streams(events).get(name, NOTHING) for events in (before, after))
+    return Stream(first.token_ids + second.token_ids, first.text + second.text, first.logprobs + second.logprobs)
+
+
+def model_of(tiny_model: Models, kind: str, dtype: str, **options: Any) -> LoadedModel:
+    return tiny_model(kind, dtype=dtype, **({"max_batch_size": 2 * STRANGERS} | options))
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Models) -> Callable[[str, str], dict[str, Stream]]:
+    """The streams of the targets, each in a core of its own."""
+
+    @functools.cache
+    def run(kind: str, dtype: str) -> dict[str, Stream]:
+        found: dict[str, Stream] = {}
+        for request in targets():
+            running = Run(model_of(tiny_model, kind, dtype))
+            running.handle(request)
+            found |= streams(running.finish().events)
+        assert all(len(stream.token_ids) == TOKENS == len(stream.logprobs) for stream in found.values())
+        assert len({stream.token_ids for stream in found.values()}) == len(SETTINGS)
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("is_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(("kind", "dtype"), WAYS)
+def test_a_stream_is_the_same_alone_and_among_strangers_who_come_and_go(
+    kind: str, dtype: str, is_last: bool, tiny_model: Models, alone: Callable[[str, str], dict[str, Stream]]
+) -> None:
+    running = Run(model_of(tiny_model, kind, dtype))
+    others = strangers(STRANGERS)
+    before, after = (others, []) if is_last else (others[:2], others[2:])
+    running.handle(*before)
+    running.step(3)
+    running.handle(*(reversed(targets()) if is_last else targets()))
+    running.step(2)
+    running.handle(*after)
+    running.step(4)
+    running.handle(Cancel(request_id="s1"), Cancel(request_id="s9"))
+    running.finish()
+    assert max(step.running for step in running.steps()) > STRANGERS
+    found = streams(running.events)
+    for name, expected in alone(kind, dtype).items():
+        assert found[name] == expected, name
+
+
+@pytest.mark.parametrize(("kind", "dtype"), WAYS)
+def test_a_stream_is_the_same_when_it_is_asked_for_again(
+    kind: str, dtype: str, tiny_model: Models, alone: Callable[[str, str], dict[str, Stream]]
+) -> None:
+    running = Run(model_of(tiny_model, kind, dtype))
+    for attempt in (1, 2):
+        running.events.clear()
+        running.handle(*(msgspec.structs.replace(request, attempt=attempt) for request in targets()))
+        running.finish()
+        assert streams(running.events) == alone(kind, dtype)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), WAYS)
+def test_a_stream_is_the_same_after_preemptions(
+    kind: str, dtype: str, tiny_model: Models, alone: Callable[[str, str], dict[str, Stream]]
+) -> None:
+    running = Run(model_of(tiny_model, kind, dtype, max_batch_size=len(SETTINGS)))
+    running.handle(*targets(priority=1))
+    preempted: set[str] = set()
+    for round_number in range(3):  # first while most still prefill, then while they decode
+        running.step(2 + 4 * round_number)
+        urgent = strangers(len(SETTINGS))
+        running.handle(*(msgspec.structs.replace(each, attempt=round_number + 1) for each in urgent))
+        running.step(2)
+        preempted |= {each.request_id for step in running.steps() for each in step.preemptions}
+        running.handle(*(Cancel(request_id=each.request_id) for each in urgent))
+    running.finish()
+    assert preempted >= set(SETTINGS)
+    found = streams(running.events)
+    for name, expected in alone(kind, dtype).items():
+        assert found[name] == expected, name
+
+
+@pytest.mark.parametrize("cut", [1, 11, TOKENS - 1])
+@pytest.mark.parametrize(("kind", "dtype"), WAYS)
+def test_a_stream_goes_on_as_it_would_have_in_another_engine(
+    kind: str, dtype: str, cut: int, tiny_model: Models, alone: Callable[[str, str], dict[str, Stream]]
+) -> None:
+    lost = Run(model_of(tiny_model, kind, dtype))
+    lost.handle(*targets())
+    while not has_each(lost.events, SETTINGS, cut):
+        lost.step()
+    running = Run(model_of(tiny_model, kind, dtype))
+    running.handle(*strangers(5))
+    running.step(2)
+    running.handle(*rest_of(targets(), lost.events))
+    running.finish()
+    for name, expected in alone(kind, dtype).items():
+        assert joined(lost.events, running.events, name) == expected, name
+
+
+class Engine:
+    """An engine process and what it said."""
+
+    def __init__(self, load: Load) -> None:
+        self.events: list[EngineEvent] = []
+        self.driver = ProcessDriver()
+        self._queue: queue.Queue[EngineEvent] = queue.Queue()
+        self.driver.start(load, self._queue.put)
+        self.until(lambda event: isinstance(event, Loaded))
+
+    def until(self, is_enough: Callable[[EngineEvent], bool]) -> None:
+        while True:
+            event = self._queue.get(timeout=WAIT_S)
+            self.events.append(event)
+            assert not isinstance(event, LoadFailed), event
+            if is_enough(event):
+                return
+            assert not isinstance(event, EngineExited), event
+
+    def run(self, requests: Sequence[Submit]) -> None:
+        """Submit, and wait until all have ended."""
+        for request in requests:
+            self.driver.send(request)
+        left = {request.request_id for request in requests}
+
+        def is_over(event: EngineEvent) -> bool:
+            if isinstance(event, Finished):
+                left.discard(event.request_id)
+            return not left
+
+        self.until(is_over)
+
+    def kill(self) -> None:
+        self.driver.kill()
+        self.until(lambda event: isinstance(event, EngineExited))
+        assert self.driver.join(WAIT_S)
+
+
+def killed_and_resumed(load: Load, requests: list[Submit], others: list[Submit], steps: int) -> dict[str, Stream]:
+    """Run in one engine process until ``steps`` steps are done, kill it, and go on in another."""
+    first = Engine(load)
+    for request in (*others[::2], *requests, *others[1::2]):
+        first.driver.send(request)
+    for _ in range(steps):
+        first.until(lambda event: isinstance(event, StepDone))
+    first.kill()
+    last = first.events[-1]
+    assert isinstance(last, EngineExited)
+    assert last.exit_code == -signal.SIGKILL
+    second = Engine(load)
+    second.run(rest_of(requests, first.events))
+    second.kill()
+    return {request.request_id: joined(first.events, second.events, request.request_id) for request in requests}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_stream_is_the_same_in_other_processes_one_of_which_is_killed(
+    kind: str,
+    tiny_folder: Folders,
+    alone: Callable[[str, str], dict[str, Stream]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = alone(kind, "float32")
+    monkeypatch.setenv("PYTHONHASHSEED", str(1 + ARCHITECTURES.index(kind)))
+    load = Load(
+        folder=tiny_folder(kind),
+        model_name=kind,
+        dtype="float32",
+        max_batch_size=2 * STRANGERS,
+        kv_budget_bytes=1 << 30,
+        num_threads=1,
+    )
+    assert killed_and_resumed(load, targets(), strangers(STRANGERS), steps=9) == expected
+
+
+DEMO_TOKENS = 12
+DEMO_TEXTS = (
+    "Count from one to ten.",
+    "What is the capital of France? Answer in one sentence, and say what the city is known for.",
+    "The quick brown fox " * 60,
+)
+
+
+def questions(model: LoadedModel) -> list[Submit]:
+    """Each of the texts with three of the settings."""
+    found: list[Submit] = []
+    for number, text in enumerate(DEMO_TEXTS):
+        prompt = tuple(model.tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n").ids)
+        for name in ("greedy", "top_p", "penalties"):
+            request = submit(f"{name} {number}", max_tokens=DEMO_TOKENS, seed=number, logprobs=1, **SETTINGS[name])
+            found.append(msgspec.structs.replace(request, prompt_token_ids=prompt))
+    return found
+
+
+def _ignore(stage: str, done: int, total: int, unit: str) -> None:
+    del stage, done, total, unit
+
+
+@pytest.fixture(scope="module")
+def demo_load(demo_folder: str) -> Load:
+    return Load(
+        folder=demo_folder, model_name="demo", max_batch_size=2 * STRANGERS, kv_budget_bytes=1 << 30, num_threads=1
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(demo_load: Load) -> LoadedModel:
+    from gptoss.engine.load import load_model
+
+    return load_model(demo_load, _ignore)
+
+
+@pytest.fixture(scope="module")
+def demo_alone(demo: LoadedModel) -> dict[str, Stream]:
+    """The streams of the questions, each in a core of its own."""
+    found: dict[str, Stream] = {}
+    for request in questions(demo):
+        running = Run(demo)
+        running.handle(request)
+        found |= streams(running.finish().events)
+    assert len({stream.token_ids for stream in found.values()}) > len(DEMO_TEXTS)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_demo_model_says_the_same_among_strangers_and_after_preemptions(
+    demo: LoadedModel, demo_alone: dict[str, Stream]
+) -> None:
+    running = Run(demo)
+    running.handle(*strangers(STRANGERS // 2, priority=1))
+    running.step(2)
+    running.handle(*(msgspec.structs.replace(request, priority=1) for request in questions(demo)))
+    running.step(5)
+    running.handle(*(strangers(2 * STRANGERS)[STRANGERS // 2 :]))
+    running.finish()
+    preempted = {each.request_id for step in running.steps() for each in step.preemptions}
+    assert len(preempted & set(demo_alone)) > 1
+    found = streams(running.events)
+    for name, expected in demo_alone.items():
+        assert found[name] == expected, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_demo_model_says_the_same_in_another_process_after_a_crash(
+    demo: LoadedModel, demo_load: Load, demo_alone: dict[str, Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", "5")
+    found = killed_and_resumed(demo_load, questions(demo), strangers(4), steps=6)
+    for name, expected in demo_alone.items():
+        assert found[name] == expected, name
