@@ -62,6 +62,21 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str
             sliding_window=8,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         ),
+        "gpt_oss_yarn": lambda: transformers.GptOssConfig(
+            **TINY,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            rope_parameters={  # as the published models have it, over a shorter context
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 16.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 40,
+            },
+        ),
         "gemma2": lambda: transformers.Gemma2Config(**TINY, sliding_window=8),
     }
 
