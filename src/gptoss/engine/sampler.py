@@ -158,7 +158,7 @@ def _candidates(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
     if params.top_p >= 1.0:
         return best.values, best.indices
     mass = torch.exp(best.values - total)
-    kept = torch.cumsum(mass, dim=0) - mass < params.top_p  # the first token is always kept
+    kept = ~(torch.cumsum(mass, dim=0) - mass >= params.top_p)  # always the first token; all, if they are NaN
     return best.values[kept], best.indices[kept]
 
 
