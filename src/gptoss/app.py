@@ -316,6 +316,10 @@ class ServingSystem:
             max_batch_size=settings.max_batch_size or PROFILES[settings.profile][0],
             max_model_len=settings.max_model_len,
             kv_budget_bytes=settings.kv_budget_mb * BYTES_PER_MB,
+            prefix_cache_bytes=settings.prefix_cache_mb * BYTES_PER_MB,
+            kernels=settings.kernels,
+            quantization=settings.quantization,
+            cache_folder=str(settings.cache_path),
             num_threads=settings.num_threads or max(1, (os.cpu_count() or 1) // num_executors),
         )
         return ExecutorConfig(

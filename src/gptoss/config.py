@@ -21,6 +21,7 @@ ENV_PREFIX = "GPTOSS_"
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 CountOrAuto = Annotated[int, Meta(ge=0, le=1_000_000_000_000)]
+CountOrNone = Annotated[int, Meta(ge=-1, le=1_000_000_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
 
@@ -34,9 +35,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         allow_public: permit a ``host`` other than loopback although the API has no keys.
         data_dir: journal and node key; ``cache_dir``: prepared models.
         devices: ``auto``, ``cpu``, ``cpu:2`` (two CPU executors), or a list such as ``cuda:0,cuda:1``.
-        num_threads: torch threads of each CPU executor.
+        kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
+        quantization: ``int8`` stores weights in 8 bits, with the CPU kernels; see docs/performance.md for what it costs.
+        num_threads: threads of each CPU executor.
         profile: ``latency_first`` or ``quality_first``; sets the defaults for batch, tokens and temperature.
         max_batch_size, max_model_len, kv_budget_mb: limits of each executor.
+        prefix_cache_mb: the part of its KV memory that cached prefixes may take while no request needs it; -1 is none.
         max_queue: requests that may wait for admission.
         queue_timeout_s: how long one may wait there; ``request_timeout_s`` bounds its whole life.
         step_timeout_s: an engine with running requests that is silent for this long is replaced.
@@ -59,11 +63,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cache_dir: str = ""
     devices: str = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    quantization: Literal["none", "int8"] = "none"
     num_threads: CountOrAuto = 0
     profile: Literal["latency_first", "quality_first"] = "latency_first"
     max_batch_size: CountOrAuto = 0
     max_model_len: CountOrAuto = 0
     kv_budget_mb: CountOrAuto = 0
+    prefix_cache_mb: CountOrNone = 0
     max_queue: Count = 512
     queue_timeout_s: Seconds = 60.0
     request_timeout_s: Seconds = 600.0

@@ -24,6 +24,7 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "served_model_name": ("NAME", "The name that clients use; by default derived from the model."),
         "profile": ("NAME", "latency_first or quality_first: defaults for batch size, answer length and temperature."),
         "dtype": ("", "Number format of the weights."),
+        "quantization": ("", "int8: weights in 8 bits, on a CPU; faster, half the memory, slightly less exact."),
     },
     "Network": {
         "host": ("ADDRESS", "Where HTTP listens."),
@@ -35,10 +36,12 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Engine": {
         "devices": ("LIST", "auto, cpu, cpu:2 (two executors), or a list such as cuda:0,cuda:1."),
+        "kernels": ("", "Whose kernels run on a CPU; auto: this package's own where they can."),
         "num_threads": ("N", "Threads of each CPU executor; 0: automatic."),
         "max_batch_size": ("N", "Requests that run at once on each executor; 0: by profile."),
         "max_model_len": ("TOKENS", "Prompt plus answer; 0: what the model allows."),
         "kv_budget_mb": ("MB", "KV memory of each executor; 0: by free memory."),
+        "prefix_cache_mb": ("MB", "How much of it cached prefixes may take; 0: half of it, -1: no cache."),
         "step_timeout_s": ("S", "Replace an engine that has work and is silent for so long."),
     },
     "Queue and time": {

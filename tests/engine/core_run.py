@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gptoss.clock import Clock, SystemClock
-from gptoss.engine.core import EngineCore
+from gptoss.clock import SystemClock
+from gptoss.engine.core import CoreOptions, EngineCore
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.port import (
     Cancel,
@@ -40,8 +40,10 @@ def submit(request_id: str, *, length: int = 12, attempt: int = 1, priority: int
 class Run:
     """A core and everything it said."""
 
-    def __init__(self, model: LoadedModel, runner: Runner | None = None, clock: Clock | None = None) -> None:
-        self.core = EngineCore(runner or model.runner, model.capabilities, model.tokenizer, clock or SystemClock())
+    def __init__(self, model: LoadedModel, runner: Runner | None = None, options: CoreOptions | None = None) -> None:
+        self.core = EngineCore(
+            runner or model.runner, model.capabilities, model.tokenizer, SystemClock(), options or CoreOptions()
+        )
         self.events: list[EngineEvent] = []
 
     def handle(self, *commands: Submit | Cancel | Drain | Snapshot) -> None:

@@ -198,6 +198,7 @@ class Script:
             waiting=0,
             running=len(rows),
             kv_bytes_in_use=len(rows) * MB,
+            prefix_cache_bytes=3 * MB,
         )
         self.add(f"executor/{executor}", committed, after_ms=after_ms)
 

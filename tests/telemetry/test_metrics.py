@@ -101,6 +101,7 @@ def test_the_older_servers_names_are_kept(busy: "Script") -> None:
     assert found["llm_prefix_cache_hit_total prefix"] == 1
     assert found["llm_admission_total reject"] == 1
     assert found["kv_bytes_in_use cpu"] == 1 << 20
+    assert found["gptoss_prefix_cache_bytes cpu"] == 3 << 20
 
 
 def test_ttft_is_the_time_between_arrival_and_first_token(script: "Script") -> None:

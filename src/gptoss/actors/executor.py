@@ -184,6 +184,7 @@ class ExecutorActor(ThreadedActor):
             waiting=news.waiting,
             running=news.running,
             kv_bytes_in_use=news.kv_bytes_in_use,
+            prefix_cache_bytes=news.prefix_cache_bytes,
             submits_taken=news.submits_taken,
             preemptions=news.preemptions,
             starts=news.starts,

@@ -3,6 +3,9 @@
 Rules:
 - A request keeps its memory from its start to its end or its preemption. What it takes is known before it starts, so
   the budget is never exceeded.
+- The prefix cache lives in the part of the budget that no running request holds, and gives way to them.
+- Where bits depend on the cut, only whole chunks of prompts are cached, and hits end where chunks do: what follows a
+  hit is then computed exactly as it would have been.
 - Should the device refuse what the budget allows, the budget falls to what is in use, and rises again when a request
   ends. A start that was refused goes back in line; only with nobody else running it is an error.
 """
@@ -12,6 +15,8 @@ import gc
 
 import torch
 
+from gptoss.engine.kv_cache import KvSlot
+from gptoss.engine.prefix_cache import Chain, Hit, PrefixCache
 from gptoss.engine.runner import Runner, Slot
 from gptoss.engine.scheduler import SchedulerState
 from gptoss.engine.sequence import Sequence
@@ -25,18 +30,29 @@ class Batch:
     Args:
         runner: makes KV slots.
         limits: of the scheduler.
-        kv_budget_bytes: KV memory that running requests may hold together.
+        kv_budget_bytes: KV memory that running requests may hold together, with the prefix cache.
+        cache: of prefixes, if there is one.
+        cache_bytes_max: the most that it may hold.
 
     Attributes:
         sequences: all requests by id.
         kv_bytes_in_use: held by running requests.
     """
 
-    def __init__(self, runner: Runner, limits: Limits, kv_budget_bytes: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: Limits,
+        kv_budget_bytes: int,
+        cache: PrefixCache | None = None,
+        cache_bytes_max: int = 0,
+    ) -> None:
         self.limits = limits
         self.sequences: dict[str, Sequence] = {}
         self.kv_bytes_in_use = 0
         self._runner = runner
+        self._cache = cache
+        self._cache_bytes_max = cache_bytes_max
         self._budget_bytes = kv_budget_bytes
         self._budget_bytes_now = kv_budget_bytes
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
@@ -52,8 +68,15 @@ class Batch:
         """Requests with KV memory."""
         return len(self._running)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Held by the prefix cache."""
+        return self._cache.num_bytes if self._cache else 0
+
     def add(self, sequence: Sequence) -> None:
         """Put a request in line."""
+        if self._cache:
+            sequence.chain = Chain(self._cache.root(sequence.submit.cache_salt))
         self.sequences[sequence.submit.request_id] = sequence
         bisect.insort(self._waiting, (sequence.order, sequence))
 
@@ -68,7 +91,7 @@ class Batch:
 
     def state(self, prefill_ms_per_token: float) -> SchedulerState:
         """What the scheduler needs to know."""
-        waiting = [sequence.candidate() for _, sequence in self._waiting[: self._num_startable()]]
+        waiting = [sequence.candidate(self._find(sequence)) for _, sequence in self._waiting[: self._num_startable()]]
         return SchedulerState(
             limits=self.limits,
             running=tuple(sequence.candidate() for sequence in self._running),
@@ -88,8 +111,11 @@ class Batch:
             self._free(sequence)
             bisect.insort(self._waiting, (sequence.order, sequence))
         refused: dict[str, str] = {}
-        for start in plan.starts:
-            error = self._start(self.sequences[start.request_id])
+        sequences = [self.sequences[start.request_id] for start in plan.starts]
+        # All hits are held before any memory is taken, so that no start takes them from another.
+        hits = [self._find(sequence, start.num_cached) for start, sequence in zip(plan.starts, sequences, strict=True)]
+        for start, sequence, hit in zip(plan.starts, sequences, hits, strict=True):
+            error = self._start(sequence, hit)
             if error:
                 refused[start.request_id] = error
         if refused and self._running:
@@ -98,6 +124,8 @@ class Batch:
 
     def relieve(self) -> None:
         """Give the device back what is held without need."""
+        if self._cache:
+            self._cache.shrink(0)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -107,6 +135,29 @@ class Batch:
         if len(self._running) > 1:
             self._budget_bytes_now = self.kv_bytes_in_use - 1
 
+    def keep(self, sequence: Sequence) -> None:
+        """Put what a running request has computed into the prefix cache, as far as there is room."""
+        if self._cache and sequence.chain and isinstance(sequence.slot, KvSlot):
+            token_ids = sequence.token_ids if self.limits.is_row_invariant else sequence.submit.prompt_token_ids
+            room = self._cache_room(self.kv_bytes_in_use)
+            self._cache.store(sequence.chain, token_ids, sequence.slot, sequence.num_computed, room)
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Take out of the prefix cache whatever a request has in common with it: its logits made no sense."""
+        if self._cache and sequence.chain:
+            self._cache.forget(sequence.chain)
+
+    def _find(self, sequence: Sequence, tokens_max: int | None = None) -> Hit | None:
+        """What the prefix cache has for a request that is to start."""
+        if self._cache is None or sequence.chain is None:
+            return None
+        token_ids = sequence.token_ids if self.limits.is_row_invariant else sequence.submit.prompt_token_ids
+        usable = len(token_ids) - 1
+        return self._cache.find(sequence.chain, token_ids, usable if tokens_max is None else min(usable, tokens_max))
+
+    def _cache_room(self, kv_bytes_in_use: int) -> int:
+        return max(0, min(self._cache_bytes_max, self._budget_bytes_now - kv_bytes_in_use))
+
     def _num_startable(self) -> int:
         """How many of those in line could at most start in one step."""
         if not self._waiting:
@@ -115,8 +166,10 @@ class Batch:
         displaceable = sum(sequence.order[0] > best_priority for sequence in self._running)
         return self.limits.max_batch_size - len(self._running) + displaceable
 
-    def _start(self, sequence: Sequence) -> str:
+    def _start(self, sequence: Sequence, hit: Hit | None) -> str:
         """Give a request its memory. Returns why the device refused, or nothing."""
+        if self._cache:
+            self._cache.shrink(self._cache_room(self.kv_bytes_in_use + sequence.kv_bytes))
         slot, error = self._new_slot(sequence.capacity)
         if slot is None:
             self.relieve()
@@ -127,6 +180,13 @@ class Batch:
         self._running.append(sequence)
         self.kv_bytes_in_use += sequence.kv_bytes
         sequence.slot = slot
+        if self._cache and sequence.chain and hit and isinstance(slot, KvSlot):
+            self._cache.load(hit, slot)
+            self._cache.touch(sequence.chain, len(hit.blocks))
+            sequence.num_computed = hit.num_tokens
+            sequence.chain.num_stored = len(hit.blocks)
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
         return ""
 
     def _new_slot(self, tokens: int) -> tuple[Slot | None, str]:
@@ -140,3 +200,5 @@ class Batch:
         self.kv_bytes_in_use -= sequence.kv_bytes
         sequence.slot = None
         sequence.num_computed = 0
+        if sequence.chain:
+            sequence.chain.num_stored, sequence.chain.is_open = 0, True

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from gptoss.clock import Clock
 from gptoss.engine.attention import Chunk
 from gptoss.engine.batch import Batch
+from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.pace import PrefillPace
 from gptoss.engine.port import (
@@ -29,17 +30,19 @@ from gptoss.engine.port import (
     EngineStatus,
     Failed,
     Finished,
+    Load,
     Snapshot,
     StepDone,
     StepRow,
     Submit,
     TokenLogprob,
 )
+from gptoss.engine.prefix_cache import PrefixCache
 from gptoss.engine.runner import Runner
 from gptoss.engine.sampler import Draw
 from gptoss.engine.scheduler import schedule
 from gptoss.engine.sequence import End, Sequence
-from gptoss.engine.step import Fault, RowOutcome, Task, run_tasks
+from gptoss.engine.step import Fault, RowOutcome, Task, run_isolated, run_tasks
 from gptoss.engine.submit_check import check_submit
 from gptoss.engine.token_text import TokenText
 from gptoss.errors import EngineError, GptossError, MemoryExhausted, NotReady, QueueFull
@@ -56,6 +59,18 @@ MEMORY_FAULTS_MAX = 2
 CoreCommand: TypeAlias = Submit | Cancel | Drain | Snapshot
 
 
+class CoreOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine does beside running requests.
+
+    Attributes:
+        prefix_cache_bytes: the most that the prefix cache may hold, within the KV budget; 0 is no cache.
+        provenance: names the model and its numerics, for the keys of that cache.
+    """
+
+    prefix_cache_bytes: int = 0
+    provenance: str = ""
+
+
 class EngineCore:
     """Runs requests on a loaded model.
 
@@ -64,12 +79,20 @@ class EngineCore:
         capabilities: limits that submits are checked against.
         tokenizer: of the model.
         clock: for the times of steps.
+        options: see there.
 
     Attributes:
         capabilities: with what the core itself decides on.
     """
 
-    def __init__(self, runner: Runner, capabilities: EngineCapabilities, tokenizer: Tokenizer, clock: Clock) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        capabilities: EngineCapabilities,
+        tokenizer: Tokenizer,
+        clock: Clock,
+        options: CoreOptions | None = None,
+    ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
         self._spelling = TokenText(tokenizer)
@@ -82,8 +105,16 @@ class EngineCore:
             is_row_invariant=runner.is_row_invariant,
             target_ms=PREFILL_TARGET_MS,
         )
-        self.capabilities = msgspec.structs.replace(capabilities, limits=limits)
-        self._batch = Batch(runner, limits, capabilities.kv_budget_bytes)
+        options = options or CoreOptions()
+        cache = None
+        cache_bytes_max = min(options.prefix_cache_bytes, capabilities.kv_budget_bytes)
+        if cache_bytes_max > 0 and runner.geometry is not None:
+            block_tokens = limits.align_tokens if runner.is_row_invariant else limits.chunk_tokens
+            cache = PrefixCache(runner.geometry, block_tokens, options.provenance)
+        self.capabilities = msgspec.structs.replace(
+            capabilities, limits=limits, prefix_cache_bytes=cache_bytes_max if cache else 0
+        )
+        self._batch = Batch(runner, limits, capabilities.kv_budget_bytes, cache, cache_bytes_max)
         self._pace = PrefillPace()
         self._num_steps = 0
         self._num_sequences = 0
@@ -121,6 +152,7 @@ class EngineCore:
         plan = plan or schedule(self._batch.state(self._pace.ms_per_token))
         refused = self._batch.place(plan)
         plan = without(plan, refused)
+        self._make_up(plan)
         ends = self._fail_hopeless(refused)
         outcomes = run_tasks(self._runner, [self._task(row) for row in plan.rows], self._batch.relieve)
         rows = [self._advance(row, outcome, ends) for row, outcome in zip(plan.rows, outcomes, strict=True)]
@@ -137,6 +169,7 @@ class EngineCore:
             waiting=self._batch.num_waiting,
             running=self._batch.num_running,
             kv_bytes_in_use=self._batch.kv_bytes_in_use,
+            prefix_cache_bytes=self._batch.cache_bytes,
             submits_taken=self._submits_taken,
             preemptions=plan.preemptions,
             starts=plan.starts,
@@ -154,6 +187,19 @@ class EngineCore:
             return []
         request_id, message = next(iter(refused.items()))
         return [self._fail(self._batch.sequences[request_id], _no_memory(message))]
+
+    def _make_up(self, plan: StepPlan) -> None:
+        """Compute what a plan of the log took from a prefix cache that does not have it here."""
+        chunk_tokens = self._batch.limits.chunk_tokens
+        for start in plan.starts:
+            sequence = self._batch.sequences[start.request_id]
+            while sequence.num_computed < start.num_cached:
+                first = sequence.num_computed
+                end = min(start.num_cached, (first // chunk_tokens + 1) * chunk_tokens)
+                token_ids = sequence.token_ids[first:end]
+                chunk = Chunk(slot=sequence.slot, token_ids=token_ids, start=first, num_logits=0)
+                run_isolated(self._runner, [chunk], self._batch.relieve)
+                sequence.num_computed = end
 
     def _task(self, row: PlannedRow) -> Task:
         """What it takes to run a planned row."""
@@ -175,13 +221,18 @@ class EngineCore:
         for draw in outcome.draws:
             if draw.token_id is None:
                 failure = "not_finite"
-                ends.append(self._fail(sequence, EngineError("the model's logits are not finite (NaN or infinite)")))
                 break
             draws.append(draw)
             texts.append(sequence.push(draw.token_id))
             if sequence.end:
-                ends.append(self._finish(sequence, sequence.end))
                 break
+        if failure:
+            self._batch.distrust(sequence)
+            ends.append(self._fail(sequence, EngineError("the model's logits are not finite (NaN or infinite)")))
+        else:
+            self._batch.keep(sequence)
+        if sequence.end:
+            ends.append(self._finish(sequence, sequence.end))
         return StepRow(
             request_id=row.request_id,
             attempt=row.attempt,
@@ -273,6 +324,7 @@ class EngineCore:
             text=sequence.rest(),
             prompt_tokens=sequence.num_prompt,
             completion_tokens=sequence.num_output,
+            cached_tokens=min(sequence.num_cached or 0, sequence.num_prompt),
             stop_reason=end.stop_reason,
         )
 
@@ -303,3 +355,12 @@ def _no_memory(message: str) -> MemoryExhausted:
 
 def _failed(submit: Submit, error: GptossError) -> Failed:
     return Failed(request_id=submit.request_id, attempt=submit.attempt, code=error.code, message=error.message)
+
+
+def core_options(load: Load, model: LoadedModel) -> CoreOptions:
+    """What ``load`` asks for, on the model that it gave."""
+    budget = model.capabilities.kv_budget_bytes
+    return CoreOptions(
+        prefix_cache_bytes=load.prefix_cache_bytes or budget // 2,
+        provenance=f"{model.fingerprint.weights} {type(model.runner).__name__} {model.capabilities.dtype} {torch.__version__}",
+    )

@@ -99,6 +99,33 @@ class KvSlot:
         store, index = self.geometry.places[layer]
         return self.stores[store][index]
 
+    def copy_out(self, first: int, end: int, computed: int) -> list[torch.Tensor | None]:
+        """Copies of what is kept of positions ``first`` to ``end``, for each distinct window.
+
+        Args:
+            first: first position.
+            end: position after the last.
+            computed: positions that the slot has seen; a ring holds the last of them.
+
+        Returns:
+            ``[layer, 2, kv_heads, tokens, head_dim]`` each. Of a ring at most its length, the last of the positions; None
+            where some of those have been overwritten.
+        """
+        parts: list[torch.Tensor | None] = []
+        for store in self.stores:
+            ring = store.shape[3]
+            oldest = max(first, end - ring)
+            is_there = oldest >= computed - ring
+            kept = store[:, :, :, _places(oldest, end, ring)] if is_there else None
+            parts.append(None if kept is None else kept.clone(memory_format=torch.contiguous_format))
+        return parts
+
+    def copy_in(self, end: int, parts: list[torch.Tensor | None]) -> None:
+        """Put back what ``copy_out`` gave of the positions before ``end``; None leaves a store as it is."""
+        for store, part in zip(self.stores, parts, strict=True):
+            if part is not None:
+                store[:, :, :, _places(end - part.shape[3], end, store.shape[3])] = part
+
     def decode_views(self, position: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """For each layer, where the K and V of ``position`` go, and the keys and values to attend to after that."""
         views: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = []
@@ -111,3 +138,11 @@ class KvSlot:
             values = store[:, 1:, :, :length].unbind(0)
             views.append(list(zip(targets, keys, values, strict=True)))
         return (views[store][index] for store, index in self.geometry.places)
+
+
+def _places(first: int, end: int, ring: int) -> slice | torch.Tensor:
+    """Where positions ``first`` to ``end``, at most ``ring`` of them, stand in a ring."""
+    begin = first % ring
+    if begin + end - first <= ring:
+        return slice(begin, begin + end - first)
+    return torch.arange(first, end) % ring

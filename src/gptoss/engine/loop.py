@@ -53,7 +53,7 @@ def serve(
     emit(LoadProgressed(stage="import", done=0, total=0, unit="modules"))
     try:
         check_folder(Path(load.folder))  # a folder that is no model need not wait for the imports
-        from gptoss.engine.core import EngineCore  # noqa: PLC0415 - see the module's rules
+        from gptoss.engine.core import EngineCore, core_options  # noqa: PLC0415 - see the module's rules
 
         if load.num_threads or owns_process:
             _set_num_threads(load.num_threads or psutil.cpu_count(logical=False) or 1)
@@ -61,7 +61,7 @@ def serve(
     except GptossError as error:
         emit(LoadFailed(code=error.code, message=error.message))
         return EXIT_LOAD_FAILED
-    core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock)
+    core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock, core_options(load, model))
     emit(
         Loaded(
             capabilities=core.capabilities,

@@ -37,6 +37,8 @@ class Load(_Wire, frozen=True, kw_only=True):
         folder: prepared model folder: ``config.json``, safetensors weights, ``tokenizer.json``.
         device: ``cpu``, ``cuda:0`` and so on.
         kv_budget_bytes: 0 lets the engine derive it from free memory.
+        prefix_cache_bytes: the part of it that cached prefixes may take while no request needs it. 0 is half of it;
+            negative is none.
         num_threads: 0 lets the engine choose.
         kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
         quantization: ``int8`` stores weights in 8 bits; only with the CPU kernels.
@@ -50,6 +52,7 @@ class Load(_Wire, frozen=True, kw_only=True):
     max_batch_size: int = 16
     max_model_len: int = 0
     kv_budget_bytes: int = 0
+    prefix_cache_bytes: int = 0
     num_threads: int = 0
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["none", "int8"] = "none"
@@ -67,6 +70,7 @@ class Submit(_Wire, frozen=True, kw_only=True):
         priority: lower runs first, and may take the place of a higher one.
         deadline_ns: on this machine's monotonic clock; among equal priorities the earliest runs first. 0 is none. The
             engine does not enforce it: whoever submits cancels.
+        cache_salt: requests share cached prefixes only with those of the same salt.
     """
 
     request_id: str
@@ -76,6 +80,7 @@ class Submit(_Wire, frozen=True, kw_only=True):
     output_token_ids: tuple[int, ...] = ()
     priority: int = 0
     deadline_ns: int = 0
+    cache_salt: str = ""
 
 
 class Cancel(_Wire, frozen=True, kw_only=True):
@@ -176,7 +181,7 @@ class StepDone(_Wire, frozen=True, kw_only=True):
 
     Attributes:
         rows: every planned row, in the plan's order.
-        kv_bytes_in_use: held by running requests; the prefix cache comes on top, within the same budget.
+        kv_bytes_in_use: held by running requests; ``prefix_cache_bytes`` come on top, within the same budget.
         submits_taken: how many submits the engine took since the step before, refused and repeated ones included; the
             plan was made after them.
         refused: planned to start, but the device had no memory; they are back in line, or ``Failed`` follows.
@@ -190,6 +195,7 @@ class StepDone(_Wire, frozen=True, kw_only=True):
     waiting: int
     running: int
     kv_bytes_in_use: int
+    prefix_cache_bytes: int = 0
     submits_taken: int = 0
     preemptions: tuple[Preemption, ...] = ()
     starts: tuple[Start, ...] = ()
@@ -205,6 +211,7 @@ class Finished(_Wire, frozen=True, kw_only=True):
     Attributes:
         text: text still held back at the end (never part of a stop string).
         completion_tokens: tokens generated over all attempts, the end-of-sequence token included.
+        cached_tokens: of the prompt, those taken from the prefix cache.
         stop_reason: the stop string or token id that ended it, if one did.
     """
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from gptoss.engine.detokenizer import Detokenizer
 from gptoss.engine.port import Submit
+from gptoss.engine.prefix_cache import Chain, Hit
 from gptoss.engine.runner import Slot
 from gptoss.engine.sampler import SamplerState
 from gptoss.engine.scheduler import NO_DEADLINE, Candidate
@@ -38,6 +39,8 @@ class Sequence:
         slot: its KV memory, while it runs.
         kv_bytes: what its KV memory takes or will take.
         num_memory_faults: how often in succession its part of a step found no memory.
+        chain: keys of its blocks in the prefix cache; None without a cache.
+        num_cached: tokens that the cache gave it when it started first; None before that.
         max_tokens: bound on generated tokens, by the request and by the context.
         end: set when it is over.
     """
@@ -52,6 +55,8 @@ class Sequence:
         self.slot: Slot | None = None
         self.kv_bytes = 0
         self.num_memory_faults = 0
+        self.chain: Chain | None = None
+        self.num_cached: int | None = None
         self.end: End | None = None
         room = capabilities.max_model_len - self.num_prompt
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -73,8 +78,8 @@ class Sequence:
         """Tokens generated over all attempts."""
         return len(self.token_ids) - self.num_prompt
 
-    def candidate(self) -> Candidate:
-        """Itself as the scheduler sees it."""
+    def candidate(self, hit: Hit | None = None) -> Candidate:
+        """Itself as the scheduler sees it; while it waits, with what the prefix cache has for it."""
         priority, deadline_ns, arrival = self.order
         return Candidate(
             self.submit.request_id,
@@ -84,8 +89,9 @@ class Sequence:
             arrival,
             self.num_prompt,
             len(self.token_ids),
-            self.num_computed,
+            hit.num_tokens if hit else self.num_computed,
             self.kv_bytes,
+            hit.num_bytes if hit else 0,
         )
 
     def push(self, token_id: int) -> str:

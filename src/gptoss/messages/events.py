@@ -558,6 +558,7 @@ class StepCommitted(Event, frozen=True, kw_only=True):
     waiting: int
     running: int
     kv_bytes_in_use: int
+    prefix_cache_bytes: int = 0
     submits_taken: int = 0
     preemptions: tuple[Preemption, ...] = ()
     starts: tuple[Start, ...] = ()

@@ -36,6 +36,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         max_batch_size: requests that can run at once.
         kv_budget_bytes: KV memory that may be reserved on this engine.
         limits: what its scheduler keeps to.
+        prefix_cache_bytes: the most of that KV memory that cached prefixes may take while it is not reserved.
     """
 
     model_name: str
@@ -51,6 +52,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     eos_token_ids: tuple[int, ...]
     limits: Limits | None = None
+    prefix_cache_bytes: int = 0
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -39,6 +39,7 @@ class ExecutorView:
     reason: str = ""
     kv_budget_bytes: int = 0
     kv_bytes_in_use: int = 0
+    prefix_cache_bytes: int = 0
     memory_used_bytes: int = 0
     memory_total_bytes: int = 0
 
@@ -109,7 +110,7 @@ def _exited(book: ExecutorBook, _meta: Meta, event: ev.EngineExited) -> None:
         view.state, view.reason = "restarting", event.reason
     view.exits += 1
     view.running.clear()
-    view.kv_bytes_in_use = 0
+    view.kv_bytes_in_use = view.prefix_cache_bytes = 0
     view.progress = None
 
 
@@ -145,6 +146,7 @@ def _stepped(book: ExecutorBook, meta: Meta, event: ev.StepCommitted) -> None:
     view.steps += 1
     view.silent_since_ns = meta.mono_ns
     view.kv_bytes_in_use = event.kv_bytes_in_use
+    view.prefix_cache_bytes = event.prefix_cache_bytes
 
 
 def _let_go(book: ExecutorBook, _meta: Meta, event: ev.CancelApplied | ev.ExecutorFaulted | ev.RouteForgotten) -> None:

@@ -68,6 +68,7 @@ class _Families:
         self.prefix_hit = Counter("llm_prefix_cache_hit_total", "Requests served from the prefix cache.", ("reason",))
         self.admission = Counter("llm_admission_total", "Admission decisions.", ("action",))
         self.kv_in_use = Gauge("kv_bytes_in_use", "KV memory in use.", ("executor",))
+        self.prefix_bytes = Gauge("gptoss_prefix_cache_bytes", "KV memory of cached prefixes.", ("executor",))
         self.gpu_memory = Gauge("gpu_mem_used_bytes", "Device memory in use.", ("gpu",))
         # our own
         self.events = Counter("gptoss_events_total", "Journal records folded.", ("type",))
@@ -171,6 +172,7 @@ class Metrics:
             families.running.put(labels, len(view.running))
             families.kv_usage.put(labels, view.kv_bytes_in_use / view.kv_budget_bytes if view.kv_budget_bytes else 0)
             families.kv_in_use.put((view.name,), view.kv_bytes_in_use)
+            families.prefix_bytes.put((view.name,), view.prefix_cache_bytes)
             if view.memory_used_bytes and not view.device.startswith("cpu"):
                 families.gpu_memory.put((view.device,), view.memory_used_bytes)
 

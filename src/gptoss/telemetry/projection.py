@@ -170,6 +170,7 @@ class Projection:
             "prompt_tokens": prompt,
             "cached_tokens": cached,
             "hit_rate": round(cached / prompt, 4) if prompt else 0.0,
+            "bytes": sum(view.prefix_cache_bytes for view in self._executors.views.values()),
         }
 
     def memory_stats(self) -> dict[str, Any]:

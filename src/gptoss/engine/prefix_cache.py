@@ -1,0 +1,194 @@
+"""Keys and values of beginnings that were computed before, in blocks, for requests that begin in the same way.
+
+Rules:
+- A block is the KV of ``block_tokens`` consecutive tokens. Its key hashes those tokens and the key of the block before
+  it, from a root of model, numerics and the tenant's salt: equal keys mean equal beginnings. The ids are compared on
+  a hit besides, so that not even a collision gives a request another's keys.
+- Blocks are copies. A hit is copied into the request's own slot, so blocks may be dropped at any time, and outlive the
+  requests that made them.
+- At most all but the last token of a request may hit: the logits of the last one are needed.
+- A sliding layer needs the last ``window`` positions before a hit's end. Blocks have them only if they were copied
+  before the ring moved on, so a hit ends at the longest beginning whose last blocks do.
+- Least recently used goes first. Using a block uses those before it too, and a touch leaves a block newer than its
+  followers; so what goes is always the end of a chain, and no block stays that cannot be reached.
+- The cache holds at most what its owner allows at the time: reserved memory always comes first.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from gptoss.engine.kv_cache import KvGeometry, KvSlot
+
+
+class Block:
+    """The KV of some consecutive tokens.
+
+    Attributes:
+        token_ids: of the block.
+        parts: for each distinct window of the model, as ``KvSlot.copy_out`` gives them.
+        num_bytes: of ``parts``.
+    """
+
+    __slots__ = ("num_bytes", "parts", "token_ids")
+
+    def __init__(self, token_ids: tuple[int, ...], parts: list[torch.Tensor | None]) -> None:
+        self.token_ids = token_ids
+        self.parts = parts
+        self.num_bytes = _size(parts)
+
+
+class Chain:
+    """The keys of a request's blocks, computed as its tokens come.
+
+    Args:
+        root: see ``PrefixCache.root``.
+
+    Attributes:
+        num_stored: its first blocks, which need not be stored any more.
+        is_open: its next block could be found, since those before it are all there.
+    """
+
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+        self.keys: list[bytes] = []
+        self.num_stored = 0
+        self.is_open = True
+
+
+class Hit:
+    """Blocks that a request can begin with; they stay whole for as long as this is held."""
+
+    def __init__(self, blocks: list[Block], block_tokens: int) -> None:
+        self.blocks = blocks
+        self.num_tokens = len(blocks) * block_tokens
+        self.num_bytes = sum(block.num_bytes for block in blocks)
+
+
+class PrefixCache:
+    """Blocks of one engine.
+
+    Args:
+        geometry: of the slots.
+        block_tokens: length of a block.
+        provenance: names the model and its numerics; blocks of one are of no use to another.
+
+    Attributes:
+        num_bytes: that the blocks hold.
+    """
+
+    def __init__(self, geometry: KvGeometry, block_tokens: int, provenance: str) -> None:
+        self.block_tokens = block_tokens
+        self.num_bytes = 0
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # least recently used first
+        self._provenance = provenance
+        self._windows = geometry.windows
+        self._tail = max(-(-window // block_tokens) for window in self._windows)
+
+    def root(self, salt: str) -> bytes:
+        """Where the chains of a tenant begin; another salt shares nothing with them."""
+        return hashlib.blake2b(f"{self._provenance}\0{salt}".encode(), digest_size=16).digest()
+
+    def find(self, chain: Chain, token_ids: Sequence[int], tokens_max: int) -> Hit:
+        """The longest cached beginning of ``token_ids``, of at most ``tokens_max`` tokens. Changes nothing."""
+        found: list[Block] = []
+        for index in range(min(tokens_max, len(token_ids)) // self.block_tokens):
+            block = self._blocks.get(self._key(chain, token_ids, index))
+            if block is None or block.token_ids != self._tokens(token_ids, index):
+                break
+            found.append(block)
+        while found and self._tail and not all(map(_is_whole, found[-self._tail :])):
+            found.pop()
+        return Hit(found, self.block_tokens)
+
+    def touch(self, chain: Chain, num_blocks: int) -> None:
+        """Note that the first ``num_blocks`` of a chain were used."""
+        for key in reversed(chain.keys[:num_blocks]):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+
+    def load(self, hit: Hit, slot: KvSlot) -> None:
+        """Copy a hit into the beginning of a slot."""
+        for index, block in enumerate(hit.blocks):
+            needs_ring = index >= len(hit.blocks) - self._tail
+            parts = [
+                part if needs_ring or not window else None
+                for part, window in zip(block.parts, self._windows, strict=True)
+            ]
+            slot.copy_in((index + 1) * self.block_tokens, parts)
+
+    def store(self, chain: Chain, token_ids: Sequence[int], slot: KvSlot, computed: int, bytes_max: int) -> None:
+        """Keep the blocks of a request that were completed since the last call.
+
+        Args:
+            chain: of the request.
+            token_ids: that may be kept, from the request's first on.
+            slot: its KV memory.
+            computed: tokens in ``slot``.
+            bytes_max: what the cache may hold now.
+        """
+        num_blocks = min(computed, len(token_ids)) // self.block_tokens
+        if num_blocks <= chain.num_stored or not chain.is_open:
+            return
+        own = set(chain.keys)
+        for index in range(chain.num_stored, num_blocks):
+            key = self._key(chain, token_ids, index)
+            known = self._blocks.get(key)
+            if known is not None and _is_whole(known):
+                continue
+            end = (index + 1) * self.block_tokens
+            block = Block(self._tokens(token_ids, index), slot.copy_out(end - self.block_tokens, end, computed))
+            chain.is_open = index == 0 or chain.keys[index - 1] in self._blocks
+            chain.is_open = chain.is_open and self._put(key, block, own, bytes_max)
+            if not chain.is_open:
+                break
+            own.add(key)
+        chain.num_stored = num_blocks
+        self.touch(chain, num_blocks)
+
+    def forget(self, chain: Chain) -> None:
+        """Drop what a request is made of, whoever stored it: something is wrong with its keys or values."""
+        for key in chain.keys:
+            block = self._blocks.pop(key, None)
+            self.num_bytes -= block.num_bytes if block else 0
+        chain.is_open = False
+
+    def shrink(self, bytes_max: int) -> None:
+        """Drop least recently used blocks until at most ``bytes_max`` are held."""
+        while self.num_bytes > bytes_max:
+            _, block = self._blocks.popitem(last=False)
+            self.num_bytes -= block.num_bytes
+
+    def _put(self, key: bytes, block: Block, own: set[bytes], bytes_max: int) -> bool:
+        """Keep a block in place of an older copy; False if that would cost a block of the chain's own."""
+        older = self._blocks.get(key)
+        growth = block.num_bytes - (older.num_bytes if older else 0)
+        while self.num_bytes + growth > bytes_max:
+            oldest = next(iter(self._blocks), None)
+            if oldest is None or oldest in own or oldest == key:
+                return False
+            self.num_bytes -= self._blocks.pop(oldest).num_bytes
+        self._blocks[key] = block
+        self.num_bytes += growth
+        return True
+
+    def _key(self, chain: Chain, token_ids: Sequence[int], index: int) -> bytes:
+        while len(chain.keys) <= index:
+            previous = chain.keys[-1] if chain.keys else chain.root
+            ids = array("q", self._tokens(token_ids, len(chain.keys)))
+            chain.keys.append(hashlib.blake2b(previous + ids.tobytes(), digest_size=16).digest())
+        return chain.keys[index]
+
+    def _tokens(self, token_ids: Sequence[int], index: int) -> tuple[int, ...]:
+        return tuple(token_ids[index * self.block_tokens : (index + 1) * self.block_tokens])
+
+
+def _is_whole(block: Block) -> bool:
+    return all(part is not None for part in block.parts)
+
+
+def _size(parts: list[torch.Tensor | None]) -> int:
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
