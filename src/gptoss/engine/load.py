@@ -2,8 +2,8 @@
 
 Rules:
 - Safetensors only, no remote code, no network. Whatever goes wrong becomes a ``ModelLoadError`` of one line.
-- ``auto`` is bfloat16, except on a CPU without bfloat16 instructions: there float32, if that fits well into free memory.
-  Measured there on the 135M model with packed linear layers, bfloat16 against float32: prefill of 136 tokens 595 and
+- ``auto`` is bfloat16, except where torch's kernels run on a CPU without bfloat16 instructions: there float32, if that
+  fits well into free memory. Measured there on the 135M model with packed linear layers, bfloat16 against float32: prefill of 136 tokens 595 and
   242 ms, a decoding step 75 and 60 ms at one stream, 103 and 80 ms at eight.
 - The weights are hashed in a thread beside the loading. A file of the hub's cache is named by its hash already.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import msgspec
+import platformdirs
 import psutil
 import torch
 from tokenizers import Tokenizer
@@ -25,9 +26,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config, max_model_len_from_config
 from gptoss.engine.model_folder import check_folder, file_sha256, read_json
+from gptoss.engine.native.build import NativeUnavailableError, open_kernels
+from gptoss.engine.native.runner import ARCHITECTURES
 from gptoss.engine.port import Load
 from gptoss.engine.prompt import eos_token_ids, load_tokenizer
-from gptoss.engine.runner import Runner, choose_runner, vocab_size
+from gptoss.engine.runner import Runner
+from gptoss.engine.runner_choice import Native, choose_runner
 from gptoss.errors import ModelLoadError
 from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
 
@@ -67,15 +71,13 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
     _check_architecture(folder, config)
     max_model_len = _max_model_len(load, config)
     tokenizer = load_tokenizer(load.folder)
-    dtype = _choose_dtype(load, folder, device)
+    native, notes = _choose_kernels(load, config, device, max_model_len, progress)
+    dtype = torch.bfloat16 if native else _choose_dtype(load, folder, device)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as hasher:
         fingerprint = hasher.submit(_fingerprint, folder)
         try:
-            model = _load_weights(folder, dtype, device, progress)
-            weights_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-            progress("checking", 0, 0, "steps")
             layout = kv_layout_from_config(config, dtype_bytes=dtype.itemsize)
-            runner, notes = choose_runner(model, layout, device)
+            choice = choose_runner(lambda: _load_weights(folder, dtype, device, progress), layout, device, native)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ModelLoadError(f"not enough memory for {folder} on {device}: {_one_line(error)}") from None
         except ModelLoadError:
@@ -83,21 +85,28 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         except Exception as error:  # noqa: BLE001 - the edge to transformers, which raises anything on a bad folder
             raise ModelLoadError(f"cannot load {folder}: {_one_line(error)}") from None
         hashes = fingerprint.result()
+    runner = choice.runner
     capabilities = EngineCapabilities(
         model_name=load.model_name,
-        architecture=type(model).__name__,
-        vocab_size=vocab_size(model),
+        architecture=choice.architecture,
+        vocab_size=choice.vocab_size,
         max_model_len=max_model_len,
         max_batch_size=load.max_batch_size,
         kv_budget_bytes=load.kv_budget_bytes or _kv_budget(runner.layout, load.max_batch_size, max_model_len, device),
         kv_layout=runner.layout,
-        weights_bytes=weights_bytes,
+        weights_bytes=choice.weights_bytes,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         num_threads=torch.get_num_threads(),
         eos_token_ids=eos_token_ids(load.folder, tokenizer),
     )
-    return LoadedModel(runner=runner, tokenizer=tokenizer, capabilities=capabilities, fingerprint=hashes, notes=notes)
+    return LoadedModel(
+        runner=runner,
+        tokenizer=tokenizer,
+        capabilities=capabilities,
+        fingerprint=hashes,
+        notes=(*notes, *choice.notes),
+    )
 
 
 def _device(name: str) -> torch.device:
@@ -128,6 +137,28 @@ def _max_model_len(load: Load, config: dict[str, Any]) -> int:
     if load.max_model_len > context:
         raise ModelLoadError(f"max_model_len is {load.max_model_len}; the model's context is {context} tokens")
     return load.max_model_len or context
+
+
+def _choose_kernels(
+    load: Load, config: dict[str, Any], device: torch.device, max_model_len: int, progress: Progress
+) -> tuple[Native | None, tuple[str, ...]]:
+    """The CPU kernels, if they are wanted and may be had for this model, and a note if they are missed."""
+    form = "int8" if load.quantization == "int8" else "bfloat16"
+    is_wanted = device.type == "cpu" and load.kernels != "torch" and load.dtype in {"auto", "bfloat16"}
+    is_known = not ARCHITECTURES.isdisjoint(config.get("architectures") or ())
+    must = "quantization int8 needs" if form == "int8" else "kernels native needs" if load.kernels == "native" else ""
+    if not is_wanted or not is_known:
+        if must:
+            raise ModelLoadError(f"{must} a CPU, bfloat16 and one of {', '.join(sorted(ARCHITECTURES))}")
+        return None, ()
+    try:
+        folder = Path(load.cache_folder) if load.cache_folder else Path(platformdirs.user_cache_dir("gptoss"))
+        progress("kernels", 0, 0, "files")
+        return Native(open_kernels(folder), form, max_model_len), ()
+    except NativeUnavailableError as error:
+        if must:
+            raise ModelLoadError(f"{must} the CPU kernels: {error}") from None
+        return None, (f"torch's kernels: {error}",)
 
 
 def _choose_dtype(load: Load, folder: Path, device: torch.device) -> torch.dtype:

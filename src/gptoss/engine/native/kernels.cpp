@@ -1,0 +1,775 @@
+// One step of a Llama-like model on a CPU: bfloat16 or int8 weights, float32 between them, all rows of a step at once.
+//
+// Rules:
+// - Every row's bits depend on its own token, position and keys alone, never on how many rows run beside it, on the
+//   number of threads or on which thread took it. So a prefilled, a decoded, a resumed and a cached token are the same.
+// - A product is summed in blocks of 32 along the inner dimension: even and odd elements each in order by fused
+//   multiply-add, their sum, then onto what the earlier blocks gave. That is the order of the AMX instruction
+//   TDPBF16PS, and the vector code keeps to it, so both give the same bits.
+// - Denormals are zero, as in AMX.
+// - All threads run the same program, `Engine::run`. Work is handed out by a counter, phases are parted by a barrier.
+// - Weights: blocks of 32 (inner) x 16 (outer): 16 pairs of rows, each 16 columns x 2. An outer column is an output.
+//
+// Plain C interface, no library besides threads. Compiled for the machine it runs on.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include <sched.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+using f32x16 = float __attribute__((vector_size(64)));
+using i32x16 = int32_t __attribute__((vector_size(64)));
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
+using i8x16 = int8_t __attribute__((vector_size(16)));
+
+constexpr int LANES = 16;    // outer columns of a weight block, and floats of a vector
+constexpr int DEPTH = 32;    // inner rows of a weight block
+constexpr int BLOCK = LANES * DEPTH;
+constexpr int UNIT_BLOCKS = 4;   // column blocks that a thread takes at once
+constexpr int ROW_BLOCK = 8;     // rows of one request that attend together
+
+// ---------------------------------------------------------------- vectors
+
+template <class V, class T> inline V load(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+template <class V, class T> inline void store(T* to, V v) { std::memcpy(to, &v, sizeof v); }
+inline f32x16 splat(float x) { return x - f32x16{}; }
+inline f32x16 as_float(u32x16 v) { return reinterpret_cast<f32x16>(v); }
+
+inline f32x16 widen(const uint16_t* bf16) {
+    return as_float(__builtin_convertvector(load<u16x16>(bf16), u32x16) << 16);
+}
+
+// Round to nearest even; a NaN stays one.
+inline void narrow(uint16_t* to, f32x16 v) {
+    u32x16 bits = reinterpret_cast<u32x16>(v);
+    u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    u32x16 is_nan = reinterpret_cast<u32x16>(v != v);
+    rounded = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
+    store(to, __builtin_convertvector(rounded, u16x16));
+}
+
+inline float sum(f32x16 v) {
+    float part[LANES];
+    store(part, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) part[i] += part[i + width];
+    return part[0];
+}
+
+// exp of each lane, within 2 units in the last place from -87 to 88; a NaN stays one.
+inline f32x16 exponential(f32x16 x) {
+    x = x < splat(-87.0f) ? splat(-87.0f) : x;
+    x = x > splat(88.0f) ? splat(88.0f) : x;
+    f32x16 shifted = x * 1.44269504088896341f + splat(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+    f32x16 n = shifted - splat(12582912.0f);
+    f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    f32x16 p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    i32x16 exponent = reinterpret_cast<i32x16>(shifted) << 23;  // the low bits of `shifted` hold n
+    return p * reinterpret_cast<f32x16>(exponent + (127 << 23));
+}
+
+// The sums of 16 vectors as one vector; overwrites them.
+inline f32x16 sums(f32x16* v) {
+    for (int i = 0; i < 8; i++) {
+        f32x16 a = v[2 * i], b = v[2 * i + 1];
+        v[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 4; i++) {
+        f32x16 a = v[2 * i], b = v[2 * i + 1];
+        v[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 2; i++) {
+        f32x16 a = v[2 * i], b = v[2 * i + 1];
+        v[i] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+               __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    }
+    return __builtin_shufflevector(v[0], v[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// ---------------------------------------------------------------- memory
+
+template <class T> class Scratch {
+   public:
+    ~Scratch() { std::free(data_); }
+    bool reserve(size_t count) {
+        if (count <= size_) return true;
+        void* fresh = std::aligned_alloc(64, round_up(count * sizeof(T), 64));
+        if (!fresh) return false;
+        std::memset(fresh, 0, round_up(count * sizeof(T), 64));
+        std::free(data_);
+        data_ = static_cast<T*>(fresh);
+        size_ = count;
+        return true;
+    }
+    T* get() const { return data_; }
+
+   private:
+    T* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// ---------------------------------------------------------------- threads
+
+inline void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+class Team {
+   public:
+    explicit Team(int size) : size_(size) {}
+    ~Team() {
+        is_over_ = true;
+        start();
+        for (auto& thread : threads_) thread.join();
+    }
+
+    int size() const { return size_; }
+
+    // Runs `program(arg, index)` on all threads, this one included.
+    void run(void (*program)(void*, int), void* arg) {
+        program_ = program;
+        arg_ = arg;
+        while (static_cast<int>(threads_.size()) < size_ - 1) {
+            int index = static_cast<int>(threads_.size()) + 1;
+            threads_.emplace_back([this, index, seen = round_.load()] { serve(index, seen); });
+        }
+        start();
+        program(arg, 0);
+    }
+
+    // All threads have come here before any goes on. The last one resets the work counter.
+    void barrier() {
+        uint32_t phase = phase_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            next_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        // Others may need this core, the thread that is waited for among them: spin for some microseconds only.
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
+            if (spins < 4096) relax();
+            else sched_yield();
+    }
+
+    // Calls `work(item)` for each item on whichever thread is free, then waits for all.
+    template <class Work> void each(int items, Work work) {
+        for (int item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items;) work(item);
+        barrier();
+    }
+
+   private:
+    void start() {
+        round_.fetch_add(1);
+        round_.notify_all();
+    }
+    void serve(int index, uint32_t seen) {
+        for (;;) {
+            round_.wait(seen);
+            seen = round_.load();
+            if (is_over_) return;
+            program_(arg_, index);
+        }
+    }
+
+    const int size_;
+    std::vector<std::thread> threads_;
+    void (*program_)(void*, int) = nullptr;
+    void* arg_ = nullptr;
+    std::atomic<bool> is_over_{false};
+    alignas(64) std::atomic<uint32_t> round_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> phase_{0};
+    alignas(64) std::atomic<int> next_{0};
+};
+
+// Denormals are zero while a thread computes.
+class FlushDenormals {
+#if defined(__x86_64__)
+   public:
+    FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before_); }
+
+   private:
+    unsigned before_;
+#else
+   public:
+    FlushDenormals() {}
+#endif
+};
+
+// ---------------------------------------------------------------- matrix products
+
+struct Weights {
+    const void* blocks;   // packed; bf16 or int8
+    const float* scales;  // of each output, for int8; else null
+    const float* bias;    // of each output, or null
+    int32_t outputs;
+    int32_t inputs;
+};
+
+inline int blocks_of(int count, int size) { return (count + size - 1) / size; }
+
+// 16 outputs of `ROWS` rows in the vector unit; see the summation rule above.
+template <int ROWS, int COLUMNS, class Weight>
+void vector_tile(const float* a, size_t stride, const Weight* w, size_t column_stride, int depth_blocks,
+                 f32x16 out[ROWS][COLUMNS]) {
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < COLUMNS; c++) out[r][c] = f32x16{};
+    for (int kb = 0; kb < depth_blocks; kb++) {
+        f32x16 even[ROWS][COLUMNS] = {}, odd[ROWS][COLUMNS] = {};
+        for (int pair = 0; pair < DEPTH / 2; pair++) {
+            const float* x = a + kb * DEPTH + 2 * pair;
+            for (int c = 0; c < COLUMNS; c++) {
+                const Weight* at = w + c * column_stride + size_t(kb) * BLOCK + pair * 2 * LANES;
+                f32x16 low, high;
+                if constexpr (sizeof(Weight) == 2) {
+                    u32x16 both = load<u32x16>(at);
+                    low = as_float(both << 16);
+                    high = as_float(both & 0xffff0000u);
+                } else {
+                    u16x16 both = load<u16x16>(at);
+                    i32x16 wide = __builtin_convertvector(both, i32x16);
+                    low = __builtin_convertvector((wide << 24) >> 24, f32x16);
+                    high = __builtin_convertvector((wide << 16) >> 24, f32x16);
+                }
+                for (int r = 0; r < ROWS; r++) {
+                    even[r][c] += low * x[r * stride];
+                    odd[r][c] += high * x[r * stride + 1];
+                }
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < COLUMNS; c++) out[r][c] += even[r][c] + odd[r][c];
+    }
+}
+
+#if defined(__AMX_BF16__)
+constexpr bool HAS_AMX = true;
+
+struct alignas(64) TileShape {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0-3 sum, 4-5 hold rows (first and second 16), 6-7 hold weights.
+inline void shape_tiles(int first_rows, int second_rows) {
+    TileShape shape;
+    for (int tile = 0; tile < 8; tile++) {
+        shape.row_bytes[tile] = 64;
+        bool is_second = tile == 2 || tile == 3 || tile == 5;
+        shape.rows[tile] = tile >= 6 ? 16 : uint8_t(is_second ? (second_rows ? second_rows : 1) : first_rows);
+    }
+    _tile_loadconfig(&shape);
+}
+
+inline void unpack_int8(const int8_t* from, uint16_t* to) {
+    for (int i = 0; i < BLOCK; i += LANES) {
+        f32x16 v = __builtin_convertvector(__builtin_convertvector(load<i8x16>(from + i), i32x16), f32x16);
+        store(to + i, __builtin_convertvector(reinterpret_cast<u32x16>(v) >> 16, u16x16));
+    }
+}
+
+// Up to 32 rows x 2 column blocks.
+template <class Weight>
+void amx_tile(const uint16_t* a, size_t stride, const Weight* w, size_t column_stride, int depth_blocks, bool has_second,
+              bool has_pair, float* out /* [2][2][16][16]: row half, column block, row, column */) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    alignas(64) uint16_t wide[2][BLOCK];
+    const uint16_t* second = a + 16 * stride;
+    for (int kb = 0; kb < depth_blocks; kb++) {
+        const void* left = w + size_t(kb) * BLOCK;
+        const void* right = w + column_stride + size_t(kb) * BLOCK;
+        if constexpr (sizeof(Weight) == 1) {
+            unpack_int8(static_cast<const int8_t*>(left), wide[0]);
+            left = wide[0];
+            if (has_pair) unpack_int8(static_cast<const int8_t*>(right), wide[1]);
+            right = wide[1];
+        }
+        _tile_loadd(4, a + kb * DEPTH, stride * 2);
+        _tile_loadd(6, left, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (has_pair) {
+            _tile_loadd(7, right, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (has_second) {
+            _tile_loadd(5, second + kb * DEPTH, stride * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            if (has_pair) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, out, 64);
+    if (has_pair) _tile_stored(1, out + 256, 64);
+    if (has_second) _tile_stored(2, out + 512, 64);
+    if (has_second && has_pair) _tile_stored(3, out + 768, 64);
+}
+#else
+constexpr bool HAS_AMX = false;
+#endif
+
+// Which rows go to the vector unit; more go to AMX where there is one.
+constexpr int VECTOR_ROWS_MAX = 1;
+
+// Rows x one unit of column blocks. `emit(row, block, sums)` gets 16 outputs of a row, scaled and with bias.
+template <class Weight, class Emit>
+void multiply_unit(const uint16_t* a, int rows, const Weights& w, int first_block, int num_blocks, Emit emit) {
+    const int depth_blocks = blocks_of(w.inputs, DEPTH);
+    const size_t stride = size_t(depth_blocks) * DEPTH;
+    const size_t column_stride = size_t(depth_blocks) * BLOCK;
+    const Weight* base = static_cast<const Weight*>(w.blocks) + first_block * column_stride;
+    auto finish = [&](int row, int block, f32x16 v) {
+        if (w.scales) v *= load<f32x16>(w.scales + block * LANES);
+        if (w.bias) v += load<f32x16>(w.bias + block * LANES);
+        emit(row, block, v);
+    };
+#if defined(__AMX_BF16__)
+    if (rows > VECTOR_ROWS_MAX) {
+        alignas(64) float out[4 * 256];
+        for (int row = 0; row < rows; row += 32) {
+            const int first = rows - row < 16 ? rows - row : 16;
+            const int left = rows - row - 16;
+            const int second = left < 0 ? 0 : left < 16 ? left : 16;
+            shape_tiles(first, second);
+            for (int block = 0; block < num_blocks; block += 2) {
+                const bool has_pair = block + 1 < num_blocks;
+                amx_tile<Weight>(a + row * stride, stride, base + block * column_stride, column_stride, depth_blocks,
+                                 second > 0, has_pair, out);
+                for (int c = 0; c < 1 + has_pair; c++) {
+                    for (int r = 0; r < first; r++)
+                        finish(row + r, first_block + block + c, load<f32x16>(out + c * 256 + r * LANES));
+                    for (int r = 0; r < second; r++)
+                        finish(row + 16 + r, first_block + block + c, load<f32x16>(out + 512 + c * 256 + r * LANES));
+                }
+            }
+        }
+        return;
+    }
+#endif
+    static thread_local Scratch<float> wide;
+    constexpr int ROWS = 4;
+    if (!wide.reserve(ROWS * stride)) std::abort();
+    for (int row = 0; row < rows; row += ROWS) {
+        const int here = rows - row < ROWS ? rows - row : ROWS;
+        for (size_t i = 0; i < here * stride; i += LANES) store(wide.get() + i, widen(a + row * stride + i));
+        for (int block = 0; block < num_blocks;) {
+            const Weight* at = base + block * column_stride;
+            if (here == ROWS) {
+                f32x16 out[ROWS][1];
+                vector_tile<ROWS, 1>(wide.get(), stride, at, column_stride, depth_blocks, out);
+                for (int r = 0; r < ROWS; r++) finish(row + r, first_block + block, out[r][0]);
+                block++;
+            } else if (num_blocks - block >= UNIT_BLOCKS) {
+                for (int r = 0; r < here; r++) {
+                    f32x16 out[1][UNIT_BLOCKS];
+                    vector_tile<1, UNIT_BLOCKS>(wide.get() + r * stride, stride, at, column_stride, depth_blocks, out);
+                    for (int c = 0; c < UNIT_BLOCKS; c++) finish(row + r, first_block + block + c, out[0][c]);
+                }
+                block += UNIT_BLOCKS;
+            } else {
+                for (int r = 0; r < here; r++) {
+                    f32x16 out[1][1];
+                    vector_tile<1, 1>(wide.get() + r * stride, stride, at, column_stride, depth_blocks, out);
+                    finish(row + r, first_block + block, out[0][0]);
+                }
+                block++;
+            }
+        }
+    }
+}
+
+template <class Emit>
+void multiply(Team& team, const uint16_t* a, int rows, const Weights& w, Emit emit) {
+    const int num_blocks = blocks_of(w.outputs, LANES);
+    team.each(blocks_of(num_blocks, UNIT_BLOCKS), [&](int unit) {
+        const int first = unit * UNIT_BLOCKS;
+        const int count = num_blocks - first < UNIT_BLOCKS ? num_blocks - first : UNIT_BLOCKS;
+        if (w.scales) multiply_unit<int8_t>(a, rows, w, first, count, emit);
+        else multiply_unit<uint16_t>(a, rows, w, first, count, emit);
+    });
+}
+
+// ---------------------------------------------------------------- the model
+
+struct Layer {
+    const float* attention_norm;
+    const float* mlp_norm;
+    const float* query_norm;  // of each head before positions (Qwen 3), or null
+    const float* key_norm;
+    Weights qkv;
+    Weights output;
+    Weights gate_up;  // column blocks of gate and up in turn
+    Weights down;
+};
+
+struct Config {
+    int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, threads;
+    float epsilon;
+    float scale;                 // of the scores
+    const float* cosines;        // [positions, head_dim / 2]
+    const float* sines;
+    const float* final_norm;
+    const uint16_t* embedding;   // [vocab, hidden], or null: that of `head`
+    Weights head;
+};
+
+// One step. Rows of a request stand together, in order of position.
+struct Step {
+    int32_t rows;
+    const int32_t* token_ids;
+    const int32_t* positions;
+    uint16_t* const* slots;      // of each row: K and V [layer, 2, kv_head, capacity, head_dim]
+    const int32_t* capacities;
+    int32_t num_logits;
+    const int32_t* logit_rows;
+    float* logits;               // [num_logits, logits_stride]
+    int64_t logits_stride;       // at least the vocabulary, rounded up to 16
+};
+
+struct RowBlock {
+    int first;
+    int rows;
+};
+
+class Engine {
+   public:
+    Engine(const Config& config, const Layer* layers)
+        : c_(config), layers_(layers, layers + config.layers), team_(config.threads), private_(config.threads) {}
+
+    bool forward(const Step& step) {
+        step_ = step;
+        if (!reserve()) return false;
+        blocks_.clear();
+        int longest = 0;
+        for (int row = 0; row < step.rows; row++) {
+            if (step.positions[row] > longest) longest = step.positions[row];
+            bool joins = row > 0 && step.slots[row] == step.slots[row - 1] && blocks_.back().rows < ROW_BLOCK;
+            if (joins) blocks_.back().rows++;
+            else blocks_.push_back({row, 1});
+        }
+        score_stride_ = round_up(longest + 1, LANES);
+        const size_t scores = size_t(ROW_BLOCK) * group() * score_stride_;
+        for (auto& mine : private_)
+            if (!mine.scores.reserve(scores) || !mine.sums.reserve(size_t(ROW_BLOCK) * group() * c_.head_dim) ||
+                !mine.keys.reserve(size_t(LANES) * c_.head_dim) ||
+                !mine.gate.reserve(size_t(step.rows) * (UNIT_BLOCKS / 2) * LANES))
+                return false;
+        team_.run([](void* engine, int thread) { static_cast<Engine*>(engine)->run(thread); }, this);
+        return true;
+    }
+
+   private:
+    struct Private {
+        Scratch<float> scores, sums, keys, gate;
+    };
+
+    int group() const { return c_.heads / c_.kv_heads; }
+    int qkv_width() const { return (c_.heads + 2 * c_.kv_heads) * c_.head_dim; }
+
+    bool reserve() {
+        const size_t rows = step_.rows;
+        return residual_.reserve(rows * c_.hidden) && normed_.reserve(rows * c_.hidden) &&
+               qkv_.reserve(rows * qkv_width()) && attended_.reserve(rows * c_.heads * c_.head_dim) &&
+               gated_.reserve(rows * c_.intermediate);
+    }
+
+    // The whole step, run by every thread.
+    void run(int thread) {
+        FlushDenormals flush;
+        Private& mine = private_[thread];
+        const int rows = step_.rows;
+        team_.each(rows, [&](int row) { embed(row); });
+        for (int index = 0; index < c_.layers; index++) {
+            const Layer& layer = layers_[index];
+            team_.each(rows, [&](int row) { normalise(row, layer.attention_norm, row); });
+            multiply(team_, normed_.get(), rows, layer.qkv, [&](int row, int block, f32x16 v) {
+                store(qkv_.get() + size_t(row) * qkv_width() + block * LANES, v);
+            });
+            team_.each(rows, [&](int row) { place(row, index); });
+            team_.each(int(blocks_.size()) * c_.kv_heads, [&](int item) {
+                // The longest blocks are the last ones: take them first, so that no thread ends alone with one.
+                const int block = int(blocks_.size()) - 1 - item / c_.kv_heads;
+                attend(blocks_[block], item % c_.kv_heads, index, mine);
+            });
+            multiply(team_, attended_.get(), rows, layer.output, [&](int row, int block, f32x16 v) { add(row, block, v); });
+            team_.each(rows, [&](int row) { normalise(row, layer.mlp_norm, row); });
+            multiply(team_, normed_.get(), rows, layer.gate_up, [&](int row, int block, f32x16 v) {
+                float* gate = mine.gate.get() + (size_t(row) * (UNIT_BLOCKS / 2) + block / 2 % (UNIT_BLOCKS / 2)) * LANES;
+                if (block % 2 == 0) return store(gate, v);
+                const f32x16 g = load<f32x16>(gate);
+                narrow(gated_.get() + size_t(row) * c_.intermediate + block / 2 * LANES, g / (exponential(-g) + splat(1.0f)) * v);
+            });
+            multiply(team_, gated_.get(), rows, layer.down, [&](int row, int block, f32x16 v) { add(row, block, v); });
+        }
+        team_.each(step_.num_logits, [&](int i) { normalise(step_.logit_rows[i], c_.final_norm, i); });
+        if (step_.num_logits)
+            multiply(team_, normed_.get(), step_.num_logits, c_.head, [&](int row, int block, f32x16 v) {
+                store(step_.logits + row * step_.logits_stride + block * LANES, v);
+            });
+    }
+
+    void embed(int row) {
+        float* to = residual_.get() + size_t(row) * c_.hidden;
+        const int token = step_.token_ids[row];
+        if (c_.embedding) {
+            const uint16_t* from = c_.embedding + size_t(token) * c_.hidden;
+            for (int i = 0; i < c_.hidden; i += LANES) store(to + i, widen(from + i));
+            return;
+        }
+        const size_t at = size_t(token / LANES) * blocks_of(c_.hidden, DEPTH) * BLOCK + token % LANES * 2;
+        for (int i = 0; i < c_.hidden; i++) {
+            const size_t where = at + size_t(i / DEPTH) * BLOCK + i % DEPTH / 2 * 2 * LANES + i % 2;
+            if (c_.head.scales) {
+                to[i] = static_cast<const int8_t*>(c_.head.blocks)[where] * c_.head.scales[token];
+            } else {
+                const uint32_t bits = uint32_t(static_cast<const uint16_t*>(c_.head.blocks)[where]) << 16;
+                std::memcpy(to + i, &bits, 4);
+            }
+        }
+    }
+
+    // Root mean square norm of a row of the residual, to row `to` of `normed_`.
+    void normalise(int row, const float* weight, int to) {
+        const float* x = residual_.get() + size_t(row) * c_.hidden;
+        f32x16 squares = {};
+        for (int i = 0; i < c_.hidden; i += LANES) {
+            f32x16 v = load<f32x16>(x + i);
+            squares += v * v;
+        }
+        const float factor = 1.0f / std::sqrt(sum(squares) / c_.hidden + c_.epsilon);
+        for (int i = 0; i < c_.hidden; i += LANES)
+            narrow(normed_.get() + size_t(to) * c_.hidden + i, load<f32x16>(x + i) * factor * load<f32x16>(weight + i));
+    }
+
+    void add(int row, int block, f32x16 v) {
+        float* x = residual_.get() + size_t(row) * c_.hidden + block * LANES;
+        store(x, load<f32x16>(x) + v);
+    }
+
+    uint16_t* cache(int row, int layer, int which, int kv_head) const {
+        const size_t head = (size_t(layer) * 2 + which) * c_.kv_heads + kv_head;
+        return step_.slots[row] + head * step_.capacities[row] * c_.head_dim;
+    }
+
+    // Norms and positions of a row's queries and keys; keys and values go to the cache.
+    void place(int row, int layer) {
+        const int dim = c_.head_dim, position = step_.positions[row];
+        float* at = qkv_.get() + size_t(row) * qkv_width();
+        for (int head = 0; head < c_.heads; head++, at += dim) rotate(at, layers_[layer].query_norm, position, c_.scale);
+        for (int head = 0; head < c_.kv_heads; head++, at += dim) {
+            rotate(at, layers_[layer].key_norm, position, 1.0f);
+            uint16_t* to = cache(row, layer, 0, head) + size_t(position) * dim;
+            for (int i = 0; i < dim; i += LANES) narrow(to + i, load<f32x16>(at + i));
+        }
+        for (int head = 0; head < c_.kv_heads; head++, at += dim) {
+            uint16_t* to = cache(row, layer, 1, head) + size_t(position) * dim;
+            for (int i = 0; i < dim; i += LANES) narrow(to + i, load<f32x16>(at + i));
+        }
+    }
+
+    void rotate(float* x, const float* norm, int position, float scale) {
+        const int dim = c_.head_dim, half = dim / 2;
+        if (norm) {
+            f32x16 squares = {};
+            for (int i = 0; i < dim; i += LANES) squares += load<f32x16>(x + i) * load<f32x16>(x + i);
+            const float factor = 1.0f / std::sqrt(sum(squares) / dim + c_.epsilon);
+            for (int i = 0; i < dim; i += LANES) store(x + i, load<f32x16>(x + i) * factor * load<f32x16>(norm + i));
+        }
+        const float* cosines = c_.cosines + size_t(position) * half;
+        const float* sines = c_.sines + size_t(position) * half;
+        for (int i = 0; i < half; i += LANES) {
+            const f32x16 a = load<f32x16>(x + i), b = load<f32x16>(x + half + i);
+            const f32x16 cosine = load<f32x16>(cosines + i), sine = load<f32x16>(sines + i);
+            store(x + i, (a * cosine - b * sine) * scale);
+            store(x + half + i, (b * cosine + a * sine) * scale);
+        }
+    }
+
+    void attend(const RowBlock& block, int kv_head, int layer, Private& mine) {
+        switch (c_.head_dim) {
+            case 32: return attend<2>(block, kv_head, layer, mine);
+            case 64: return attend<4>(block, kv_head, layer, mine);
+            case 96: return attend<6>(block, kv_head, layer, mine);
+            case 128: return attend<8>(block, kv_head, layer, mine);
+            case 256: return attend<16>(block, kv_head, layer, mine);
+            default: std::abort();  // `create` has refused it
+        }
+    }
+
+    // Rows of one request, the queries that share one KV head: scores, softmax, values. Each query runs over its keys in
+    // blocks of 16 from position 0, whatever its neighbours do.
+    template <int VECTORS>
+    void attend(const RowBlock& block, int kv_head, int layer, Private& mine) {
+        constexpr int dim = VECTORS * LANES;
+        const int group = this->group(), queries = block.rows * group;
+        const int start = step_.positions[block.first], keys = start + block.rows;
+        const uint16_t* k = cache(block.first, layer, 0, kv_head);
+        const uint16_t* v = cache(block.first, layer, 1, kv_head);
+        float* wide = mine.keys.get();
+        auto query = [&](int q) {
+            return qkv_.get() + size_t(block.first + q / group) * qkv_width() + (kv_head * group + q % group) * dim;
+        };
+        auto scores = [&](int q) { return mine.scores.get() + q * score_stride_; };
+        auto first_query = [&](int key) { return key <= start ? 0 : (key - start) * group; };  // earlier ones end before
+
+        constexpr i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int key = 0; key < keys; key += LANES) {
+            widen_block(k, key, keys, dim, wide);
+            for (int q = first_query(key); q < queries; q++) {
+                const float* x = query(q);
+                f32x16 part[LANES], own[VECTORS];
+                for (int i = 0; i < VECTORS; i++) own[i] = load<f32x16>(x + i * LANES);
+                for (int j = 0; j < LANES; j++) {
+                    part[j] = own[0] * load<f32x16>(wide + j * dim);
+                    for (int i = 1; i < VECTORS; i++) part[j] += own[i] * load<f32x16>(wide + j * dim + i * LANES);
+                }
+                const f32x16 dots = sums(part);
+                const i32x16 hidden = lanes > (start + q / group - key);
+                store(scores(q) + key, hidden ? splat(-INFINITY) : dots);
+            }
+        }
+        for (int q = 0; q < queries; q++) soften(scores(q), start + q / group + 1);
+
+        float* out = mine.sums.get();
+        std::memset(out, 0, sizeof(float) * queries * dim);
+        for (int key = 0; key < keys; key += LANES) {
+            widen_block(v, key, keys, dim, wide);
+            for (int q = first_query(key); q < queries; q++) {
+                f32x16 total[VECTORS];
+                for (int i = 0; i < VECTORS; i++) total[i] = load<f32x16>(out + q * dim + i * LANES);
+                for (int j = 0; j < LANES; j++)
+                    for (int i = 0; i < VECTORS; i++) total[i] += load<f32x16>(wide + j * dim + i * LANES) * scores(q)[key + j];
+                for (int i = 0; i < VECTORS; i++) store(out + q * dim + i * LANES, total[i]);
+            }
+        }
+        for (int q = 0; q < queries; q++) {
+            uint16_t* to = attended_.get() + (size_t(block.first + q / group) * c_.heads + kv_head * group + q % group) * dim;
+            for (int i = 0; i < dim; i += LANES) narrow(to + i, load<f32x16>(out + q * dim + i));
+        }
+    }
+
+    static void widen_block(const uint16_t* from, int key, int keys, int dim, float* to) {
+        const int here = keys - key < LANES ? keys - key : LANES;
+        for (int i = 0; i < here * dim; i += LANES) store(to + i, widen(from + size_t(key) * dim + i));
+        std::memset(to + here * dim, 0, sizeof(float) * (LANES - here) * dim);
+    }
+
+    // Softmax over the first `keys` scores; what follows in the last vector becomes 0.
+    static void soften(float* scores, int keys) {
+        f32x16 best = splat(-INFINITY);
+        for (int key = 0; key < keys; key += LANES) {
+            const f32x16 s = load<f32x16>(scores + key);
+            best = s > best ? s : best;
+        }
+        float top = -INFINITY;
+        for (int i = 0; i < LANES; i++) top = best[i] > top ? best[i] : top;
+        f32x16 total = {};
+        for (int key = 0; key < keys; key += LANES) {
+            const f32x16 s = load<f32x16>(scores + key);
+            const f32x16 e = s == splat(-INFINITY) ? f32x16{} : exponential(s - splat(top));
+            store(scores + key, e);
+            total += e;
+        }
+        const float factor = 1.0f / sum(total);
+        for (int key = 0; key < keys; key += LANES) store(scores + key, load<f32x16>(scores + key) * factor);
+    }
+
+    const Config c_;
+    const std::vector<Layer> layers_;
+    Team team_;
+    std::vector<Private> private_;
+    Step step_{};
+    std::vector<RowBlock> blocks_;
+    size_t score_stride_ = 0;
+    Scratch<float> residual_, qkv_;
+    Scratch<uint16_t> normed_, attended_, gated_;
+};
+
+template <class T>
+void pack_blocks(const T* from, int64_t stride, int outputs, int inputs, int first_block, int step, T* to) {
+    const int depth_blocks = blocks_of(inputs, DEPTH);
+    for (int block = 0; block < blocks_of(outputs, LANES); block++) {
+        T* at = to + size_t(first_block + block * step) * depth_blocks * BLOCK;
+        for (int kb = 0; kb < depth_blocks; kb++)
+            for (int pair = 0; pair < DEPTH / 2; pair++)
+                for (int lane = 0; lane < LANES; lane++)
+                    for (int odd = 0; odd < 2; odd++) {
+                        const int output = block * LANES + lane, input = kb * DEPTH + pair * 2 + odd;
+                        *at++ = output < outputs && input < inputs ? from[output * stride + input] : T{};
+                    }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this machine lets the process use what the file was compiled for.
+int32_t gptoss_can_run() {
+#if defined(__AMX_BF16__)
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 1;
+#endif
+}
+
+int32_t gptoss_has_amx() { return HAS_AMX; }
+
+// Lays out `outputs` x `inputs` numbers of 1 or 2 bytes, `stride` apart, as weight blocks: every `step`th from `first_block`.
+void gptoss_pack(const void* from, int64_t stride, int32_t outputs, int32_t inputs, int32_t bytes, int32_t first_block,
+                 int32_t step, void* to) {
+    if (bytes == 1)
+        pack_blocks(static_cast<const int8_t*>(from), stride, outputs, inputs, first_block, step, static_cast<int8_t*>(to));
+    else
+        pack_blocks(static_cast<const uint16_t*>(from), stride, outputs, inputs, first_block, step, static_cast<uint16_t*>(to));
+}
+
+// Null if the model's shape is not one that this file can run, or memory is short. What `config` points to must stay.
+void* gptoss_create(const Config* config, const Layer* layers) {
+    const Config& c = *config;
+    const bool has_dim = c.head_dim == 32 || c.head_dim == 64 || c.head_dim == 96 || c.head_dim == 128 || c.head_dim == 256;
+    const bool fits = c.hidden % DEPTH == 0 && c.intermediate % DEPTH == 0 && c.heads % c.kv_heads == 0 && c.threads > 0;
+    return has_dim && fits ? new (std::nothrow) Engine(c, layers) : nullptr;
+}
+
+void gptoss_destroy(void* engine) { delete static_cast<Engine*>(engine); }
+
+// 0, or 1 if memory is short. Not for two threads at once.
+int32_t gptoss_forward(void* engine, const Step* step) { return static_cast<Engine*>(engine)->forward(*step) ? 0 : 1; }
+}

@@ -1,0 +1,171 @@
+"""Picks the way to run a given model: the CPU kernels, packed rows through its own code, or one request at a time.
+
+Rules:
+- Neither the model nor this code is trusted: a way is taken only if it gives the logits of the model's own eager
+  attention, over a prompt in two chunks, decoding steps and a stranger in the batch.
+- What is not the fastest way is said in the notes, with the reason.
+- The kernels free the model's weights as they pack them, so a model that fails there is loaded a second time.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+import msgspec
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gptoss.engine.attention import (
+    ATTENTION_NAME,
+    Chunk,
+    GeometryProbe,
+    slot_attention,
+)
+from gptoss.engine.kv_cache import KvGeometry
+from gptoss.engine.native.runner import NativeRunner, UnsupportedModelError
+from gptoss.engine.native.weights import WeightFormat
+from gptoss.engine.packed_linear import pack_linears
+from gptoss.engine.runner import MIN_ROWS, GenericRunner, PackedRunner, Runner
+from gptoss.errors import ModelLoadError
+from gptoss.messages.model import KvLayout
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch and transformers are only partly typed.
+
+PARITY_TOKENS = 20
+PARITY_DECODES = 3
+PARITY_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest norm of the difference, relative to the norm of the eager logits."""
+PARITY_TOLERANCE_INT8 = 0.2
+
+LoadWeights: TypeAlias = Callable[[], Any]
+"""Loads the model anew, with eager attention, in evaluation mode."""
+
+
+class Native(msgspec.Struct, frozen=True):
+    """How the CPU kernels are to be used."""
+
+    library: ctypes.CDLL
+    form: WeightFormat
+    max_model_len: int
+
+
+class RunnerChoice(msgspec.Struct, frozen=True):
+    """What runs the model, and what the model was before its weights were packed."""
+
+    runner: Runner
+    notes: tuple[str, ...]
+    architecture: str
+    vocab_size: int
+    weights_bytes: int
+
+
+class ParityError(Exception):
+    """A runner's logits are not those of the model."""
+
+
+def choose_runner(
+    load_weights: LoadWeights, layout: KvLayout, device: torch.device, native: Native | None
+) -> RunnerChoice:
+    """The fastest runner that gives this model's logits.
+
+    Args:
+        load_weights: called once; a second time if the kernels turn out not to fit the model.
+        layout: KV geometry that the model's config states, for the generic runner.
+        device: where the model is loaded.
+        native: None leaves the kernels out.
+
+    Raises:
+        ModelLoadError: int8 weights are wanted and the kernels cannot run this model.
+    """
+    model = load_weights()
+    vocab_size = int(model.get_input_embeddings().num_embeddings)
+    weights_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    prompt = [(7919 * index + 13) % vocab_size for index in range(PARITY_TOKENS + PARITY_DECODES)]
+    expected = _eager_logits(model, prompt, device)
+    architecture = type(model).__name__
+
+    def choice(runner: Runner, *notes: str, size: int = weights_bytes) -> RunnerChoice:
+        return RunnerChoice(runner, notes, architecture, vocab_size, size)
+
+    notes: list[str] = []
+    if native is not None:
+        try:
+            runner = _native_runner(model, native, prompt, expected)
+            return choice(runner, size=runner.weights_bytes)
+        except (UnsupportedModelError, ParityError) as error:
+            if native.form == "int8":
+                raise ModelLoadError(f"quantization int8 needs the CPU kernels: {error}") from None
+            notes.append(f"torch's kernels: {error}")
+            is_spent = isinstance(error, ParityError)
+        if is_spent:
+            model = load_weights()
+    try:
+        return choice(_packed_runner(model, prompt, expected, device), *notes)
+    except Exception as error:  # noqa: BLE001 - whatever the model cannot do in slots, it can do in the generic runner
+        model.set_attn_implementation("eager")
+        cause = " ".join(str(error).split())[:200]
+        generic = GenericRunner(model, layout, device)
+        return choice(generic, *notes, f"generic runner, one request at a time: {cause}")
+
+
+def _native_runner(model: Any, native: Native, prompt: list[int], expected: torch.Tensor) -> NativeRunner:
+    runner = NativeRunner(
+        native.library,
+        model,
+        form=native.form,
+        max_model_len=native.max_model_len,
+        num_threads=torch.get_num_threads(),
+    )
+    tolerance = PARITY_TOLERANCE_INT8 if native.form == "int8" else PARITY_TOLERANCE[runner.dtype]
+    _check_parity(runner, prompt, expected, tolerance)
+    return runner
+
+
+def _packed_runner(model: Any, prompt: list[int], expected: torch.Tensor, device: torch.device) -> PackedRunner:
+    if device.type == "cpu":
+        pack_linears(model)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, cast("Any", slot_attention))
+    model.set_attn_implementation(ATTENTION_NAME)
+    runner = PackedRunner(model, _probe_geometry(model, device))
+    _check_parity(runner, prompt, expected, PARITY_TOLERANCE.get(runner.dtype, max(PARITY_TOLERANCE.values())))
+    return runner
+
+
+@torch.inference_mode()
+def _eager_logits(model: Any, prompt: list[int], device: torch.device) -> torch.Tensor:
+    """Logits after the parity prompt and after each of the decoding steps, ``[1 + PARITY_DECODES, vocab]``."""
+    logits = model(input_ids=torch.tensor([prompt], device=device), use_cache=False).logits
+    return logits[0, PARITY_TOKENS - 1 :].float()
+
+
+@torch.inference_mode()
+def _probe_geometry(model: Any, device: torch.device) -> KvGeometry:
+    probe = GeometryProbe()
+    rows = torch.zeros((1, MIN_ROWS), dtype=torch.long, device=device)
+    model(input_ids=rows, position_ids=rows, use_cache=False, logits_to_keep=1, packed=probe)
+    return KvGeometry(probe.layers(), probe.dtype, device)
+
+
+def _check_parity(
+    runner: PackedRunner | NativeRunner, prompt: list[int], expected: torch.Tensor, tolerance: float
+) -> None:
+    """Run ``prompt`` in two chunks and single tokens, with a stranger beside it.
+
+    Raises:
+        ParityError: the logits are not the eager ones.
+    """
+    slot, strange_slot = runner.new_slot(len(prompt)), runner.new_slot(len(prompt))
+    stops = [PARITY_TOKENS // 2 - 1, *range(PARITY_TOKENS, len(prompt) + 1)]
+    start = 0
+    found: list[torch.Tensor] = []
+    for stop in stops:
+        mine = Chunk(slot=slot, token_ids=prompt[start:stop], start=start, num_logits=1)
+        stranger = Chunk(slot=strange_slot, token_ids=prompt[::-1][start:stop], start=start, num_logits=0)
+        logits, _ = runner.forward([mine, stranger])
+        assert logits is not None
+        found.append(logits.float())
+        start = stop
+    gap = (torch.cat(found[1:]) - expected).norm() / expected.norm()
+    if not gap <= tolerance:
+        raise ParityError(f"logits differ from eager attention by {gap:.1e} of their norm")
