@@ -1,8 +1,12 @@
 """A core under test and everything it said."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from gptoss.clock import SystemClock
+from gptoss.engine.attention import Chunk
 from gptoss.engine.core import CoreOptions, EngineCore
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.port import (
@@ -16,7 +20,7 @@ from gptoss.engine.port import (
     StepRow,
     Submit,
 )
-from gptoss.engine.runner import Runner
+from gptoss.engine.runner import Runner, Slot
 from gptoss.messages.sampling import SamplingParams
 
 STEPS_MAX = 2000
@@ -85,3 +89,21 @@ def run(model: LoadedModel, *submits: Submit) -> Run:
     running = Run(model)
     running.handle(*submits)
     return running.finish()
+
+
+class Invariant:
+    """A runner that says that its bits do not depend on the cut; on greedy tokens of these models it holds."""
+
+    is_row_invariant = True
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._runner = model.runner
+        self.layout = model.runner.layout
+        self.geometry = model.runner.geometry
+        self.is_batched = model.runner.is_batched
+
+    def new_slot(self, tokens: int) -> Slot:
+        return self._runner.new_slot(tokens)
+
+    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
+        return self._runner.forward(chunks)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from core_run import Run, submit
+from core_run import Invariant, Run, submit
 
+from gptoss.engine.core import CoreOptions
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.port import Cancel, Finished, StepDone, Submit
@@ -58,10 +59,12 @@ class LoggedState:
         return SchedulerState(
             limits=self.limits,
             running=tuple(
-                msgspec.structs.replace(each, num_draft=drafts.get(each.request_id, 0))
+                msgspec.structs.replace(
+                    each, num_draft=drafts.get(each.request_id, 0), num_cached=hits.get(each.request_id, 0)
+                )
                 for each in self.running.values()
             ),
-            waiting=tuple(msgspec.structs.replace(each, num_computed=hits.get(each.request_id, 0)) for each in waiting),
+            waiting=tuple(msgspec.structs.replace(each, num_cached=hits.get(each.request_id, 0)) for each in waiting),
             kv_budget_bytes=step.kv_budget_bytes,
             prefill_ms_per_token=step.prefill_ms_per_token,
         )
@@ -71,7 +74,8 @@ class LoggedState:
             lost = self.running.pop(preemption.request_id)
             self.line[lost.request_id] = msgspec.structs.replace(lost, num_computed=0)
         for start in step.starts:
-            self.running[start.request_id] = self.line.pop(start.request_id)
+            each = self.line.pop(start.request_id, None) or self.running[start.request_id]
+            self.running[start.request_id] = msgspec.structs.replace(each, num_computed=start.num_cached)
         for row in step.rows:
             if row.ended:
                 del self.running[row.request_id]
@@ -85,21 +89,24 @@ class LoggedState:
                 )
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_every_plan_follows_from_the_log(seed: int, tiny_model: Models) -> None:
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_plan_follows_from_the_log(seed: int, invariant: bool, tiny_model: Models) -> None:
     chance = random.Random(seed)
     layout = tiny_model().capabilities.kv_layout
-    model = tiny_model("llama", max_batch_size=3, kv_budget_bytes=kv_bytes(layout, 400))
-    running = Run(model)
+    model = tiny_model("llama", max_batch_size=2, kv_budget_bytes=kv_bytes(layout, 900))
+    running = Run(model, Invariant(model) if invariant else None, CoreOptions(prefix_cache_bytes=1 << 20))
     log = LoggedState(running.core.capabilities)
     for index in range(40):
         if index < 24 and chance.random() < 0.6:
+            length = chance.choice([1, 5, 40, 300, 300])
             command = submit(
                 f"r{index}",
-                length=chance.choice([1, 5, 40, 300]),
-                priority=chance.choice([0, 0, 0, -1, 1]),
+                priority=chance.choice([-2, -1, 0, 1]),
                 max_tokens=chance.choice([1, 4, 20]),
             )
+            prompt = submit(chance.choice("xy"), length=length).prompt_token_ids  # many begin alike
+            command = msgspec.structs.replace(command, prompt_token_ids=prompt)
             running.handle(command)
             log.sent.append(command)
         if log.running and chance.random() < 0.1:
@@ -113,7 +120,9 @@ def test_every_plan_follows_from_the_log(seed: int, tiny_model: Models) -> None:
             assert without(schedule(log.state(step)), step.refused) == plan_of(step)
             log.apply(step)
     running.finish()
-    assert any(step.preemptions for step in running.steps()), "the workload is meant to preempt"
+    steps = running.steps()
+    assert any(step.preemptions for step in steps), "the workload is meant to preempt"
+    assert any(start.num_cached for step in steps for start in step.starts), "and to find what was computed before"
     assert all(isinstance(running.end(request_id), Finished) for request_id in log.running)
 
 

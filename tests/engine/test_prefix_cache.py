@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from core_run import Run, submit
+from core_run import Invariant, Run, submit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,6 @@ from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.port import Failed, Finished, Submit
 from gptoss.engine.prefix_cache import Chain, PrefixCache
-from gptoss.engine.runner import Slot
 from gptoss.messages.plan import plan_of
 
 Models = Callable[..., LoadedModel]
@@ -177,24 +176,6 @@ def test_whatever_was_stored_a_hit_is_what_computing_gives(
 # ---------------------------------------------------------------- in the engine
 
 
-class Invariant:
-    """A runner that says that its bits do not depend on the cut; on greedy tokens of these models it holds."""
-
-    is_row_invariant = True
-
-    def __init__(self, model: LoadedModel) -> None:
-        self._runner = model.runner
-        self.layout = model.runner.layout
-        self.geometry = model.runner.geometry
-        self.is_batched = model.runner.is_batched
-
-    def new_slot(self, tokens: int) -> Slot:
-        return self._runner.new_slot(tokens)
-
-    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
-        return self._runner.forward(chunks)
-
-
 def started(model: LoadedModel, *, invariant: bool = False, cache: int = 64 * MB) -> Run:
     return Run(model, Invariant(model) if invariant else None, CoreOptions(prefix_cache_bytes=cache))
 
@@ -276,6 +257,21 @@ def test_a_request_that_is_here_at_the_same_time_shares_what_is_computed_by_then
     running.handle(ask("b", text(290)))
     running.finish()
     assert cached(running, "b") == 256
+
+
+def test_of_two_that_come_at_once_one_computes_the_common_part(tiny_model: Models) -> None:
+    model = tiny_model("gpt_oss")
+    running = started(model, invariant=True)
+    requests = [ask("a", text(600)), ask("b", [*text(580), 3])]
+    running.handle(*requests)
+    running.finish()
+    assert sum(row.prefilled for request_id in "ab" for row in running.rows(request_id)) < 600 + 100
+    assert cached(running, "b") >= 480
+    for request in requests:
+        alone = Run(model, Invariant(model))
+        alone.handle(request)
+        alone.finish()
+        assert running.tokens(request.request_id) == alone.tokens(request.request_id)
 
 
 def test_reservations_come_before_the_cache(tiny_model: Models) -> None:

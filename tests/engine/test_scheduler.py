@@ -155,13 +155,20 @@ def test_prefill_goes_to_the_best_first() -> None:
 
 
 def test_what_the_prefix_cache_has_is_not_computed() -> None:
-    hit = candidate("hit", 0, num_prompt=40, num_tokens=40, num_computed=32, cached_bytes=8)
+    hit = candidate("hit", 0, num_prompt=40, num_tokens=40, num_cached=32, cached_bytes=8)
     step = plan(waiting=(hit,))
     assert step.starts == (Start("hit", 1, 32),)
     assert cuts(step) == {"hit": (32, 8)}
     tight = plan(waiting=(hit,), kv_budget_bytes=17)
     assert tight.starts == (Start("hit", 1, 0),), "what is cached and its copy must both fit for a moment"
     assert cuts(tight) == {"hit": (0, 40)}
+
+
+def test_one_that_runs_takes_what_another_has_computed_of_its_prompt() -> None:
+    behind = candidate("behind", 0, num_prompt=90, num_tokens=90, num_computed=16, num_cached=64, cached_bytes=8)
+    step = plan(running=(behind,))
+    assert step.starts == (Start("behind", 1, 64),)
+    assert cuts(step) == {"behind": (64, 26)}
 
 
 def test_drafts_are_verified_only_where_few_decode() -> None:

@@ -94,7 +94,7 @@ class Batch:
         waiting = [sequence.candidate(self._find(sequence)) for _, sequence in self._waiting[: self._num_startable()]]
         return SchedulerState(
             limits=self.limits,
-            running=tuple(sequence.candidate() for sequence in self._running),
+            running=tuple(sequence.candidate(self._find_more(sequence)) for sequence in self._running),
             waiting=tuple(waiting),
             kv_budget_bytes=self._budget_bytes_now,
             prefill_ms_per_token=prefill_ms_per_token,
@@ -115,7 +115,8 @@ class Batch:
         # All hits are held before any memory is taken, so that no start takes them from another.
         hits = [self._find(sequence, start.num_cached) for start, sequence in zip(plan.starts, sequences, strict=True)]
         for start, sequence, hit in zip(plan.starts, sequences, hits, strict=True):
-            error = self._start(sequence, hit)
+            error = "" if sequence.slot else self._start(sequence)
+            self._load(sequence, hit)
             if error:
                 refused[start.request_id] = error
         if refused and self._running:
@@ -155,6 +156,10 @@ class Batch:
         usable = len(token_ids) - 1
         return self._cache.find(sequence.chain, token_ids, usable if tokens_max is None else min(usable, tokens_max))
 
+    def _find_more(self, sequence: Sequence) -> Hit | None:
+        """What the prefix cache has for one that runs and is still at its prompt."""
+        return self._find(sequence) if sequence.num_computed + 1 < sequence.num_prompt else None
+
     def _cache_room(self, kv_bytes_in_use: int) -> int:
         return max(0, min(self._cache_bytes_max, self._budget_bytes_now - kv_bytes_in_use))
 
@@ -166,7 +171,7 @@ class Batch:
         displaceable = sum(sequence.order[0] > best_priority for sequence in self._running)
         return self.limits.max_batch_size - len(self._running) + displaceable
 
-    def _start(self, sequence: Sequence, hit: Hit | None) -> str:
+    def _start(self, sequence: Sequence) -> str:
         """Give a request its memory. Returns why the device refused, or nothing."""
         if self._cache:
             self._cache.shrink(self._cache_room(self.kv_bytes_in_use + sequence.kv_bytes))
@@ -180,14 +185,18 @@ class Batch:
         self._running.append(sequence)
         self.kv_bytes_in_use += sequence.kv_bytes
         sequence.slot = slot
-        if self._cache and sequence.chain and hit and isinstance(slot, KvSlot):
-            self._cache.load(hit, slot)
-            self._cache.touch(sequence.chain, len(hit.blocks))
-            sequence.num_computed = hit.num_tokens
-            sequence.chain.num_stored = len(hit.blocks)
-        if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed
         return ""
+
+    def _load(self, sequence: Sequence, hit: Hit | None) -> None:
+        """Copy a hit into the memory of its request."""
+        if self._cache is None or sequence.chain is None or hit is None or not isinstance(sequence.slot, KvSlot):
+            return
+        self._cache.load(hit, sequence.slot, sequence.num_computed)
+        self._cache.touch(sequence.chain, len(hit.blocks))
+        if sequence.counts_hits:
+            sequence.num_cached += hit.num_tokens - sequence.num_computed
+        sequence.num_computed = hit.num_tokens
+        sequence.chain.num_stored = len(hit.blocks)
 
     def _new_slot(self, tokens: int) -> tuple[Slot | None, str]:
         try:
@@ -200,5 +209,6 @@ class Batch:
         self.kv_bytes_in_use -= sequence.kv_bytes
         sequence.slot = None
         sequence.num_computed = 0
+        sequence.counts_hits = False
         if sequence.chain:
             sequence.chain.num_stored, sequence.chain.is_open = 0, True

@@ -324,7 +324,7 @@ class EngineCore:
             text=sequence.rest(),
             prompt_tokens=sequence.num_prompt,
             completion_tokens=sequence.num_output,
-            cached_tokens=min(sequence.num_cached or 0, sequence.num_prompt),
+            cached_tokens=min(sequence.num_cached, sequence.num_prompt),
             stop_reason=end.stop_reason,
         )
 

@@ -110,10 +110,13 @@ class PrefixCache:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
 
-    def load(self, hit: Hit, slot: KvSlot) -> None:
-        """Copy a hit into the beginning of a slot."""
+    def load(self, hit: Hit, slot: KvSlot, computed: int = 0) -> None:
+        """Copy a hit into a slot that has the first ``computed`` tokens already."""
+        first = computed // self.block_tokens
         for index, block in enumerate(hit.blocks):
             needs_ring = index >= len(hit.blocks) - self._tail
+            if index < first and not needs_ring:
+                continue
             parts = [
                 part if needs_ring or not window else None
                 for part, window in zip(block.parts, self._windows, strict=True)

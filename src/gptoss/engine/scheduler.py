@@ -34,9 +34,10 @@ class Candidate(msgspec.Struct, frozen=True, array_like=True):
         deadline_ns: ``NO_DEADLINE`` if it has none.
         arrival: order of submission.
         num_tokens: prompt and output so far; ``num_prompt`` of them are the prompt.
-        num_computed: tokens in KV memory. While it waits: those that the prefix cache would give it.
+        num_computed: tokens in KV memory; 0 while it waits.
         kv_bytes: what it holds, or will hold.
-        cached_bytes: what the cache must keep until it starts, for ``num_computed``.
+        num_cached: tokens that the prefix cache has of it, if those are more than ``num_computed``.
+        cached_bytes: what the cache must keep for them until they are copied.
         num_draft: tokens that it would like to have verified behind the pending one.
     """
 
@@ -49,6 +50,7 @@ class Candidate(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     num_computed: int
     kv_bytes: int
+    num_cached: int = 0
     cached_bytes: int = 0
     num_draft: int = 0
 
@@ -80,6 +82,7 @@ def schedule(state: SchedulerState) -> StepPlan:
     limits = state.limits
     places = _Places(state)
     places.shed()
+    places.catch_up()
     places.fill(state.waiting)
     decoding = [candidate for candidate in places.running if _is_decoding(candidate, limits)]
     prefilling = [candidate for candidate in places.running if not _is_decoding(candidate, limits)]
@@ -97,7 +100,12 @@ def schedule(state: SchedulerState) -> StepPlan:
 
 
 class _Places:
-    """The batch while it is planned. ``running`` is best first and includes ``started``."""
+    """The batch while it is planned.
+
+    Attributes:
+        running: best first, as they are once the cache has given what it has.
+        started: of those, who gets something from memory or cache in this step.
+    """
 
     def __init__(self, state: SchedulerState) -> None:
         self.running = sorted(state.running, key=_order)
@@ -144,14 +152,26 @@ class _Places:
         self.preemptions.append(Preemption(loser.request_id, loser.attempt, reason))
         return loser
 
+    def catch_up(self) -> None:
+        """Let those who run take what others have computed of their prompts by now."""
+        for index, candidate in enumerate(self.running):
+            if candidate.num_cached:
+                self.running[index] = self._with_hit(candidate)
+                self.started.append(self.running[index])
+
     def _start(self, candidate: Candidate) -> None:
         self._in_use += candidate.kv_bytes
-        self._promised += candidate.cached_bytes
-        if self._in_use + self._promised > self._budget:  # what is cached and its copy are both there for a moment
-            self._promised -= candidate.cached_bytes
-            candidate = msgspec.structs.replace(candidate, num_computed=0, cached_bytes=0)
+        candidate = self._with_hit(candidate)
         self.started.append(candidate)
         bisect.insort(self.running, candidate, key=_order)
+
+    def _with_hit(self, candidate: Candidate) -> Candidate:
+        """The candidate once it has what the cache has of it, if there is room for both: they are there for a moment."""
+        if self._in_use + self._promised + candidate.cached_bytes > self._budget:
+            return candidate
+        self._promised += candidate.cached_bytes
+        num_computed = max(candidate.num_computed, candidate.num_cached)
+        return msgspec.structs.replace(candidate, num_computed=num_computed)
 
 
 def _order(candidate: Candidate) -> tuple[int, int, int]:

@@ -40,7 +40,8 @@ class Sequence:
         kv_bytes: what its KV memory takes or will take.
         num_memory_faults: how often in succession its part of a step found no memory.
         chain: keys of its blocks in the prefix cache; None without a cache.
-        num_cached: tokens that the cache gave it when it started first; None before that.
+        num_cached: tokens that the cache saved it from computing.
+        counts_hits: until it is preempted; what it finds again then is its own work.
         max_tokens: bound on generated tokens, by the request and by the context.
         end: set when it is over.
     """
@@ -56,7 +57,8 @@ class Sequence:
         self.kv_bytes = 0
         self.num_memory_faults = 0
         self.chain: Chain | None = None
-        self.num_cached: int | None = None
+        self.num_cached = 0
+        self.counts_hits = True
         self.end: End | None = None
         room = capabilities.max_model_len - self.num_prompt
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -79,7 +81,7 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     def candidate(self, hit: Hit | None = None) -> Candidate:
-        """Itself as the scheduler sees it; while it waits, with what the prefix cache has for it."""
+        """Itself as the scheduler sees it, with what the prefix cache has for it."""
         priority, deadline_ns, arrival = self.order
         return Candidate(
             self.submit.request_id,
@@ -89,8 +91,9 @@ class Sequence:
             arrival,
             self.num_prompt,
             len(self.token_ids),
-            hit.num_tokens if hit else self.num_computed,
+            self.num_computed,
             self.kv_bytes,
+            hit.num_tokens if hit and hit.num_tokens > self.num_computed else 0,
             hit.num_bytes if hit else 0,
         )
 

@@ -35,7 +35,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Start(msgspec.Struct, frozen=True, array_like=True):
-    """A request gets its KV memory, with its first ``num_cached`` tokens from the prefix cache."""
+    """A request gets its KV memory, with its first ``num_cached`` tokens from the prefix cache.
+
+    Of one that runs already and is still at its prompt: it goes on after those tokens, which another has computed.
+    """
 
     request_id: str
     attempt: int
@@ -70,6 +73,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         preemptions: worst first.
+        starts: also those who run and take more from the prefix cache.
         prefill_tokens_max: tokens of prefill that the rows were to stay within.
         prefill_ms_per_token: the speed that this was derived from, as last measured; 0 while unknown.
         kv_budget_bytes: KV memory that running requests could hold together.
