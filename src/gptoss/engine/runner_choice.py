@@ -91,6 +91,8 @@ def choose_runner(
     notes: list[str] = []
     if native is not None:
         try:
+            if layout.sliding_layers and layout.sliding_window < native.max_model_len:
+                raise UnsupportedModelError(f"the CPU kernels have no windows of {layout.sliding_window} tokens")
             runner = _native_runner(model, native, prompt, expected)
             return choice(runner, size=runner.weights_bytes)
         except (UnsupportedModelError, ParityError) as error:

@@ -27,6 +27,9 @@ ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCa
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Those whose table does not depend on the length of the sequence."""
 
+POSITIONS_MIN = 64
+"""The table holds at least these, for the comparison with the model's own logits."""
+
 
 class UnsupportedModelError(Exception):
     """The kernels do not compute this model."""
@@ -102,7 +105,7 @@ class NativeRunner:
         self._library = library
         self._kept: list[Any] = []  # what the kernels point to
         self.weights_bytes = 0
-        cosines, sines = _rope_table(model, max_model_len)
+        cosines, sines = _rope_table(model, max(max_model_len, POSITIONS_MIN))
         embedding = model.model.embed_tokens.weight
         is_tied = model.lm_head.weight.data_ptr() == embedding.data_ptr()
         if not is_tied:
@@ -214,11 +217,9 @@ def _check(model: Any) -> None:
         raise UnsupportedModelError(f"the CPU kernels do not know {name}")
     attention = model.model.layers[0].self_attn
     rope = getattr(model.model.rotary_emb, "rope_type", "default")
-    windows = {getattr(layer.self_attn, "sliding_window", None) for layer in model.model.layers}
     reasons = {
         f"activation {config.hidden_act}": config.hidden_act != "silu",
         f"rope type {rope}": rope not in ROPE_TYPES,
-        f"sliding windows {windows}": windows != {None},
         f"head_dim {attention.head_dim}": attention.head_dim not in {32, 64, 96, 128, 256},
         f"hidden size {config.hidden_size}": bool(config.hidden_size % 32),
         f"intermediate size {config.intermediate_size}": bool(config.intermediate_size % 32),

@@ -1,0 +1,243 @@
+"""The CPU kernels: logits near transformers', and the same bits however a text is cut, packed, threaded or accompanied."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gptoss.engine.attention import Chunk
+from gptoss.engine.load import LoadedModel, load_model
+from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config
+from gptoss.engine.model_folder import check_folder
+from gptoss.engine.native import build
+from gptoss.engine.native.build import NativeUnavailableError, open_kernels
+from gptoss.engine.native.runner import NativeRunner
+from gptoss.engine.native.weights import WeightFormat
+from gptoss.engine.port import Load
+from gptoss.engine.runner import PackedRunner
+from gptoss.engine.runner_choice import Native, RunnerChoice, choose_runner
+from gptoss.errors import ModelLoadError
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch and transformers are only partly typed.
+
+KINDS = ["llama", "smollm", "qwen2", "qwen3"]
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300,  # not a multiple of 16
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 640,
+    "pad_token_id": None,
+}
+LENGTH = 90
+CUTS = [[1] * LENGTH, [3, 47, 1, 1, 38], [17, 16, 57], [33, *[1] * 57]]
+
+Make = Callable[..., NativeRunner]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return open_kernels(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    import transformers
+
+    configs: dict[str, Callable[[], Any]] = {
+        "llama": lambda: transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False),
+        "smollm": lambda: transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+        "qwen2": lambda: transformers.Qwen2Config(**SHAPE, tie_word_embeddings=False),
+        "qwen3": lambda: transformers.Qwen3Config(**SHAPE, tie_word_embeddings=True),
+        "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=8),
+    }
+
+    @functools.cache
+    def make(kind: str) -> Path:
+        torch.manual_seed(3)
+        model: Any = AutoModelForCausalLM.from_config(configs[kind](), dtype=torch.bfloat16)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+                elif parameter.ndim > 1:
+                    parameter.mul_(4)
+                else:
+                    parameter.uniform_(0.5, 1.5)
+        path = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def make(kernels: ctypes.CDLL, folder: Callable[[str], Path]) -> Make:
+    @functools.cache
+    def made(kind: str, form: WeightFormat = "bfloat16", num_threads: int = 2) -> NativeRunner:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder(kind), dtype=torch.bfloat16).eval()
+        return NativeRunner(kernels, model, form=form, max_model_len=640, num_threads=num_threads)
+
+    return made
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 300, (length,), generator=generator).tolist()
+
+
+def logits_of(runner: NativeRunner, token_ids: list[int], sizes: list[int], strangers: int = 0) -> torch.Tensor:
+    """Logits of every position, ``[T, vocab]``, with strangers of the same length before and after."""
+    slots = [runner.new_slot(len(token_ids)) for _ in range(strangers + 1)]
+    texts = [
+        token_ids if index == strangers // 2 else text(len(token_ids), 7 + index) for index in range(strangers + 1)
+    ]
+    found: list[torch.Tensor] = []
+    start = 0
+    for size in sizes:
+        chunks = [
+            Chunk(slot=slot, token_ids=ids[start : start + size], start=start, num_logits=size)
+            for slot, ids in zip(slots, texts, strict=True)
+        ]
+        rows = runner.forward(chunks)[strangers // 2]
+        assert rows is not None
+        found.append(rows)
+        start += size
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_nearer_to_float32_than_those_of_bfloat16_eager_attention(
+    kind: str, make: Make, folder: Callable[[str], Path]
+) -> None:
+    ids = text(LENGTH)
+    with torch.inference_mode():
+        exact, rounded = (
+            AutoModelForCausalLM.from_pretrained(folder(kind), dtype=dtype, attn_implementation="eager")
+            .eval()(torch.tensor([ids]))
+            .logits[0]
+            .float()
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+    found = logits_of(make(kind), ids, [LENGTH])
+    assert (found - exact).norm() < (rounded - exact).norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_bits_do_not_depend_on_the_cut_the_company_or_the_threads(kind: str, form: WeightFormat, make: Make) -> None:
+    ids = text(LENGTH)
+    whole = logits_of(make(kind, form), ids, [LENGTH])
+    assert whole.isfinite().all()
+    for sizes in CUTS:
+        assert torch.equal(logits_of(make(kind, form), ids, sizes), whole)
+    assert torch.equal(logits_of(make(kind, form), ids, CUTS[1], strangers=16), whole)
+    assert torch.equal(logits_of(make(kind, form, 1), ids, CUTS[1], strangers=1), whole)
+    assert torch.equal(logits_of(make(kind, form, 3), ids, [LENGTH]), whole)
+
+
+def test_int8_weights_cost_little_and_take_half_the_memory(make: Make) -> None:
+    ids = text(LENGTH)
+    exact, rounded = make("llama"), make("llama", "int8")
+    expected = logits_of(exact, ids, [LENGTH])
+    gap = (logits_of(rounded, ids, [LENGTH]) - expected).norm() / expected.norm()
+    assert 0 < gap < 0.1
+    assert rounded.weights_bytes < 0.6 * exact.weights_bytes
+
+
+def test_not_a_number_stays_in_its_row(make: Make) -> None:
+    runner = make("llama")
+    ids = text(20)
+    alone = logits_of(runner, ids, [19, 1])
+    slots = [runner.new_slot(20), runner.new_slot(20)]
+    runner.forward([Chunk(slot=slot, token_ids=ids[:19], start=0, num_logits=0) for slot in slots])
+    slots[0].stores[0][1, 1, :, 5] = float("nan")
+    sick, healthy = runner.forward([Chunk(slot=slot, token_ids=ids[19:], start=19, num_logits=1) for slot in slots])
+    assert sick is not None
+    assert healthy is not None
+    assert sick.isnan().all()
+    assert torch.equal(healthy[0], alone[-1])
+
+
+def test_a_slot_has_the_bytes_that_the_memory_model_estimates(make: Make, folder: Callable[[str], Path]) -> None:
+    runner = make("llama")
+    assert runner.layout == kv_layout_from_config(check_folder(folder("llama")), dtype_bytes=2)
+    assert runner.new_slot(77).num_bytes == kv_bytes(runner.layout, 77)
+
+
+def test_they_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not build.is_built(tmp_path)
+    open_kernels(tmp_path)
+    assert build.is_built(tmp_path)
+
+    def compile_again(*_: object) -> None:
+        raise AssertionError("compiled a second time")
+
+    monkeypatch.setattr(build, "_compile", compile_again)
+    open_kernels(tmp_path)
+    assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
+
+
+def test_a_compiler_that_fails_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "broken.cpp"
+    source.write_text("int main() { return nothing; }")
+    monkeypatch.setattr(build, "SOURCE", source)
+    with pytest.raises(NativeUnavailableError, match=r"cannot compile the CPU kernels: .*nothing"):
+        open_kernels(tmp_path)
+
+
+def load(folder: str, **options: Any) -> LoadedModel:
+    return load_model(Load(folder=folder, model_name="tiny", kv_budget_bytes=1 << 26, **options), lambda *_: None)
+
+
+def test_a_model_that_they_know_runs_on_them(demo_folder: str) -> None:
+    model = load(demo_folder)
+    assert isinstance(model.runner, NativeRunner)
+    assert model.notes == ()
+    assert model.capabilities.dtype == "bfloat16"
+    assert model.capabilities.weights_bytes == pytest.approx(269e6, rel=0.01)
+
+
+def test_without_a_compiler_torch_computes_and_the_note_says_what_to_do(
+    demo_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    model = load(demo_folder)
+    assert isinstance(model.runner, PackedRunner)
+    (note,) = model.notes
+    assert "apt install g++" in note
+    with pytest.raises(ModelLoadError, match="quantization int8 needs the CPU kernels: no C\\+\\+ compiler"):
+        load(demo_folder, quantization="int8")
+
+
+def test_a_model_that_they_do_not_know_runs_on_torch_or_is_refused_int8(tiny_folder: Callable[[str], str]) -> None:
+    assert isinstance(load(tiny_folder("gpt_oss")).runner, PackedRunner)
+    with pytest.raises(ModelLoadError, match="quantization int8 needs a CPU, bfloat16 and one of"):
+        load(tiny_folder("gpt_oss"), quantization="int8")
+
+
+def test_a_window_shorter_than_the_context_is_left_to_torch(folder: Callable[[str], Path]) -> None:
+    config = check_folder(folder("mistral"))
+    layout = kv_layout_from_config(config, dtype_bytes=2)
+
+    def weights() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            folder("mistral"), dtype=torch.bfloat16, attn_implementation="eager"
+        ).eval()
+
+    def choose(max_model_len: int) -> RunnerChoice:
+        native = Native(open_kernels(folder("mistral")), "bfloat16", max_model_len)
+        return choose_runner(weights, layout, torch.device("cpu"), native)
+
+    choice = choose(640)
+    assert isinstance(choice.runner, PackedRunner)
+    assert choice.notes == ("torch's kernels: the CPU kernels have no windows of 8 tokens",)
