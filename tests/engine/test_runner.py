@@ -111,11 +111,12 @@ def test_prefilling_what_was_decoded_changes_no_more_than_rounding(kind: str, ti
     assert torch.allclose(at_once, one_by_one, atol=1e-5 * float(one_by_one.abs().max()))
 
 
-def test_a_step_that_ran_twice_is_as_if_it_ran_once(tiny_model: Models) -> None:
-    runner = tiny_model("mistral").runner
+@pytest.mark.parametrize(("kind", "length"), [("mistral", 12), ("gemma2", 5)])
+def test_a_step_that_ran_twice_is_as_if_it_ran_once(kind: str, length: int, tiny_model: Models) -> None:
+    runner = tiny_model(kind).runner
     slot = runner.new_slot(20)
-    runner.forward([Chunk(slot=slot, token_ids=prompt(12), start=0, num_logits=0)])
-    chunk = Chunk(slot=slot, token_ids=[7], start=12, num_logits=1)
+    runner.forward([Chunk(slot=slot, token_ids=prompt(length), start=0, num_logits=0)])
+    chunk = Chunk(slot=slot, token_ids=[7], start=length, num_logits=1)
     first, second = runner.forward([chunk])[0], runner.forward([chunk])[0]
     assert first is not None
     assert second is not None

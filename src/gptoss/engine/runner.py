@@ -140,6 +140,9 @@ class GenericRunner:
         """See ``Runner``."""
         rows: list[torch.Tensor | None] = []
         for chunk in chunks:
+            for layer in chunk.slot.cache.layers:  # a run that failed half-way left some of them longer
+                if layer.get_seq_length() > chunk.start:
+                    layer.crop(chunk.start - layer.get_seq_length())
             positions = torch.arange(chunk.start, chunk.start + len(chunk.token_ids), device=self._device)
             options: dict[str, Any] = {"logits_to_keep": chunk.num_logits or 1} if self._takes_last_only else {}
             logits = self._model(
