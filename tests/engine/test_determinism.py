@@ -8,14 +8,15 @@ import functools
 import queue
 import signal
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 import pytest
 from core_run import Run, submit
 from streams import SETTINGS, TOKENS, Stream, has_each, joined, rest_of, strangers, streams, targets
 
+from gptoss.engine.core import CoreOptions
 from gptoss.engine.load import LoadedModel
+from gptoss.engine.native.build import NativeUnavailableError, find_compiler
 from gptoss.engine.port import (
     Cancel,
     EngineEvent,
@@ -35,27 +36,45 @@ Folders = Callable[[str], str]
 WAIT_S = 100.0
 STRANGERS = 16
 ARCHITECTURES = ["llama", "qwen3", "mistral", "gpt_oss"]
-WAYS = [
-    *((kind, "float32") for kind in ARCHITECTURES),
-    ("gpt_oss", "bfloat16"),
-    ("llama32", "bfloat16"),
-    ("gemma2", "float32"),  # the generic runner
-]
+WAYS: dict[str, tuple[str, dict[str, str]]] = {
+    **{kind: (kind, {"dtype": "float32"}) for kind in ARCHITECTURES},
+    "gpt_oss in bfloat16": ("gpt_oss", {"dtype": "bfloat16"}),
+    "torch's kernels in bfloat16": ("llama32", {"dtype": "bfloat16", "kernels": "torch"}),
+    "own kernels": ("llama32", {"dtype": "bfloat16", "kernels": "native"}),
+    "own kernels with int8": ("llama32", {"quantization": "int8", "dtype": "bfloat16"}),
+    "generic runner": ("gemma2", {"dtype": "float32"}),
+}
+"""Of running a model: its kind and how it is loaded."""
+CACHING = CoreOptions(prefix_cache_bytes=1 << 28, provenance="tests")
 
-
-def model_of(tiny_model: Models, kind: str, dtype: str, **options: Any) -> LoadedModel:
-    return tiny_model(kind, dtype=dtype, **({"max_batch_size": 2 * STRANGERS} | options))
+Alone = Callable[[str], dict[str, Stream]]
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model: Models) -> Callable[[str, str], dict[str, Stream]]:
+def load(tiny_model: Models) -> Callable[..., LoadedModel]:
+    """Loads a tiny model in one of the ways."""
+
+    def load(way: str, max_batch_size: int = 2 * STRANGERS) -> LoadedModel:
+        kind, options = WAYS[way]
+        if way.startswith("own"):
+            try:
+                find_compiler()
+            except NativeUnavailableError as error:
+                pytest.skip(str(error))
+        return tiny_model(kind, max_batch_size=max_batch_size, **options)
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def alone(load: Callable[..., LoadedModel]) -> Alone:
     """The streams of the targets, each in a core of its own."""
 
     @functools.cache
-    def run(kind: str, dtype: str) -> dict[str, Stream]:
+    def run(way: str) -> dict[str, Stream]:
         found: dict[str, Stream] = {}
         for request in targets():
-            running = Run(model_of(tiny_model, kind, dtype))
+            running = Run(load(way))
             running.handle(request)
             found |= streams(running.finish().events)
         assert all(len(stream.token_ids) == TOKENS == len(stream.logprobs) for stream in found.values())
@@ -66,11 +85,11 @@ def alone(tiny_model: Models) -> Callable[[str, str], dict[str, Stream]]:
 
 
 @pytest.mark.parametrize("is_last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize(("kind", "dtype"), WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_stream_is_the_same_alone_and_among_strangers_who_come_and_go(
-    kind: str, dtype: str, is_last: bool, tiny_model: Models, alone: Callable[[str, str], dict[str, Stream]]
+    way: str, is_last: bool, load: Callable[..., LoadedModel], alone: Alone
 ) -> None:
-    running = Run(model_of(tiny_model, kind, dtype))
+    running = Run(load(way), options=CACHING)
     others = strangers(STRANGERS)
     before, after = (others, []) if is_last else (others[:2], others[2:])
     running.handle(*before)
@@ -83,27 +102,29 @@ def test_a_stream_is_the_same_alone_and_among_strangers_who_come_and_go(
     running.finish()
     assert max(step.running for step in running.steps()) > STRANGERS
     found = streams(running.events)
-    for name, expected in alone(kind, dtype).items():
+    for name, expected in alone(way).items():
         assert found[name] == expected, name
 
 
-@pytest.mark.parametrize(("kind", "dtype"), WAYS)
-def test_a_stream_is_the_same_when_it_is_asked_for_again(
-    kind: str, dtype: str, tiny_model: Models, alone: Callable[[str, str], dict[str, Stream]]
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stream_is_the_same_when_it_is_asked_for_again_and_its_beginning_is_in_the_cache(
+    way: str, load: Callable[..., LoadedModel], alone: Alone
 ) -> None:
-    running = Run(model_of(tiny_model, kind, dtype))
+    running = Run(load(way), options=CACHING)
     for attempt in (1, 2):
         running.events.clear()
         running.handle(*(msgspec.structs.replace(request, attempt=attempt) for request in targets()))
         running.finish()
-        assert streams(running.events) == alone(kind, dtype)
+        assert streams(running.events) == alone(way)
+    cached = {event.request_id: event.cached_tokens for event in running.events if isinstance(event, Finished)}
+    if way != "generic runner":  # which keeps nothing
+        longest = max(targets(), key=lambda request: len(request.prompt_token_ids))
+        assert cached[longest.request_id] >= 256
 
 
-@pytest.mark.parametrize(("kind", "dtype"), WAYS)
-def test_a_stream_is_the_same_after_preemptions(
-    kind: str, dtype: str, tiny_model: Models, alone: Callable[[str, str], dict[str, Stream]]
-) -> None:
-    running = Run(model_of(tiny_model, kind, dtype, max_batch_size=len(SETTINGS)))
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stream_is_the_same_after_preemptions(way: str, load: Callable[..., LoadedModel], alone: Alone) -> None:
+    running = Run(load(way, max_batch_size=len(SETTINGS)), options=CACHING)
     running.handle(*targets(priority=1))
     preempted: set[str] = set()
     for round_number in range(3):  # first while most still prefill, then while they decode
@@ -116,25 +137,25 @@ def test_a_stream_is_the_same_after_preemptions(
     running.finish()
     assert preempted >= set(SETTINGS)
     found = streams(running.events)
-    for name, expected in alone(kind, dtype).items():
+    for name, expected in alone(way).items():
         assert found[name] == expected, name
 
 
 @pytest.mark.parametrize("cut", [1, 11, TOKENS - 1])
-@pytest.mark.parametrize(("kind", "dtype"), WAYS)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_stream_goes_on_as_it_would_have_in_another_engine(
-    kind: str, dtype: str, cut: int, tiny_model: Models, alone: Callable[[str, str], dict[str, Stream]]
+    way: str, cut: int, load: Callable[..., LoadedModel], alone: Alone
 ) -> None:
-    lost = Run(model_of(tiny_model, kind, dtype))
+    lost = Run(load(way), options=CACHING)
     lost.handle(*targets())
     while not has_each(lost.events, SETTINGS, cut):
         lost.step()
-    running = Run(model_of(tiny_model, kind, dtype))
+    running = Run(load(way), options=CACHING)
     running.handle(*strangers(5))
     running.step(2)
     running.handle(*rest_of(targets(), lost.events))
     running.finish()
-    for name, expected in alone(kind, dtype).items():
+    for name, expected in alone(way).items():
         assert joined(lost.events, running.events, name) == expected, name
 
 
@@ -199,10 +220,10 @@ def killed_and_resumed(load: Load, requests: list[Submit], others: list[Submit],
 def test_a_stream_is_the_same_in_other_processes_one_of_which_is_killed(
     kind: str,
     tiny_folder: Folders,
-    alone: Callable[[str, str], dict[str, Stream]],
+    alone: Alone,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = alone(kind, "float32")
+    expected = alone(kind)
     monkeypatch.setenv("PYTHONHASHSEED", str(1 + ARCHITECTURES.index(kind)))
     load = Load(
         folder=tiny_folder(kind),
@@ -239,9 +260,15 @@ def _ignore(stage: str, done: int, total: int, unit: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo_load(demo_folder: str) -> Load:
+def demo_load(demo_folder: str, request: pytest.FixtureRequest) -> Load:
+    """The demo, on the kernels that the test is parametrised with."""
     return Load(
-        folder=demo_folder, model_name="demo", max_batch_size=2 * STRANGERS, kv_budget_bytes=1 << 30, num_threads=1
+        folder=demo_folder,
+        model_name="demo",
+        max_batch_size=2 * STRANGERS,
+        kv_budget_bytes=1 << 30,
+        num_threads=1,
+        kernels=request.param,
     )
 
 
@@ -266,10 +293,11 @@ def demo_alone(demo: LoadedModel) -> dict[str, Stream]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize("demo_load", ["auto", "torch"], indirect=True)
 def test_the_demo_model_says_the_same_among_strangers_and_after_preemptions(
     demo: LoadedModel, demo_alone: dict[str, Stream]
 ) -> None:
-    running = Run(demo)
+    running = Run(demo, options=CACHING)
     running.handle(*strangers(STRANGERS // 2, priority=1))
     running.step(2)
     running.handle(*(msgspec.structs.replace(request, priority=1) for request in questions(demo)))
@@ -285,6 +313,7 @@ def test_the_demo_model_says_the_same_among_strangers_and_after_preemptions(
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
+@pytest.mark.parametrize("demo_load", ["auto"], indirect=True)
 def test_the_demo_model_says_the_same_in_another_process_after_a_crash(
     demo: LoadedModel, demo_load: Load, demo_alone: dict[str, Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from core_run import Run, submit
 from transformers import AutoModelForCausalLM
 
 from gptoss.engine.attention import Chunk
+from gptoss.engine.core import CoreOptions
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.port import Finished, Submit
 from gptoss.engine.runner import Runner
@@ -168,11 +169,13 @@ def test_the_engine_says_of_its_tokens_what_transformers_says(kind: str, tiny_mo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prefix_that_was_computed_before_changes_no_logit(kind: str, tiny_model: Models, eager: Oracle) -> None:
-    shared = text(150, seed=9)
-    running = Run(tiny_model(kind))
+    shared = text(300, seed=9)
+    running = Run(tiny_model(kind), options=CoreOptions(prefix_cache_bytes=1 << 28, provenance="tests"))
     for name, tail in (("first", []), ("again", []), ("longer", text(80, seed=4)), ("other", text(3, seed=5))):
         request = forced(name, [*shared, *tail], 20)
         running.handle(request)
         running.finish()
-        assert isinstance(running.end(name), Finished)
+        end = running.end(name)
+        assert isinstance(end, Finished)
+        assert (end.cached_tokens >= 256) == (name != "first")
         check_logprobs(running, request, functools.partial(eager, kind))
