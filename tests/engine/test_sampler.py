@@ -125,6 +125,109 @@ def test_penalties_count_what_they_say() -> None:
     assert draw(row, temperature=0.0, repetition_penalty=1.5) == 8, "the prompt's tokens count for repetition"
 
 
+def passing(row: torch.Tensor, params: SamplingParams) -> set[int]:
+    """Tokens that pass the filters, in vLLM's order and by the definitions, without any shortcut."""
+    scaled = row.double() / params.temperature
+    if params.min_p:
+        scaled[scaled < scaled.max() + math.log(params.min_p)] = -math.inf
+    if 0 < params.top_k < len(row):
+        scaled[scaled < scaled.sort(descending=True).values[params.top_k - 1]] = -math.inf
+    order = scaled.argsort(descending=True)
+    mass = scaled.softmax(0)[order]
+    kept = (mass.cumsum(0) - mass < params.top_p) & (mass > 0)
+    return set(order[kept].tolist())
+
+
+@pytest.mark.parametrize("spread", [0.05, 1.0, 6.0])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_k": 1},
+        {"top_k": 30},
+        {"top_k": 5000},
+        {"top_p": 0.3},
+        {"top_p": 0.97},
+        {"min_p": 0.2},
+        {"min_p": 1e-9},
+        {"top_k": 20, "top_p": 0.8, "min_p": 0.01},
+        {"top_p": 0.9, "min_p": 0.02},
+    ],
+)
+def test_a_draw_is_the_best_of_what_passes_with_its_noise(filters: dict[str, Any], spread: float) -> None:
+    for seed in range(4):
+        row = logits(seed, 4000) * spread
+        params = SamplingParams(temperature=0.8, seed=seed, **filters)
+        allowed = torch.tensor(sorted(passing(row, params)))
+        scores = row.float()[allowed] / 0.8 + gumbel_noise(seed, 7, allowed)
+        assert draw(row, 7, **{"temperature": 0.8, "seed": seed} | filters) == int(allowed[scores.argmax()])
+
+
+def test_top_k_keeps_all_that_are_as_good_as_the_kth() -> None:
+    assert many(torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0]), top_k=2) == {0, 1, 2, 3}
+
+
+def test_rows_of_one_table_are_drawn_as_rows_apart() -> None:
+    table = torch.stack([logits(index) for index in range(6)])
+    padded = torch.nn.functional.pad(table, (0, 14))[:, :VOCAB]
+    table[2, 8] = table[2].max()  # of equals the first
+    padded[2, 8] = table[2, 8]
+    params = [SamplingParams(temperature=index % 2, seed=index) for index in range(6)]
+    for params_of in (params, [SamplingParams(temperature=0.0)] * 6):
+        states = [SamplerState(each, (), ()) for each in params_of]
+        apart = [draw_tokens([row.clone()], [state], [0])[0] for row, state in zip(table, states, strict=True)]
+        for rows in (table.unbind(0), padded.unbind(0), [row.clone() for row in table], table.flip(0).unbind(0)[::-1]):
+            assert draw_tokens(rows, states, [0] * 6) == apart
+
+
+class OnlyAfter:
+    """Allows token ``n + 1`` after token ``n``, and 3 at first."""
+
+    def __init__(self) -> None:
+        self.next = 3
+
+    def allowed(self) -> torch.Tensor | None:
+        return torch.arange(VOCAB) == self.next if self.next < VOCAB else None
+
+    def push(self, token_id: int) -> None:
+        self.next = token_id + 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_restricts_each_token_before_the_filters(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=1, top_p=0.5, top_k=3, logit_bias={9: 100.0})
+    state = SamplerState(params, (), (), OnlyAfter())
+    assert not state.is_settled
+    found: list[int | None] = []
+    for position in range(3):
+        (result,) = draw_tokens([logits(position)], [state], [position])
+        found.append(result.token_id)
+        assert result.token_id is not None
+        state.push(result.token_id)
+    assert found == [3, 4, 5]
+    state.push(VOCAB)
+    assert draw_tokens([logits()], [state], [4])[0].token_id == 9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_that_allows_nothing_is_reported(temperature: float) -> None:
+    mask = OnlyAfter()
+    mask.next = -5
+    state = SamplerState(SamplingParams(temperature=temperature, seed=1), (), (), mask)
+    other = SamplerState(SamplingParams(temperature=0.0), (), ())
+    found = [each.token_id for each in draw_tokens([logits(), logits()], [state, other], [0, 0])]
+    assert found == [None, int(logits().argmax())]
+
+
+def test_several_tokens_may_be_drawn_at_once_only_where_none_depends_on_another() -> None:
+    settled = SamplerState(SamplingParams(temperature=1.0, top_p=0.9, logit_bias={1: 2.0}, min_tokens=1), (), (5,))
+    assert not settled.is_settled
+    settled.push(1)
+    assert settled.is_settled
+    assert not SamplerState(SamplingParams(presence_penalty=0.1), (), ()).is_settled
+    assert not SamplerState(SamplingParams(repetition_penalty=1.1), (), ()).is_settled
+
+
 def test_a_row_that_is_not_finite_is_reported_and_leaves_the_others_alone() -> None:
     broken = logits()
     broken[3] = float("nan")
