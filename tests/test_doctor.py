@@ -177,7 +177,8 @@ def test_cached_models_are_listed_with_their_size(settings: Settings, hub: Path)
     blobs = hub / "models--openai--gpt-oss-20b" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "abc").write_bytes(bytes(3 << 20))
-    assert look(settings, "gpt-oss-20b").detail == "3 MiB in the hub cache"
+    assert look(settings, "gpt-oss-20b").detail.startswith("3 MiB in the hub cache; takes 39.0 GiB of memory")
+    assert "takes 217.6 GiB of memory" in look(settings, "gpt-oss-120b").detail
     (blobs / "def.incomplete").write_bytes(b"")
     assert look(settings, "gpt-oss-20b").status == "warn"
 

@@ -40,6 +40,8 @@ MEMORY_LOW_BYTES = 2 << 30
 CACHE_LOW_BYTES = 2 << 30
 HUB_BYTES = {"openai/gpt-oss-20b": 13 << 30, "openai/gpt-oss-120b": 61 << 30}
 """Roughly what a download takes."""
+DEQUANTISED_BYTES = {"openai/gpt-oss-20b": 2 * 20_914_757_184, "openai/gpt-oss-120b": 2 * 116_829_156_672}
+"""What the weights take in memory as bfloat16, where there are no kernels for MXFP4: on every CPU, for one."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,9 +263,10 @@ def _hub_model(area: str, repo_id: str) -> Finding:
     blobs = [path for path in (home / "blobs").glob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in blobs)
     fetch = f"fetched at first use, about {_size(HUB_BYTES[repo_id])}"
+    memory = f"takes {_size(DEQUANTISED_BYTES[repo_id])} of memory without MXFP4 kernels"
     if not blobs:
-        return Finding(area=area, name=name, status="ok", detail=f"not in the hub cache; {fetch}")
-    detail = f"{_size(size)} in the hub cache"
+        return Finding(area=area, name=name, status="ok", detail=f"not in the hub cache; {fetch}; {memory}")
+    detail = f"{_size(size)} in the hub cache; {memory}"
     if any(path.name.endswith(".incomplete") for path in blobs):
         advice = "the download broke off; serve goes on with it"
         return Finding(area=area, name=name, status="warn", detail=detail, advice=advice)

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config, max_model_len_from_config
 from gptoss.engine.model_folder import check_folder, file_sha256, read_json
+from gptoss.engine.mxfp4 import count_parameters, weight_forms
 from gptoss.engine.native.build import NativeUnavailableError, open_kernels
 from gptoss.engine.native.runner import ARCHITECTURES
 from gptoss.engine.port import Load
@@ -77,7 +78,8 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         fingerprint = hasher.submit(_fingerprint, folder)
         try:
             layout = kv_layout_from_config(config, dtype_bytes=dtype.itemsize)
-            choice = choose_runner(lambda: _load_weights(folder, dtype, device, progress), layout, device, native)
+            weights = _Weights(folder, config, dtype, device)
+            choice = choose_runner(lambda: weights.load(progress), layout, device, native)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ModelLoadError(f"not enough memory for {folder} on {device}: {_one_line(error)}") from None
         except ModelLoadError:
@@ -105,7 +107,7 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         tokenizer=tokenizer,
         capabilities=capabilities,
         fingerprint=hashes,
-        notes=(*notes, *choice.notes),
+        notes=(*notes, *weights.notes, *choice.notes),
     )
 
 
@@ -166,7 +168,7 @@ def _choose_dtype(load: Load, folder: Path, device: torch.device) -> torch.dtype
         return cast("torch.dtype", getattr(torch, load.dtype))
     if device.type != "cpu" or _has_bfloat16_instructions():
         return torch.bfloat16
-    float32_bytes = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    float32_bytes = torch.float32.itemsize * count_parameters(folder)
     fits = float32_bytes <= FLOAT32_SHARE_MAX * psutil.virtual_memory().available
     return torch.float32 if fits else torch.bfloat16
 
@@ -176,22 +178,51 @@ def _has_bfloat16_instructions() -> bool:
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())  # noqa: SLF001 - torch has no public name
 
 
-def _load_weights(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress) -> Any:
-    with _report_weights(progress):
-        model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device} if device.type == "cuda" else None,
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would go on with random numbers in their place
-        raise ModelLoadError(f"{folder} lacks {len(missing)} weights of the model, first {missing[0]}")
-    return model.eval().requires_grad_(False)
+class _Weights:
+    """The weights of a folder, in the first form that can be loaded.
+
+    Attributes:
+        notes: which form that is, and why not an earlier one.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._device = device
+        self._forms = list(weight_forms(folder, config, dtype, device))
+        self._failed: list[str] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(note for note in (*self._failed, self._forms[0].note) if note)
+
+    def load(self, progress: Progress) -> Any:
+        """Load the model anew."""
+        while len(self._forms) > 1:
+            try:
+                return self._load(progress)
+            except Exception as error:  # noqa: BLE001 - the edge to transformers; the next form is tried then
+                self._failed.append(f"not {self._forms[0].note}: {_one_line(error)}")
+            del self._forms[0]
+        return self._load(progress)
+
+    def _load(self, progress: Progress) -> Any:
+        with _report_weights(progress):
+            model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
+                self._folder,
+                dtype=self._dtype,
+                device_map={"": self._device} if self._device.type == "cuda" else None,
+                attn_implementation="eager",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **self._forms[0].options,
+            )
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers would go on with random numbers in their place
+            raise ModelLoadError(f"{self._folder} lacks {len(missing)} weights of the model, first {missing[0]}")
+        return model.eval().requires_grad_(False)
 
 
 @contextmanager
