@@ -160,7 +160,8 @@ def test_a_draw_is_the_best_of_what_passes_with_its_noise(filters: dict[str, Any
         params = SamplingParams(temperature=0.8, seed=seed, **filters)
         allowed = torch.tensor(sorted(passing(row, params)))
         scores = row.float()[allowed] / 0.8 + gumbel_noise(seed, 7, allowed)
-        assert draw(row, 7, **{"temperature": 0.8, "seed": seed} | filters) == int(allowed[scores.argmax()])
+        (found,) = draw_tokens([row], [SamplerState(params, (), ())], [7])
+        assert found.token_id == int(allowed[scores.argmax()])
 
 
 def test_top_k_keeps_all_that_are_as_good_as_the_kth() -> None:
@@ -228,13 +229,14 @@ def test_several_tokens_may_be_drawn_at_once_only_where_none_depends_on_another(
     assert not SamplerState(SamplingParams(repetition_penalty=1.1), (), ()).is_settled
 
 
-def test_a_row_that_is_not_finite_is_reported_and_leaves_the_others_alone() -> None:
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.5}])
+def test_a_row_that_is_not_finite_is_reported_and_leaves_the_others_alone(filters: dict[str, Any]) -> None:
     broken = logits()
     broken[3] = float("nan")
-    rows = [logits(1), broken, logits(1) * float("inf"), logits(2)]
-    states = [SamplerState(SamplingParams(temperature=1.0, seed=1), (), ()) for _ in rows]
-    ids = [each.token_id for each in draw_tokens(rows, states, [0, 0, 0, 0])]
-    assert ids[1:3] == [None, None]
+    rows = [logits(1), broken, logits(1) * float("inf"), logits(2), torch.full((VOCAB,), float("nan"))]
+    states = [SamplerState(SamplingParams(temperature=1.0, seed=1, **filters), (), ()) for _ in rows]
+    ids = [each.token_id for each in draw_tokens(rows, states, [0] * 5)]
+    assert (ids[1:3], ids[4]) == ([None, None], None)
     assert ids[0] == draw_tokens(rows[:1], states[:1], [0])[0].token_id
     assert ids[3] is not None
 

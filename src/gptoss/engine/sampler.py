@@ -218,7 +218,7 @@ def _candidates(scaled: torch.Tensor, params: SamplingParams) -> torch.Tensor | 
     token_ids = _pool(scaled, params, has_top_k=has_top_k)
     values = scaled[token_ids]
     if has_top_k and params.top_k < values.shape[0]:
-        kept = values >= torch.topk(values, params.top_k).values[-1]
+        kept = _not_below(values, torch.topk(values, params.top_k).values[-1])
         token_ids, values = token_ids[kept], values[kept]
     if params.top_p < 1.0:
         total = torch.logsumexp(values if has_top_k or params.min_p > 0.0 else scaled, dim=0)
@@ -226,7 +226,8 @@ def _candidates(scaled: torch.Tensor, params: SamplingParams) -> torch.Tensor | 
         if torch.exp(best.values - total).sum() < params.top_p:
             best = torch.topk(values, values.shape[0])
         mass = torch.exp(best.values - total)
-        token_ids = token_ids[best.indices[torch.cumsum(mass, dim=0) - mass < params.top_p]]  # the first always stays
+        is_beyond = torch.cumsum(mass, dim=0) - mass >= params.top_p  # never the first
+        token_ids = token_ids[best.indices[~is_beyond]]
     return token_ids
 
 
@@ -234,14 +235,19 @@ def _pool(scaled: torch.Tensor, params: SamplingParams, *, has_top_k: bool) -> t
     """Ids, ascending, of what passes ``min_p`` and holds all that can pass the other filters."""
     peak = scaled.max()
     if params.min_p > 0.0:
-        return (scaled >= peak + math.log(params.min_p)).nonzero().squeeze(1)
-    token_ids = (scaled >= peak - _LIKELY).nonzero().squeeze(1)
+        return _not_below(scaled, peak + math.log(params.min_p))
+    token_ids = _not_below(scaled, peak - _LIKELY)
     if has_top_k:
         is_enough = token_ids.shape[0] >= params.top_k
     else:
         values = scaled[token_ids]
         is_enough = bool(torch.logsumexp(values, dim=0) - torch.logsumexp(scaled, dim=0) >= math.log(params.top_p))
     return token_ids if is_enough else torch.arange(scaled.shape[0], device=scaled.device)
+
+
+def _not_below(values: torch.Tensor, lowest: torch.Tensor) -> torch.Tensor:
+    """Indices, ascending, of the values that are not below ``lowest``. Where NaN is involved, none is: something stays."""
+    return (values < lowest).logical_not_().nonzero().squeeze(1)
 
 
 def _draw(row: torch.Tensor, params: SamplingParams, token_id: int) -> Draw:
