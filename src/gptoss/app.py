@@ -317,6 +317,7 @@ class ServingSystem:
             max_model_len=settings.max_model_len,
             kv_budget_bytes=settings.kv_budget_mb * BYTES_PER_MB,
             prefix_cache_bytes=settings.prefix_cache_mb * BYTES_PER_MB,
+            speculation=settings.speculation,
             kernels=settings.kernels,
             quantization=settings.quantization,
             cache_folder=str(settings.cache_path),

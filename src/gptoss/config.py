@@ -41,6 +41,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         profile: ``latency_first`` or ``quality_first``; sets the defaults for batch, tokens and temperature.
         max_batch_size, max_model_len, kv_budget_mb: limits of each executor.
         prefix_cache_mb: the part of its KV memory that cached prefixes may take while no request needs it; -1 is none.
+        speculation: ``ngram`` guesses tokens that stood in the request before and verifies several in a step.
         max_queue: requests that may wait for admission.
         queue_timeout_s: how long one may wait there; ``request_timeout_s`` bounds its whole life.
         step_timeout_s: an engine with running requests that is silent for this long is replaced.
@@ -71,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_model_len: CountOrAuto = 0
     kv_budget_mb: CountOrAuto = 0
     prefix_cache_mb: CountOrNone = 0
+    speculation: Literal["off", "ngram"] = "off"
     max_queue: Count = 512
     queue_timeout_s: Seconds = 60.0
     request_timeout_s: Seconds = 600.0

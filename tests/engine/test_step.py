@@ -7,7 +7,7 @@ import torch
 
 from gptoss.engine.attention import Chunk
 from gptoss.engine.sampler import Draw, SamplerState
-from gptoss.engine.step import Task, is_out_of_memory, run_isolated, run_tasks
+from gptoss.engine.step import Task, Undo, is_out_of_memory, run_isolated, run_tasks
 from gptoss.messages.model import KvLayout
 from gptoss.messages.sampling import SamplingParams
 
@@ -55,7 +55,8 @@ def relieved(calls: list[int]) -> None:
 def test_only_the_chunk_at_fault_fails() -> None:
     runner, calls = StubRunner(), list[int]()
     chunks = [chunk(token_id) for token_id in (1, 2, 13, 4, 5)]
-    logits, faults = run_isolated(runner, chunks, lambda: relieved(calls))  # pyright: ignore[reportArgumentType]
+    undos = [Undo(each) for each in chunks]
+    logits, faults = run_isolated(runner, undos, lambda: relieved(calls))  # pyright: ignore[reportArgumentType]
     assert {index: (fault.failure, fault.message) for index, fault in faults.items()} == {
         2: ("model", "RuntimeError: poisoned by 13")
     }
@@ -66,11 +67,11 @@ def test_only_the_chunk_at_fault_fails() -> None:
 
 def test_a_step_without_memory_is_relieved_and_halved() -> None:
     runner, calls = StubRunner(rows_max=2), list[int]()
-    logits, faults = run_isolated(runner, [chunk(each) for each in range(4)], lambda: relieved(calls))  # pyright: ignore[reportArgumentType]
+    logits, faults = run_isolated(runner, [Undo(chunk(each)) for each in range(4)], lambda: relieved(calls))  # pyright: ignore[reportArgumentType]
     assert not faults
     assert all(rows is not None for rows in logits)
     assert len(calls) == 1
-    _, faults = run_isolated(runner, [chunk(1), chunk(17)], lambda: relieved(calls))  # pyright: ignore[reportArgumentType]
+    _, faults = run_isolated(runner, [Undo(chunk(1)), Undo(chunk(17))], lambda: relieved(calls))  # pyright: ignore[reportArgumentType]
     assert {index: fault.failure for index, fault in faults.items()} == {1: "memory"}
 
 

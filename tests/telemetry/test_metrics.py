@@ -132,6 +132,17 @@ def test_a_waiting_request_moves_the_waiting_gauge(script: "Script") -> None:
     assert samples(fold(script))["vllm:num_requests_waiting all demo-20b"] == 1
 
 
+def test_guesses_are_counted(script: "Script") -> None:
+    rows = (ev.CommittedRow("a", 1, 3, 0, 9, 5, 5, 4), ev.CommittedRow("b", 1, 1, 0, 9, 1, 1))
+    committed = ev.StepCommitted(
+        executor="cpu", step=1, started_ns=0, duration_ns=1, rows=rows, waiting=0, running=2, kv_bytes_in_use=0
+    )
+    script.add("executor/cpu", committed)
+    found = samples(fold(script))
+    assert found["vllm:spec_decode_num_draft_tokens_total cpu demo-20b"] == 4
+    assert found["vllm:spec_decode_num_accepted_tokens_total cpu demo-20b"] == 2
+
+
 def test_preemptions_are_counted(script: "Script") -> None:
     script.receive("req_1")
     script.admit("req_1")

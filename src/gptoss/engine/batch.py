@@ -20,6 +20,7 @@ from gptoss.engine.prefix_cache import Chain, Hit, PrefixCache
 from gptoss.engine.runner import Runner, Slot
 from gptoss.engine.scheduler import SchedulerState
 from gptoss.engine.sequence import Sequence
+from gptoss.engine.speculation import Drafter
 from gptoss.engine.step import one_line
 from gptoss.messages.plan import Limits, StepPlan
 
@@ -75,6 +76,8 @@ class Batch:
 
     def add(self, sequence: Sequence) -> None:
         """Put a request in line."""
+        if self.limits.draft_streams_max:
+            sequence.drafter = Drafter(sequence.token_ids)
         if self._cache:
             sequence.chain = Chain(self._cache.root(sequence.submit.cache_salt))
         self.sequences[sequence.submit.request_id] = sequence
@@ -90,7 +93,10 @@ class Batch:
         self._budget_bytes_now = self._budget_bytes
 
     def state(self, prefill_ms_per_token: float) -> SchedulerState:
-        """What the scheduler needs to know."""
+        """What the scheduler needs to know; those who run make their guesses for it."""
+        are_few = len(self._running) <= self.limits.draft_streams_max
+        for sequence in self._running:
+            sequence.draft = sequence.guess() if are_few else ()
         waiting = [sequence.candidate(self._find(sequence)) for _, sequence in self._waiting[: self._num_startable()]]
         return SchedulerState(
             limits=self.limits,
@@ -210,5 +216,6 @@ class Batch:
         sequence.slot = None
         sequence.num_computed = 0
         sequence.counts_hits = False
+        sequence.draft = ()
         if sequence.chain:
             sequence.chain.num_stored, sequence.chain.is_open = 0, True

@@ -42,7 +42,7 @@ from gptoss.engine.runner import Runner
 from gptoss.engine.sampler import Draw
 from gptoss.engine.scheduler import schedule
 from gptoss.engine.sequence import End, Sequence
-from gptoss.engine.step import Fault, RowOutcome, Task, run_isolated, run_tasks
+from gptoss.engine.step import Fault, RowOutcome, Task, Undo, run_isolated, run_tasks
 from gptoss.engine.submit_check import check_submit
 from gptoss.engine.token_text import TokenText
 from gptoss.errors import EngineError, GptossError, MemoryExhausted, NotReady, QueueFull
@@ -55,6 +55,8 @@ BLOCK_TOKENS = 32
 PREFILL_TARGET_MS = 100.0
 """How long prefill may keep those waiting who decode, in each step."""
 MEMORY_FAULTS_MAX = 2
+DRAFT_STREAMS_MAX = 4
+"""With more streams at once a step is no longer bound by reading the weights, and guesses cost what they save."""
 
 CoreCommand: TypeAlias = Submit | Cancel | Drain | Snapshot
 
@@ -65,10 +67,12 @@ class CoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         prefix_cache_bytes: the most that the prefix cache may hold, within the KV budget; 0 is no cache.
         provenance: names the model and its numerics, for the keys of that cache.
+        speculates: guess tokens and verify several in a step; only with runners whose bits allow it.
     """
 
     prefix_cache_bytes: int = 0
     provenance: str = ""
+    speculates: bool = False
 
 
 class EngineCore:
@@ -83,6 +87,7 @@ class EngineCore:
 
     Attributes:
         capabilities: with what the core itself decides on.
+        notes: for people, on what is not as it was asked for.
     """
 
     def __init__(
@@ -98,14 +103,15 @@ class EngineCore:
         self._spelling = TokenText(tokenizer)
         self._clock = clock
         self._device = torch.device(capabilities.device)
+        options = options or CoreOptions()
         limits = Limits(
             max_batch_size=capabilities.max_batch_size,
             chunk_tokens=CHUNK_TOKENS.get(self._device.type, CHUNK_TOKENS["cpu"]),
             align_tokens=BLOCK_TOKENS,
             is_row_invariant=runner.is_row_invariant,
             target_ms=PREFILL_TARGET_MS,
+            draft_streams_max=DRAFT_STREAMS_MAX if options.speculates and runner.is_row_invariant else 0,
         )
-        options = options or CoreOptions()
         cache = None
         cache_bytes_max = min(options.prefix_cache_bytes, capabilities.kv_budget_bytes)
         if cache_bytes_max > 0 and runner.geometry is not None:
@@ -114,6 +120,7 @@ class EngineCore:
         self.capabilities = msgspec.structs.replace(
             capabilities, limits=limits, prefix_cache_bytes=cache_bytes_max if cache else 0
         )
+        self.notes = _notes(options, self.capabilities)
         self._batch = Batch(runner, limits, capabilities.kv_budget_bytes, cache, cache_bytes_max)
         self._pace = PrefillPace()
         self._num_steps = 0
@@ -149,7 +156,8 @@ class EngineCore:
             a ``StepDone``, then the terminal events that it brought.
         """
         started_ns = self._clock.monotonic_ns()
-        plan = plan or schedule(self._batch.state(self._pace.ms_per_token))
+        state = self._batch.state(self._pace.ms_per_token)
+        plan = plan or schedule(state)
         refused = self._batch.place(plan)
         plan = without(plan, refused)
         self._make_up(plan)
@@ -198,15 +206,16 @@ class EngineCore:
                 end = min(start.num_cached, (first // chunk_tokens + 1) * chunk_tokens)
                 token_ids = sequence.token_ids[first:end]
                 chunk = Chunk(slot=sequence.slot, token_ids=token_ids, start=first, num_logits=0)
-                run_isolated(self._runner, [chunk], self._batch.relieve)
+                run_isolated(self._runner, [Undo(chunk)], self._batch.relieve)
                 sequence.num_computed = end
 
     def _task(self, row: PlannedRow) -> Task:
         """What it takes to run a planned row."""
         sequence = self._batch.sequences[row.request_id]
-        token_ids = sequence.token_ids[row.start : row.start + row.num_tokens]
+        draft = sequence.draft[: row.num_draft]
+        token_ids = [*sequence.token_ids[row.start : row.start + row.num_tokens - len(draft)], *draft]
         chunk = Chunk(slot=sequence.slot, token_ids=token_ids, start=row.start, num_logits=row.num_logits)
-        return Task(chunk, (), sequence.sampler, len(sequence.token_ids))
+        return Task(chunk, draft, sequence.sampler, len(sequence.token_ids))
 
     def _advance(self, row: PlannedRow, outcome: RowOutcome, ends: list[EngineEvent]) -> StepRow:
         """Note what was computed and chosen for one request; ``ends`` grows if that ends it."""
@@ -214,7 +223,8 @@ class EngineCore:
         if outcome.fault is not None:
             return self._fault(sequence, row, outcome.fault, ends)
         sequence.num_memory_faults = 0
-        sequence.num_computed = row.start + row.num_tokens
+        num_right = len(outcome.draws) - 1 if row.num_draft else 0
+        sequence.num_computed = row.start + row.num_tokens - row.num_draft + num_right
         texts: list[str] = []
         draws: list[Draw] = []
         failure: RowFailure = ""
@@ -231,6 +241,7 @@ class EngineCore:
             ends.append(self._fail(sequence, EngineError("the model's logits are not finite (NaN or infinite)")))
         else:
             self._batch.keep(sequence)
+            sequence.learn(row.num_draft, num_right)
         if sequence.end:
             ends.append(self._finish(sequence, sequence.end))
         return StepRow(
@@ -349,6 +360,15 @@ class EngineCore:
         )
 
 
+def _notes(options: CoreOptions, capabilities: EngineCapabilities) -> tuple[str, ...]:
+    notes: list[str] = []
+    if options.prefix_cache_bytes > 0 and not capabilities.prefix_cache_bytes:
+        notes.append("no prefix cache: this runner's KV memory cannot be copied")
+    if options.speculates and not (capabilities.limits and capabilities.limits.draft_streams_max):
+        notes.append("no speculation: with this runner's kernels it would change the bits of logits")
+    return tuple(notes)
+
+
 def _no_memory(message: str) -> MemoryExhausted:
     return MemoryExhausted(f"the device has no memory for this request: {message}")
 
@@ -362,5 +382,6 @@ def core_options(load: Load, model: LoadedModel) -> CoreOptions:
     budget = model.capabilities.kv_budget_bytes
     return CoreOptions(
         prefix_cache_bytes=load.prefix_cache_bytes or budget // 2,
+        speculates=load.speculation == "ngram",
         provenance=f"{model.fingerprint.weights} {type(model.runner).__name__} {model.capabilities.dtype} {torch.__version__}",
     )

@@ -5,7 +5,8 @@ Rules:
   ``memory_model.kv_bytes`` estimates. On a CPU the pages are touched only as tokens arrive.
 - Full layers keep position ``p`` at index ``p``. Sliding layers keep the last ``window`` positions in a ring, ``p`` at
   ``p % window``: a decoding query attends to the whole ring, since the order of keys does not matter.
-- Writing a position twice is harmless, so a step that failed half-way can be run again.
+- Writing a position twice is harmless where nothing is overwritten. In a ring a chunk overwrites what its own first
+  rows attend to: whoever may have to undo a chunk keeps that with ``keep_overwritten``.
 
 Shapes: ``[layer, 2, kv_heads, tokens, head_dim]``, with K at 0 and V at 1, for each distinct window of the model.
 """
@@ -125,6 +126,30 @@ class KvSlot:
         for store, part in zip(self.stores, parts, strict=True):
             if part is not None:
                 store[:, :, :, _places(end - part.shape[3], end, store.shape[3])] = part
+
+    def keep_overwritten(self, start: int, end: int) -> list[torch.Tensor | None]:
+        """Copies of what writing positions ``start`` to ``end`` overwrites, for each distinct window; None for nothing."""
+        kept: list[torch.Tensor | None] = []
+        for store in self.stores:
+            ring = store.shape[3]
+            places = _places(max(start, end - ring), end, ring)
+            part = store[:, :, :, places].clone(memory_format=torch.contiguous_format) if end > ring else None
+            kept.append(part)
+        return kept
+
+    def undo(self, start: int, end: int, kept: list[torch.Tensor | None]) -> None:
+        """Make as if positions ``start`` to ``end`` had not been written.
+
+        Args:
+            start: first position to undo.
+            end: as given to ``keep_overwritten``.
+            kept: what that returned, for this or an earlier start.
+        """
+        for store, part in zip(self.stores, kept, strict=True):
+            if part is not None:
+                count = min(end - start, part.shape[3])
+                places = _places(end - count, end, store.shape[3])
+                store[:, :, :, places] = part[:, :, :, part.shape[3] - count :]
 
     def decode_views(self, position: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """For each layer, where the K and V of ``position`` go, and the keys and values to attend to after that."""

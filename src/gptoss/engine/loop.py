@@ -68,7 +68,7 @@ def serve(
             fingerprint=model.fingerprint,
             load_ms=(clock.monotonic_ns() - started_ns) / NS_PER_MS,
             pid=os.getpid(),
-            notes=model.notes,
+            notes=(*model.notes, *core.notes),
         )
     )
     _run(core, commands, emit)

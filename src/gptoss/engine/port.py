@@ -40,6 +40,8 @@ class Load(_Wire, frozen=True, kw_only=True):
         prefix_cache_bytes: the part of it that cached prefixes may take while no request needs it. 0 is half of it;
             negative is none.
         num_threads: 0 lets the engine choose.
+        speculation: ``ngram`` guesses tokens that stood in the request before, where the runner can verify guesses
+            without a change of bits.
         kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
         quantization: ``int8`` stores weights in 8 bits; only with the CPU kernels.
         cache_folder: where compiled kernels are kept; empty is the user's cache folder.
@@ -53,6 +55,7 @@ class Load(_Wire, frozen=True, kw_only=True):
     max_model_len: int = 0
     kv_budget_bytes: int = 0
     prefix_cache_bytes: int = 0
+    speculation: Literal["off", "ngram"] = "off"
     num_threads: int = 0
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["none", "int8"] = "none"

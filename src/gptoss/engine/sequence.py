@@ -16,6 +16,7 @@ from gptoss.engine.prefix_cache import Chain, Hit
 from gptoss.engine.runner import Slot
 from gptoss.engine.sampler import SamplerState
 from gptoss.engine.scheduler import NO_DEADLINE, Candidate
+from gptoss.engine.speculation import Drafter
 from gptoss.messages.model import EngineCapabilities, FinishReason
 
 
@@ -39,8 +40,10 @@ class Sequence:
         slot: its KV memory, while it runs.
         kv_bytes: what its KV memory takes or will take.
         num_memory_faults: how often in succession its part of a step found no memory.
+        drafter: makes guesses; None without speculation.
         chain: keys of its blocks in the prefix cache; None without a cache.
         num_cached: tokens that the cache saved it from computing.
+        draft: guesses at what follows its tokens, for the step being planned.
         counts_hits: until it is preempted; what it finds again then is its own work.
         max_tokens: bound on generated tokens, by the request and by the context.
         end: set when it is over.
@@ -59,6 +62,8 @@ class Sequence:
         self.chain: Chain | None = None
         self.num_cached = 0
         self.counts_hits = True
+        self.drafter: Drafter | None = None
+        self.draft: tuple[int, ...] = ()
         self.end: End | None = None
         room = capabilities.max_model_len - self.num_prompt
         self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -80,6 +85,18 @@ class Sequence:
         """Tokens generated over all attempts."""
         return len(self.token_ids) - self.num_prompt
 
+    def guess(self) -> tuple[int, ...]:
+        """What may follow, where that can be verified: the next token is the only one pending, and it is drawn freely."""
+        is_decoding = self.num_computed == len(self.token_ids) - 1
+        if self.drafter is None or not is_decoding or not self.sampler.is_settled:
+            return ()
+        return self.drafter.guess(self.max_tokens - self.num_output - 1)
+
+    def learn(self, num_guessed: int, num_right: int) -> None:
+        """Note how the guesses of a step turned out."""
+        if self.drafter and num_guessed:
+            self.drafter.learn(num_guessed, num_right)
+
     def candidate(self, hit: Hit | None = None) -> Candidate:
         """Itself as the scheduler sees it, with what the prefix cache has for it."""
         priority, deadline_ns, arrival = self.order
@@ -95,6 +112,7 @@ class Sequence:
             self.kv_bytes,
             hit.num_tokens if hit and hit.num_tokens > self.num_computed else 0,
             hit.num_bytes if hit else 0,
+            len(self.draft),
         )
 
     def push(self, token_id: int) -> str:

@@ -4,6 +4,8 @@ Rules:
 - A failure is the failure of the row at fault: a step that raises is halved until that row stands alone.
 - A step that runs out of memory first gives back what can be spared, then is halved: smaller steps need less. A row
   that fails alone for lack of memory is no error yet; nothing of it counts, and it can be run again.
+- What a chunk overwrites in the ring of a sliding layer is put back before it is run again, and as far as it was of
+  guesses that were wrong: the step is as if they had never been there.
 - A draft is verified by drawing its positions as if they had come one by one: what is drawn counts as long as it is
   what was guessed, and the first that is not counts too. So drafts change no token.
 """
@@ -14,6 +16,7 @@ import msgspec
 import torch
 
 from gptoss.engine.attention import Chunk
+from gptoss.engine.kv_cache import KvSlot
 from gptoss.engine.runner import Runner
 from gptoss.engine.sampler import Draw, SamplerState, draw_tokens
 from gptoss.messages.plan import RowFailure
@@ -66,7 +69,8 @@ def run_tasks(runner: Runner, tasks: Sequence[Task], relieve: Callable[[], None]
         tasks: in the plan's order.
         relieve: gives memory back; called when the step runs out of it.
     """
-    logits, faults = run_isolated(runner, [task.chunk for task in tasks], relieve)
+    undos = [Undo(task.chunk) for task in tasks]
+    logits, faults = run_isolated(runner, undos, relieve)
     rows: list[torch.Tensor] = []
     states: list[SamplerState] = []
     positions: list[int] = []
@@ -76,10 +80,28 @@ def run_tasks(runner: Runner, tasks: Sequence[Task], relieve: Callable[[], None]
             states += [task.sampler] * len(found)
             positions += range(task.position, task.position + len(found))
     draws = iter(draw_tokens(rows, states, positions))
-    return tuple(
-        RowOutcome(_accepted([next(draws) for _ in found], task.draft) if found is not None else (), faults.get(index))
-        for index, (task, found) in enumerate(zip(tasks, logits, strict=True))
-    )
+    outcomes: list[RowOutcome] = []
+    for index, (task, undo, found) in enumerate(zip(tasks, undos, logits, strict=True)):
+        accepted = _accepted([next(draws) for _ in found], task.draft) if found is not None else ()
+        if task.draft and accepted:
+            undo.since(task.position - 1 + len(accepted))
+        outcomes.append(RowOutcome(accepted, faults.get(index)))
+    return tuple(outcomes)
+
+
+class Undo:
+    """A chunk that can be undone: it remembers what it overwrites, which is nothing but in the rings of KV slots."""
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self._end = chunk.start + len(chunk.token_ids)
+        has_rings = isinstance(chunk.slot, KvSlot) and len(chunk.token_ids) > 1 and any(chunk.slot.geometry.windows)
+        self._kept = chunk.slot.keep_overwritten(chunk.start, self._end) if has_rings else None
+
+    def since(self, position: int) -> None:
+        """Put back what was overwritten by ``position`` and those after it."""
+        if self._kept and position < self._end:
+            self.chunk.slot.undo(position, self._end, self._kept)
 
 
 def _accepted(draws: list[Draw], draft: tuple[int, ...]) -> tuple[Draw, ...]:
@@ -92,28 +114,30 @@ def _accepted(draws: list[Draw], draft: tuple[int, ...]) -> tuple[Draw, ...]:
 
 
 def run_isolated(
-    runner: Runner, chunks: Sequence[Chunk], relieve: Callable[[], None]
+    runner: Runner, undos: Sequence[Undo], relieve: Callable[[], None]
 ) -> tuple[list[torch.Tensor | None], dict[int, Fault]]:
     """Run a step so that a failing chunk fails alone.
 
     Returns:
         the logits of each chunk, and for the index of each failed one what went wrong.
     """
-    if not chunks:
+    if not undos:
         return [], {}
-    if not runner.is_batched and len(chunks) > 1:
-        return _join([run_isolated(runner, [chunk], relieve) for chunk in chunks])
+    if not runner.is_batched and len(undos) > 1:
+        return _join([run_isolated(runner, [undo], relieve) for undo in undos])
     try:
-        return runner.forward(chunks), {}
+        return runner.forward([undo.chunk for undo in undos]), {}
     except Exception as error:  # noqa: BLE001 - the edge to model code and kernels, which can raise anything
         fault = Fault("memory" if is_out_of_memory(error) else "model", one_line(error))
     # Outside of the handler the exception is gone, and with it the frames that pin the step's tensors.
+    for undo in undos:
+        undo.since(undo.chunk.start)
     if fault.failure == "memory":
         relieve()
-    if len(chunks) == 1:
+    if len(undos) == 1:
         return [None], {0: fault}
-    half = len(chunks) // 2
-    return _join([run_isolated(runner, part, relieve) for part in (chunks[:half], chunks[half:])])
+    half = len(undos) // 2
+    return _join([run_isolated(runner, part, relieve) for part in (undos[:half], undos[half:])])
 
 
 def is_out_of_memory(error: Exception) -> bool:

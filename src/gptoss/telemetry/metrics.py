@@ -49,6 +49,8 @@ class _Families:
         self.prefix_queries = Counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up.", VLLM)
         self.prefix_hits = Counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the cache.", VLLM)
         self.preemptions = Counter("vllm:num_preemptions_total", "Running requests sent back in line.", VLLM)
+        self.drafted = Counter("vllm:spec_decode_num_draft_tokens_total", "Tokens guessed.", VLLM)
+        self.accepted = Counter("vllm:spec_decode_num_accepted_tokens_total", "Tokens guessed right.", VLLM)
         self.success = Counter("vllm:request_success_total", "Requests that ran to an end.", (*VLLM, "finished_reason"))
         self.ttft = Histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", VLLM, SECONDS)
         self.itl = Histogram("vllm:inter_token_latency_seconds", "Between two tokens.", VLLM, ITL_SECONDS)
@@ -140,6 +142,8 @@ class Metrics:
         families.generation_tokens.add(labels, produced)
         families.decoded.add(model, produced)
         families.prefilled.add(model, sum(row.prefilled for row in event.rows))
+        families.drafted.add(labels, sum(row.num_draft for row in event.rows))
+        families.accepted.add(labels, sum(max(0, row.tokens - 1) for row in event.rows))
         families.step.observe((event.executor,), event.duration_ns / NS_PER_S)
 
     def _fold_counters(self, event: Event) -> None:
