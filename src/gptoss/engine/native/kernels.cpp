@@ -40,7 +40,9 @@ constexpr int LANES = 16;    // outer columns of a weight block, and floats of a
 constexpr int DEPTH = 32;    // inner rows of a weight block
 constexpr int BLOCK = LANES * DEPTH;
 constexpr int UNIT_BLOCKS = 4;   // column blocks that a thread takes at once
-constexpr int ROW_BLOCK = 8;     // rows of one request that attend together
+constexpr int ROW_BLOCK = 32;    // rows of one request that attend together
+constexpr int HEAD_DIM_MAX = 256;
+constexpr int GROUP_ROWS = 4;    // query heads that the vector unit takes together
 
 // ---------------------------------------------------------------- vectors
 
@@ -59,11 +61,15 @@ inline f32x16 widen(const uint16_t* bf16) {
 
 // Round to nearest even; a NaN stays one.
 inline void narrow(uint16_t* to, f32x16 v) {
+#if defined(__AVX512BF16__)
+    store(to, reinterpret_cast<u16x16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
+#else
     u32x16 bits = reinterpret_cast<u32x16>(v);
     u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     u32x16 is_nan = reinterpret_cast<u32x16>(v != v);
     rounded = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
     store(to, __builtin_convertvector(rounded, u16x16));
+#endif
 }
 
 inline float sum(f32x16 v) {
@@ -90,27 +96,6 @@ inline f32x16 exponential(f32x16 x) {
     p = p * r * r + r + splat(1.0f);
     i32x16 exponent = reinterpret_cast<i32x16>(shifted) << 23;  // the low bits of `shifted` hold n
     return p * reinterpret_cast<f32x16>(exponent + (127 << 23));
-}
-
-// The sums of 16 vectors as one vector; overwrites them.
-inline f32x16 sums(f32x16* v) {
-    for (int i = 0; i < 8; i++) {
-        f32x16 a = v[2 * i], b = v[2 * i + 1];
-        v[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    for (int i = 0; i < 4; i++) {
-        f32x16 a = v[2 * i], b = v[2 * i + 1];
-        v[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    }
-    for (int i = 0; i < 2; i++) {
-        f32x16 a = v[2 * i], b = v[2 * i + 1];
-        v[i] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-               __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-    }
-    return __builtin_shufflevector(v[0], v[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(v[0], v[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -243,8 +228,8 @@ inline int blocks_of(int count, int size) { return (count + size - 1) / size; }
 
 // 16 outputs of `ROWS` rows in the vector unit; see the summation rule above.
 template <int ROWS, int COLUMNS, class Weight>
-void vector_tile(const float* a, size_t stride, const Weight* w, size_t column_stride, int depth_blocks,
-                 f32x16 out[ROWS][COLUMNS]) {
+void vector_tile(const float* a, size_t stride, const Weight* w, size_t column_stride, size_t depth_stride,
+                 int depth_blocks, f32x16 out[ROWS][COLUMNS]) {
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < COLUMNS; c++) out[r][c] = f32x16{};
     for (int kb = 0; kb < depth_blocks; kb++) {
@@ -252,7 +237,7 @@ void vector_tile(const float* a, size_t stride, const Weight* w, size_t column_s
         for (int pair = 0; pair < DEPTH / 2; pair++) {
             const float* x = a + kb * DEPTH + 2 * pair;
             for (int c = 0; c < COLUMNS; c++) {
-                const Weight* at = w + c * column_stride + size_t(kb) * BLOCK + pair * 2 * LANES;
+                const Weight* at = w + c * column_stride + kb * depth_stride + pair * 2 * LANES;
                 f32x16 low, high;
                 if constexpr (sizeof(Weight) == 2) {
                     u32x16 both = load<u32x16>(at);
@@ -304,8 +289,9 @@ inline void unpack_int8(const int8_t* from, uint16_t* to) {
 
 // Up to 32 rows x 2 column blocks.
 template <class Weight>
-void amx_tile(const uint16_t* a, size_t stride, const Weight* w, size_t column_stride, int depth_blocks, bool has_second,
-              bool has_pair, float* out /* [2][2][16][16]: row half, column block, row, column */) {
+void amx_tile(const uint16_t* a, size_t stride, const Weight* w, size_t column_stride, size_t depth_stride,
+              int depth_blocks, bool has_second, bool has_pair,
+              float* out /* [2][2][16][16]: row half, column block, row, column */) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -313,8 +299,8 @@ void amx_tile(const uint16_t* a, size_t stride, const Weight* w, size_t column_s
     alignas(64) uint16_t wide[2][BLOCK];
     const uint16_t* second = a + 16 * stride;
     for (int kb = 0; kb < depth_blocks; kb++) {
-        const void* left = w + size_t(kb) * BLOCK;
-        const void* right = w + column_stride + size_t(kb) * BLOCK;
+        const void* left = w + kb * depth_stride;
+        const void* right = w + column_stride + kb * depth_stride;
         if constexpr (sizeof(Weight) == 1) {
             unpack_int8(static_cast<const int8_t*>(left), wide[0]);
             left = wide[0];
@@ -368,8 +354,8 @@ void multiply_unit(const uint16_t* a, int rows, const Weights& w, int first_bloc
             shape_tiles(first, second);
             for (int block = 0; block < num_blocks; block += 2) {
                 const bool has_pair = block + 1 < num_blocks;
-                amx_tile<Weight>(a + row * stride, stride, base + block * column_stride, column_stride, depth_blocks,
-                                 second > 0, has_pair, out);
+                amx_tile<Weight>(a + row * stride, stride, base + block * column_stride, column_stride, BLOCK,
+                                 depth_blocks, second > 0, has_pair, out);
                 for (int c = 0; c < 1 + has_pair; c++) {
                     for (int r = 0; r < first; r++)
                         finish(row + r, first_block + block + c, load<f32x16>(out + c * 256 + r * LANES));
@@ -391,20 +377,20 @@ void multiply_unit(const uint16_t* a, int rows, const Weights& w, int first_bloc
             const Weight* at = base + block * column_stride;
             if (here == ROWS) {
                 f32x16 out[ROWS][1];
-                vector_tile<ROWS, 1>(wide.get(), stride, at, column_stride, depth_blocks, out);
+                vector_tile<ROWS, 1>(wide.get(), stride, at, column_stride, BLOCK, depth_blocks, out);
                 for (int r = 0; r < ROWS; r++) finish(row + r, first_block + block, out[r][0]);
                 block++;
             } else if (num_blocks - block >= UNIT_BLOCKS) {
                 for (int r = 0; r < here; r++) {
                     f32x16 out[1][UNIT_BLOCKS];
-                    vector_tile<1, UNIT_BLOCKS>(wide.get() + r * stride, stride, at, column_stride, depth_blocks, out);
+                    vector_tile<1, UNIT_BLOCKS>(wide.get() + r * stride, stride, at, column_stride, BLOCK, depth_blocks, out);
                     for (int c = 0; c < UNIT_BLOCKS; c++) finish(row + r, first_block + block + c, out[0][c]);
                 }
                 block += UNIT_BLOCKS;
             } else {
                 for (int r = 0; r < here; r++) {
                     f32x16 out[1][1];
-                    vector_tile<1, 1>(wide.get() + r * stride, stride, at, column_stride, depth_blocks, out);
+                    vector_tile<1, 1>(wide.get() + r * stride, stride, at, column_stride, BLOCK, depth_blocks, out);
                     finish(row + r, first_block + block, out[0][0]);
                 }
                 block++;
@@ -453,8 +439,8 @@ struct Step {
     int32_t rows;
     const int32_t* token_ids;
     const int32_t* positions;
-    uint16_t* const* slots;      // of each row: K and V [layer, 2, kv_head, capacity, head_dim]
-    const int32_t* capacities;
+    uint16_t* const* slots;      // of each row: K and V [layer, 2, kv_head, capacity, head_dim], see `cache`
+    const int32_t* capacities;   // positions, a multiple of 32
     int32_t num_logits;
     const int32_t* logit_rows;
     float* logits;               // [num_logits, logits_stride]
@@ -482,11 +468,10 @@ class Engine {
             if (joins) blocks_.back().rows++;
             else blocks_.push_back({row, 1});
         }
-        score_stride_ = round_up(longest + 1, LANES);
-        const size_t scores = size_t(ROW_BLOCK) * group() * score_stride_;
+        key_stride_ = round_up(longest + 1, DEPTH);
         for (auto& mine : private_)
-            if (!mine.scores.reserve(scores) || !mine.sums.reserve(size_t(ROW_BLOCK) * group() * c_.head_dim) ||
-                !mine.keys.reserve(size_t(LANES) * c_.head_dim) ||
+            if (!mine.scores.reserve(ROW_BLOCK * key_stride_) || !mine.shares.reserve(ROW_BLOCK * key_stride_) ||
+                !mine.queries.reserve(size_t(GROUP_ROWS) * c_.head_dim) || !mine.tail.reserve(size_t(DEPTH) * c_.head_dim) ||
                 !mine.gate.reserve(size_t(step.rows) * (UNIT_BLOCKS / 2) * LANES))
                 return false;
         team_.run([](void* engine, int thread) { static_cast<Engine*>(engine)->run(thread); }, this);
@@ -495,7 +480,8 @@ class Engine {
 
    private:
     struct Private {
-        Scratch<float> scores, sums, keys, gate;
+        Scratch<float> scores, queries, gate;
+        Scratch<uint16_t> shares, tail;
     };
 
     int group() const { return c_.heads / c_.kv_heads; }
@@ -504,7 +490,7 @@ class Engine {
     bool reserve() {
         const size_t rows = step_.rows;
         return residual_.reserve(rows * c_.hidden) && normed_.reserve(rows * c_.hidden) &&
-               qkv_.reserve(rows * qkv_width()) && attended_.reserve(rows * c_.heads * c_.head_dim) &&
+               qkv_.reserve(rows * qkv_width()) && queries_.reserve(rows * c_.heads * c_.head_dim) && attended_.reserve(rows * c_.heads * c_.head_dim) &&
                gated_.reserve(rows * c_.intermediate);
     }
 
@@ -512,7 +498,9 @@ class Engine {
     void run(int thread) {
         FlushDenormals flush;
         Private& mine = private_[thread];
-        const int rows = step_.rows;
+        // A copy: once the last barrier has opened, the caller may set the next step while others still leave this one.
+        const Step step = step_;
+        const int rows = step.rows;
         team_.each(rows, [&](int row) { embed(row); });
         for (int index = 0; index < c_.layers; index++) {
             const Layer& layer = layers_[index];
@@ -520,11 +508,11 @@ class Engine {
             multiply(team_, normed_.get(), rows, layer.qkv, [&](int row, int block, f32x16 v) {
                 store(qkv_.get() + size_t(row) * qkv_width() + block * LANES, v);
             });
-            team_.each(rows, [&](int row) { place(row, index); });
-            team_.each(int(blocks_.size()) * c_.kv_heads, [&](int item) {
+            const int items = int(blocks_.size()) * c_.kv_heads;
+            team_.each(items, [&](int item) { place(blocks_[item / c_.kv_heads], item % c_.kv_heads, index); });
+            team_.each(items, [&](int item) {
                 // The longest blocks are the last ones: take them first, so that no thread ends alone with one.
-                const int block = int(blocks_.size()) - 1 - item / c_.kv_heads;
-                attend(blocks_[block], item % c_.kv_heads, index, mine);
+                attend(blocks_[blocks_.size() - 1 - item / c_.kv_heads], item % c_.kv_heads, index, mine);
             });
             multiply(team_, attended_.get(), rows, layer.output, [&](int row, int block, f32x16 v) { add(row, block, v); });
             team_.each(rows, [&](int row) { normalise(row, layer.mlp_norm, row); });
@@ -536,10 +524,10 @@ class Engine {
             });
             multiply(team_, gated_.get(), rows, layer.down, [&](int row, int block, f32x16 v) { add(row, block, v); });
         }
-        team_.each(step_.num_logits, [&](int i) { normalise(step_.logit_rows[i], c_.final_norm, i); });
-        if (step_.num_logits)
-            multiply(team_, normed_.get(), step_.num_logits, c_.head, [&](int row, int block, f32x16 v) {
-                store(step_.logits + row * step_.logits_stride + block * LANES, v);
+        team_.each(step.num_logits, [&](int i) { normalise(step.logit_rows[i], c_.final_norm, i); });
+        if (step.num_logits)
+            multiply(team_, normed_.get(), step.num_logits, c_.head, [&](int row, int block, f32x16 v) {
+                store(step.logits + row * step.logits_stride + block * LANES, v);
             });
     }
 
@@ -581,28 +569,41 @@ class Engine {
         store(x, load<f32x16>(x) + v);
     }
 
+    // Keys (0) or values (1) of a head. Both are weights to a product, so they stand in weight blocks: keys as 16 outputs
+    // each, over the head's dimensions; values as 32 inputs each, with the dimensions as outputs. Either way 32 positions
+    // fill 32 x head_dim numbers.
     uint16_t* cache(int row, int layer, int which, int kv_head) const {
         const size_t head = (size_t(layer) * 2 + which) * c_.kv_heads + kv_head;
         return step_.slots[row] + head * step_.capacities[row] * c_.head_dim;
     }
 
-    // Norms and positions of a row's queries and keys; keys and values go to the cache.
-    void place(int row, int layer) {
-        const int dim = c_.head_dim, position = step_.positions[row];
-        float* at = qkv_.get() + size_t(row) * qkv_width();
-        for (int head = 0; head < c_.heads; head++, at += dim) rotate(at, layers_[layer].query_norm, position, c_.scale);
-        for (int head = 0; head < c_.kv_heads; head++, at += dim) {
-            rotate(at, layers_[layer].key_norm, position, 1.0f);
-            uint16_t* to = cache(row, layer, 0, head) + size_t(position) * dim;
-            for (int i = 0; i < dim; i += LANES) narrow(to + i, load<f32x16>(at + i));
-        }
-        for (int head = 0; head < c_.kv_heads; head++, at += dim) {
-            uint16_t* to = cache(row, layer, 1, head) + size_t(position) * dim;
-            for (int i = 0; i < dim; i += LANES) narrow(to + i, load<f32x16>(at + i));
+    // Norms and positions of the queries and keys of a KV head; its keys and values go to the cache.
+    void place(const RowBlock& block, int kv_head, int layer) {
+        const int dim = c_.head_dim, group = this->group();
+        uint16_t* k = cache(block.first, layer, 0, kv_head);
+        uint16_t* v = cache(block.first, layer, 1, kv_head);
+        alignas(64) uint16_t narrowed[HEAD_DIM_MAX];
+        for (int row = block.first; row < block.first + block.rows; row++) {
+            const int position = step_.positions[row];
+            float* own = qkv_.get() + size_t(row) * qkv_width();
+            for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
+                rotate(own + head * dim, layers_[layer].query_norm, position);
+                uint16_t* to = queries_.get() + (size_t(row) * c_.heads + head) * dim;
+                for (int i = 0; i < dim; i += LANES) narrow(to + i, load<f32x16>(own + head * dim + i));
+            }
+            float* key = own + (c_.heads + kv_head) * dim;
+            rotate(key, layers_[layer].key_norm, position);
+            for (int i = 0; i < dim; i += LANES) narrow(narrowed + i, load<f32x16>(key + i));
+            uint16_t* to = k + size_t(position / LANES) * LANES * dim + position % LANES * 2;
+            for (int i = 0; i < dim; i += 2) std::memcpy(to + i * LANES, narrowed + i, 4);
+            const float* value = own + (c_.heads + c_.kv_heads + kv_head) * dim;
+            for (int i = 0; i < dim; i += LANES) narrow(narrowed + i, load<f32x16>(value + i));
+            to = v + size_t(position / DEPTH) * DEPTH * dim + position % DEPTH / 2 * 2 * LANES + position % 2;
+            for (int i = 0; i < dim; i++) to[i / LANES * BLOCK + i % LANES * 2] = narrowed[i];
         }
     }
 
-    void rotate(float* x, const float* norm, int position, float scale) {
+    void rotate(float* x, const float* norm, int position) {
         const int dim = c_.head_dim, half = dim / 2;
         if (norm) {
             f32x16 squares = {};
@@ -615,98 +616,152 @@ class Engine {
         for (int i = 0; i < half; i += LANES) {
             const f32x16 a = load<f32x16>(x + i), b = load<f32x16>(x + half + i);
             const f32x16 cosine = load<f32x16>(cosines + i), sine = load<f32x16>(sines + i);
-            store(x + i, (a * cosine - b * sine) * scale);
-            store(x + half + i, (b * cosine + a * sine) * scale);
+            store(x + i, a * cosine - b * sine);
+            store(x + half + i, b * cosine + a * sine);
         }
     }
 
+    // Each query runs over its keys in blocks from position 0, whatever its neighbours do. Keys that it must not see get a
+    // share of exactly zero, so a sum over more blocks than it needs has the same bits.
     void attend(const RowBlock& block, int kv_head, int layer, Private& mine) {
-        switch (c_.head_dim) {
-            case 32: return attend<2>(block, kv_head, layer, mine);
-            case 64: return attend<4>(block, kv_head, layer, mine);
-            case 96: return attend<6>(block, kv_head, layer, mine);
-            case 128: return attend<8>(block, kv_head, layer, mine);
-            case 256: return attend<16>(block, kv_head, layer, mine);
-            default: std::abort();  // `create` has refused it
-        }
-    }
-
-    // Rows of one request, the queries that share one KV head: scores, softmax, values. Each query runs over its keys in
-    // blocks of 16 from position 0, whatever its neighbours do.
-    template <int VECTORS>
-    void attend(const RowBlock& block, int kv_head, int layer, Private& mine) {
-        constexpr int dim = VECTORS * LANES;
-        const int group = this->group(), queries = block.rows * group;
-        const int start = step_.positions[block.first], keys = start + block.rows;
+        const int keys = step_.positions[block.first] + block.rows;
         const uint16_t* k = cache(block.first, layer, 0, kv_head);
         const uint16_t* v = cache(block.first, layer, 1, kv_head);
-        float* wide = mine.keys.get();
-        auto query = [&](int q) {
-            return qkv_.get() + size_t(block.first + q / group) * qkv_width() + (kv_head * group + q % group) * dim;
+        if (keys % DEPTH) copy_tail(v, keys, mine);
+#if defined(__AMX_BF16__)
+        if (block.rows > 1) {
+            for (int head = kv_head * group(); head < (kv_head + 1) * group(); head++) attend_rows(block, head, k, v, mine);
+            return;
+        }
+#endif
+        for (int row = block.first; row < block.first + block.rows; row++)
+            for (int head = kv_head * group(); head < (kv_head + 1) * group();) {
+                const int left = (kv_head + 1) * group() - head;
+                if (left >= 4) attend_row<4>(row, head, keys, k, v, mine), head += 4;
+                else if (left == 3) attend_row<3>(row, head, keys, k, v, mine), head += 3;
+                else if (left == 2) attend_row<2>(row, head, keys, k, v, mine), head += 2;
+                else attend_row<1>(row, head, keys, k, v, mine), head += 1;
+            }
+    }
+
+    // The last values, with zeros for positions that nobody has written yet: no share times such a number is zero.
+    void copy_tail(const uint16_t* v, int keys, Private& mine) {
+        const int dim = c_.head_dim, here = keys % DEPTH;
+        const uint16_t* from = v + size_t(keys - here) * dim;
+        for (int i = 0; i < DEPTH * dim; i += 2 * LANES) {
+            const int pair = i % BLOCK / (2 * LANES);
+            const uint32_t kept = 2 * pair + 1 < here ? 0xffffffffu : 2 * pair < here ? 0x0000ffffu : 0u;
+            store(mine.tail.get() + i, load<u32x16>(from + i) & kept);
+        }
+    }
+
+    // `HEADS` query heads of one row in the vector unit. `keys`: of its request, which may go on after the row.
+    template <int HEADS>
+    void attend_row(int row, int head, int keys, const uint16_t* k, const uint16_t* v, Private& mine) {
+        const int dim = c_.head_dim, visible = step_.positions[row] + 1;
+        const uint16_t* queries = queries_.get() + (size_t(row) * c_.heads + head) * dim;
+        for (int i = 0; i < HEADS * dim; i += LANES) store(mine.queries.get() + i, widen(queries + i));
+        for (int key = 0; key < visible; key += LANES) {
+            f32x16 out[HEADS][1];
+            vector_tile<HEADS, 1>(mine.queries.get(), dim, k + size_t(key) * dim, 0, BLOCK, dim / DEPTH, out);
+            for (int h = 0; h < HEADS; h++) store(mine.scores.get() + h * key_stride_ + key, out[h][0]);
+        }
+        float factors[HEADS];
+        for (int h = 0; h < HEADS; h++) {
+            float* scores = mine.scores.get() + h * key_stride_;
+            factors[h] = soften(scores, visible, [&](int key, const uint16_t* shares) { store(scores + key, widen(shares)); });
+        }
+        const int blocks = visible / DEPTH;
+        for (int i = 0; i < dim; i += 2 * LANES) {
+            f32x16 out[HEADS][2], rest[HEADS][2];
+            const uint16_t* from = v + i / LANES * BLOCK;
+            vector_tile<HEADS, 2>(mine.scores.get(), key_stride_, from, BLOCK, size_t(DEPTH) * dim, blocks, out);
+            if (visible % DEPTH) {
+                const bool is_tail = blocks == keys / DEPTH;
+                const uint16_t* last = is_tail ? mine.tail.get() + i / LANES * BLOCK : from + size_t(blocks) * DEPTH * dim;
+                vector_tile<HEADS, 2>(mine.scores.get() + blocks * DEPTH, key_stride_, last, BLOCK, 0, 1, rest);
+                for (int h = 0; h < HEADS; h++)
+                    for (int half = 0; half < 2; half++) out[h][half] += rest[h][half];
+            }
+            uint16_t* to = attended_.get() + (size_t(row) * c_.heads + head) * dim + i;
+            for (int h = 0; h < HEADS; h++)
+                for (int half = 0; half < 2; half++) narrow(to + h * dim + half * LANES, out[h][half] * factors[h]);
+        }
+    }
+
+#if defined(__AMX_BF16__)
+    // One query head of up to 32 rows in the matrix unit.
+    void attend_rows(const RowBlock& block, int head, const uint16_t* k, const uint16_t* v, Private& mine) {
+        const int dim = c_.head_dim, start = step_.positions[block.first], keys = start + block.rows;
+        const int first = block.rows < 16 ? block.rows : 16, second = block.rows - first;
+        const size_t stride = size_t(c_.heads) * dim;
+        const uint16_t* queries = queries_.get() + block.first * stride + head * dim;
+        alignas(64) float out[4 * 256], rest[4 * 256];
+        auto each_row = [&](auto visit) {
+            for (int r = 0; r < block.rows; r++) visit(r, r / 16 * 512 + r % 16 * LANES);
         };
-        auto scores = [&](int q) { return mine.scores.get() + q * score_stride_; };
-        auto first_query = [&](int key) { return key <= start ? 0 : (key - start) * group; };  // earlier ones end before
-
-        constexpr i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        for (int key = 0; key < keys; key += LANES) {
-            widen_block(k, key, keys, dim, wide);
-            for (int q = first_query(key); q < queries; q++) {
-                const float* x = query(q);
-                f32x16 part[LANES], own[VECTORS];
-                for (int i = 0; i < VECTORS; i++) own[i] = load<f32x16>(x + i * LANES);
-                for (int j = 0; j < LANES; j++) {
-                    part[j] = own[0] * load<f32x16>(wide + j * dim);
-                    for (int i = 1; i < VECTORS; i++) part[j] += own[i] * load<f32x16>(wide + j * dim + i * LANES);
+        shape_tiles(first, second);
+        for (int key = 0; key < keys; key += 2 * LANES) {
+            const bool has_pair = key + LANES < keys;
+            amx_tile(queries, stride, k + size_t(key) * dim, size_t(LANES) * dim, BLOCK, dim / DEPTH, second > 0, has_pair, out);
+            each_row([&](int r, int at) {
+                float* to = mine.scores.get() + r * key_stride_ + key;
+                store(to, load<f32x16>(out + at));
+                if (has_pair) store(to + LANES, load<f32x16>(out + at + 256));
+            });
+        }
+        float factors[ROW_BLOCK];
+        const int padded = int(round_up(keys, DEPTH));
+        for (int r = 0; r < block.rows; r++) {
+            uint16_t* shares = mine.shares.get() + r * key_stride_;
+            const int visible = start + r + 1;
+            factors[r] = soften(mine.scores.get() + r * key_stride_, visible, [&](int key, const uint16_t* some) {
+                std::memcpy(shares + key, some, LANES * 2);
+            });
+            const int written = int(round_up(visible, DEPTH));
+            std::memset(shares + written, 0, size_t(padded - written) * 2);
+        }
+        const int blocks = keys / DEPTH;
+        for (int i = 0; i < dim; i += 2 * LANES) {
+            const uint16_t* from = v + i / LANES * BLOCK;
+            amx_tile(mine.shares.get(), key_stride_, from, BLOCK, size_t(DEPTH) * dim, blocks, second > 0, true, out);
+            if (keys % DEPTH)
+                amx_tile(mine.shares.get() + blocks * DEPTH, key_stride_, mine.tail.get() + i / LANES * BLOCK, BLOCK, 0, 1,
+                         second > 0, true, rest);
+            each_row([&](int r, int at) {
+                uint16_t* to = attended_.get() + (block.first + r) * stride + head * dim + i;
+                for (int half = 0; half < 2; half++) {
+                    f32x16 total = load<f32x16>(out + at + half * 256);
+                    if (keys % DEPTH) total += load<f32x16>(rest + at + half * 256);
+                    narrow(to + half * LANES, total * factors[r]);
                 }
-                const f32x16 dots = sums(part);
-                const i32x16 hidden = lanes > (start + q / group - key);
-                store(scores(q) + key, hidden ? splat(-INFINITY) : dots);
-            }
-        }
-        for (int q = 0; q < queries; q++) soften(scores(q), start + q / group + 1);
-
-        float* out = mine.sums.get();
-        std::memset(out, 0, sizeof(float) * queries * dim);
-        for (int key = 0; key < keys; key += LANES) {
-            widen_block(v, key, keys, dim, wide);
-            for (int q = first_query(key); q < queries; q++) {
-                f32x16 total[VECTORS];
-                for (int i = 0; i < VECTORS; i++) total[i] = load<f32x16>(out + q * dim + i * LANES);
-                for (int j = 0; j < LANES; j++)
-                    for (int i = 0; i < VECTORS; i++) total[i] += load<f32x16>(wide + j * dim + i * LANES) * scores(q)[key + j];
-                for (int i = 0; i < VECTORS; i++) store(out + q * dim + i * LANES, total[i]);
-            }
-        }
-        for (int q = 0; q < queries; q++) {
-            uint16_t* to = attended_.get() + (size_t(block.first + q / group) * c_.heads + kv_head * group + q % group) * dim;
-            for (int i = 0; i < dim; i += LANES) narrow(to + i, load<f32x16>(out + q * dim + i));
+            });
         }
     }
+#endif
 
-    static void widen_block(const uint16_t* from, int key, int keys, int dim, float* to) {
-        const int here = keys - key < LANES ? keys - key : LANES;
-        for (int i = 0; i < here * dim; i += LANES) store(to + i, widen(from + size_t(key) * dim + i));
-        std::memset(to + here * dim, 0, sizeof(float) * (LANES - here) * dim);
-    }
-
-    // Softmax over the first `keys` scores; what follows in the last vector becomes 0.
-    static void soften(float* scores, int keys) {
+    // Softmax over the first `visible` scores, less the division: `emit(key, shares)` gets 16 shares in bfloat16 at a time,
+    // up to a multiple of 32; the result is one over their sum.
+    template <class Emit> float soften(const float* scores, int visible, Emit emit) const {
+        constexpr i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         f32x16 best = splat(-INFINITY);
-        for (int key = 0; key < keys; key += LANES) {
+        for (int key = 0; key < visible; key += LANES) {
             const f32x16 s = load<f32x16>(scores + key);
-            best = s > best ? s : best;
+            best = (lanes < visible - key) & (s > best) ? s : best;
         }
         float top = -INFINITY;
         for (int i = 0; i < LANES; i++) top = best[i] > top ? best[i] : top;
         f32x16 total = {};
-        for (int key = 0; key < keys; key += LANES) {
-            const f32x16 s = load<f32x16>(scores + key);
-            const f32x16 e = s == splat(-INFINITY) ? f32x16{} : exponential(s - splat(top));
-            store(scores + key, e);
-            total += e;
+        for (int key = 0; key < int(round_up(visible, DEPTH)); key += LANES) {
+            alignas(64) uint16_t shares[LANES] = {};
+            if (key < visible) {
+                const f32x16 e = exponential((load<f32x16>(scores + key) - splat(top)) * c_.scale);
+                narrow(shares, lanes < visible - key ? e : f32x16{});
+                total += widen(shares);
+            }
+            emit(key, shares);
         }
-        const float factor = 1.0f / sum(total);
-        for (int key = 0; key < keys; key += LANES) store(scores + key, load<f32x16>(scores + key) * factor);
+        return 1.0f / sum(total);
     }
 
     const Config c_;
@@ -715,9 +770,9 @@ class Engine {
     std::vector<Private> private_;
     Step step_{};
     std::vector<RowBlock> blocks_;
-    size_t score_stride_ = 0;
+    size_t key_stride_ = 0;
     Scratch<float> residual_, qkv_;
-    Scratch<uint16_t> normed_, attended_, gated_;
+    Scratch<uint16_t> normed_, queries_, attended_, gated_;
 };
 
 template <class T>
@@ -763,7 +818,7 @@ void gptoss_pack(const void* from, int64_t stride, int32_t outputs, int32_t inpu
 // Null if the model's shape is not one that this file can run, or memory is short. What `config` points to must stay.
 void* gptoss_create(const Config* config, const Layer* layers) {
     const Config& c = *config;
-    const bool has_dim = c.head_dim == 32 || c.head_dim == 64 || c.head_dim == 96 || c.head_dim == 128 || c.head_dim == 256;
+    const bool has_dim = c.head_dim % DEPTH == 0 && c.head_dim <= HEAD_DIM_MAX;
     const bool fits = c.hidden % DEPTH == 0 && c.intermediate % DEPTH == 0 && c.heads % c.kv_heads == 0 && c.threads > 0;
     return has_dim && fits ? new (std::nothrow) Engine(c, layers) : nullptr;
 }

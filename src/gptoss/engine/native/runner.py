@@ -5,7 +5,8 @@ Rules:
   fixed table, full attention with shared KV heads, a gated SiLU, no multipliers. ``choose_runner`` then compares its
   logits with transformers' own.
 - The model's own weights are freed as they are packed. Who finds that it should not have been taken loads it again.
-- KV memory is the engine's ``KvSlot`` in bfloat16; between the matrix products everything is float32.
+- KV memory is the engine's ``KvSlot`` in bfloat16, in whole blocks of 32 positions; what stands where inside of a block
+  is the kernels' own affair. Between the matrix products everything is float32.
 """
 
 import ctypes
@@ -13,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
 from gptoss.engine.attention import Chunk
 from gptoss.engine.kv_cache import KvGeometry, KvSlot, LayerGeometry
-from gptoss.engine.native.weights import LANES, PackedWeights, WeightFormat, WeightsStruct
+from gptoss.engine.native.weights import DEPTH, LANES, PackedWeights, WeightFormat, WeightsStruct
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
@@ -27,6 +29,7 @@ ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCa
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Those whose table does not depend on the length of the sequence."""
 
+HEAD_DIM_MAX = 256
 POSITIONS_MIN = 64
 """The table holds at least these, for the comparison with the model's own logits."""
 
@@ -99,7 +102,7 @@ class NativeRunner:
         head_dim = model.model.layers[0].self_attn.head_dim
         layers = [LayerGeometry(kv_heads=config.num_key_value_heads, head_dim=head_dim, window=0)]
         self.geometry = KvGeometry(layers * config.num_hidden_layers, torch.bfloat16, torch.device("cpu"))
-        self.layout = self.geometry.layout
+        self.layout = msgspec.structs.replace(self.geometry.layout, block_tokens=DEPTH)
         self.dtype = torch.bfloat16
         self._vocab = config.vocab_size
         self._library = library
@@ -141,7 +144,7 @@ class NativeRunner:
 
     def new_slot(self, tokens: int) -> KvSlot:
         """See ``Runner``."""
-        return KvSlot(self.geometry, tokens)
+        return KvSlot(self.geometry, -(-tokens // DEPTH) * DEPTH)
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
         """See ``Runner``."""
@@ -220,7 +223,7 @@ def _check(model: Any) -> None:
     reasons = {
         f"activation {config.hidden_act}": config.hidden_act != "silu",
         f"rope type {rope}": rope not in ROPE_TYPES,
-        f"head_dim {attention.head_dim}": attention.head_dim not in {32, 64, 96, 128, 256},
+        f"head_dim {attention.head_dim}": attention.head_dim % 32 != 0 or attention.head_dim > HEAD_DIM_MAX,
         f"hidden size {config.hidden_size}": bool(config.hidden_size % 32),
         f"intermediate size {config.intermediate_size}": bool(config.intermediate_size % 32),
         "not all matrices are plain linear layers": not all(
