@@ -20,6 +20,7 @@ from gptoss.cli import main
 from gptoss.config import Settings
 from gptoss.doctor import Finding, examine, render
 from gptoss.engine import demo
+from gptoss.engine.native import build
 
 
 class Usage(NamedTuple):
@@ -214,3 +215,14 @@ def test_the_command_exits_with_1_only_for_failures(monkeypatch: pytest.MonkeyPa
     assert json.loads(result.stdout) == [{"area": "A", "name": "n", "status": "warn", "detail": "d", "advice": "a"}]
     found.append(Finding(area="A", name="m", status="fail", detail="d", advice="a"))
     assert CliRunner().invoke(main, ["doctor"]).exit_code == 1
+
+
+def test_a_missing_compiler_is_a_warning_that_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(cache_dir=str(tmp_path))
+    (found,) = [finding for finding in examine(settings) if finding.name == "CPU kernels"]
+    assert (found.status, "at the first start" in found.detail) == ("ok", True)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    (found,) = [finding for finding in examine(settings) if finding.name == "CPU kernels"]
+    assert (found.status, "apt install g++" in found.advice) == ("warn", True)

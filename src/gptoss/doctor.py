@@ -27,6 +27,7 @@ from gptoss.config import Settings
 from gptoss.engine import demo
 from gptoss.engine.model_folder import read_manifest
 from gptoss.engine.model_source import HUB_NAMES
+from gptoss.engine.native.build import NativeUnavailableError, find_compiler, is_built
 from gptoss.errors import AddressInUse, ConfigError, GptossError
 from gptoss.preflight import check_exposure, check_model, check_port
 
@@ -127,7 +128,7 @@ def _installed(requirement: Requirement) -> tuple[str, bool]:
 # ---------------------------------------------------------------- machine
 
 
-def _machine(_settings: Settings) -> Iterator[Finding]:
+def _machine(settings: Settings) -> Iterator[Finding]:
     area = "Machine"
     model, flags = _cpu_info()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -139,6 +140,7 @@ def _machine(_settings: Settings) -> Iterator[Finding]:
         yield Finding(
             area=area, name="CPU features", status="ok", detail=f"{has}; bfloat16 is computed in wider registers"
         )
+    yield _kernels(settings)
     yield from _cuda(area)
     memory = psutil.virtual_memory()
     available = min(memory.available, _cgroup_room())
@@ -174,6 +176,22 @@ def _cuda(area: str) -> Iterator[Finding]:
         yield Finding(area=area, name="GPU", status="warn", detail=detail, advice=advice)
     else:
         yield Finding(area=area, name="GPU", status="ok", detail="none; models run on the CPU")
+
+
+def _kernels(settings: Settings) -> Finding:
+    """Whether the CPU kernels are compiled, or can be."""
+    try:
+        compiler = find_compiler()
+        state = "compiled" if is_built(settings.cache_path) else "compiled in some seconds at the first start"
+        return Finding(area="Machine", name="CPU kernels", status="ok", detail=f"{state} ({compiler})")
+    except NativeUnavailableError:
+        return Finding(
+            area="Machine",
+            name="CPU kernels",
+            status="warn",
+            detail="no C++ compiler: models on the CPU run on torch's slower kernels",
+            advice="install one, on Debian: apt install g++",
+        )
 
 
 def _cpu_info() -> tuple[str, set[str]]:
