@@ -224,6 +224,11 @@ struct Weights {
     int32_t inputs;
 };
 
+// Ask for a weight block that will be needed soon; an address past the end does no harm.
+inline void prefetch_block(const uint16_t* block) {
+    for (int i = 0; i < BLOCK; i += 32) __builtin_prefetch(block + i);
+}
+
 inline int blocks_of(int count, int size) { return (count + size - 1) / size; }
 
 // 16 outputs of `ROWS` rows in the vector unit; see the summation rule above.
@@ -663,6 +668,7 @@ class Engine {
         for (int i = 0; i < HEADS * dim; i += LANES) store(mine.queries.get() + i, widen(queries + i));
         for (int key = 0; key < visible; key += LANES) {
             f32x16 out[HEADS][1];
+            for (int i = 0; i < dim / DEPTH; i++) prefetch_block(k + size_t(key + 2 * LANES) * dim + i * BLOCK);
             vector_tile<HEADS, 1>(mine.queries.get(), dim, k + size_t(key) * dim, 0, BLOCK, dim / DEPTH, out);
             for (int h = 0; h < HEADS; h++) store(mine.scores.get() + h * key_stride_ + key, out[h][0]);
         }
@@ -671,22 +677,21 @@ class Engine {
             float* scores = mine.scores.get() + h * key_stride_;
             factors[h] = soften(scores, visible, [&](int key, const uint16_t* shares) { store(scores + key, widen(shares)); });
         }
-        const int blocks = visible / DEPTH;
-        for (int i = 0; i < dim; i += 2 * LANES) {
-            f32x16 out[HEADS][2], rest[HEADS][2];
-            const uint16_t* from = v + i / LANES * BLOCK;
-            vector_tile<HEADS, 2>(mine.scores.get(), key_stride_, from, BLOCK, size_t(DEPTH) * dim, blocks, out);
-            if (visible % DEPTH) {
-                const bool is_tail = blocks == keys / DEPTH;
-                const uint16_t* last = is_tail ? mine.tail.get() + i / LANES * BLOCK : from + size_t(blocks) * DEPTH * dim;
-                vector_tile<HEADS, 2>(mine.scores.get() + blocks * DEPTH, key_stride_, last, BLOCK, 0, 1, rest);
-                for (int h = 0; h < HEADS; h++)
-                    for (int half = 0; half < 2; half++) out[h][half] += rest[h][half];
+        f32x16 out[HEADS][HEAD_DIM_MAX / LANES] = {};
+        const size_t block_size = size_t(DEPTH) * dim;
+        for (int block = 0; block * DEPTH < visible; block++) {
+            const bool is_tail = (block + 1) * DEPTH > keys;
+            const uint16_t* at = is_tail ? mine.tail.get() : v + block * block_size;
+            for (int i = 0; i < dim / LANES; i++) {
+                prefetch_block(v + (block + 1) * block_size + i * BLOCK);
+                f32x16 more[HEADS][1];
+                vector_tile<HEADS, 1>(mine.scores.get() + block * DEPTH, key_stride_, at + i * BLOCK, 0, 0, 1, more);
+                for (int h = 0; h < HEADS; h++) out[h][i] += more[h][0];
             }
-            uint16_t* to = attended_.get() + (size_t(row) * c_.heads + head) * dim + i;
-            for (int h = 0; h < HEADS; h++)
-                for (int half = 0; half < 2; half++) narrow(to + h * dim + half * LANES, out[h][half] * factors[h]);
         }
+        uint16_t* to = attended_.get() + (size_t(row) * c_.heads + head) * dim;
+        for (int h = 0; h < HEADS; h++)
+            for (int i = 0; i < dim / LANES; i++) narrow(to + h * dim + i * LANES, out[h][i] * factors[h]);
     }
 
 #if defined(__AMX_BF16__)

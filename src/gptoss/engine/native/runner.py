@@ -20,6 +20,7 @@ from torch import nn
 
 from gptoss.engine.attention import Chunk
 from gptoss.engine.kv_cache import KvGeometry, KvSlot, LayerGeometry
+from gptoss.engine.native.memory import Arena, ask_for_huge_pages
 from gptoss.engine.native.weights import DEPTH, LANES, PackedWeights, WeightFormat, WeightsStruct
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -106,6 +107,7 @@ class NativeRunner:
         self.dtype = torch.bfloat16
         self._vocab = config.vocab_size
         self._library = library
+        self._arena = Arena()
         self._kept: list[Any] = []  # what the kernels point to
         self.weights_bytes = 0
         cosines, sines = _rope_table(model, max(max_model_len, POSITIONS_MIN))
@@ -144,7 +146,10 @@ class NativeRunner:
 
     def new_slot(self, tokens: int) -> KvSlot:
         """See ``Runner``."""
-        return KvSlot(self.geometry, -(-tokens // DEPTH) * DEPTH)
+        slot = KvSlot(self.geometry, -(-tokens // DEPTH) * DEPTH)
+        for store in slot.stores:
+            ask_for_huge_pages(store)
+        return slot
 
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
         """See ``Runner``."""
@@ -193,7 +198,7 @@ class NativeRunner:
         )
 
     def _pack(self, linears: list[nn.Linear], form: WeightFormat, *, interleaved: bool = False) -> WeightsStruct:
-        packed = self._keep(PackedWeights(self._library, linears, form, interleaved=interleaved))
+        packed = self._keep(PackedWeights(self._library, self._arena, linears, form, interleaved=interleaved))
         self.weights_bytes += packed.num_bytes
         for linear in linears:
             linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gptoss.engine.native.memory import Arena
+
 LANES = 16
 DEPTH = 32
 INT8_MAX = 127
-ALIGNMENT_BYTES = 64
 
 WeightFormat = Literal["bfloat16", "int8"]
 
@@ -36,6 +37,7 @@ class PackedWeights:
 
     Args:
         library: the kernels.
+        arena: where the blocks go.
         linears: layers whose outputs are wanted together.
         form: how a weight is stored.
         interleaved: outputs 0-15 of each, then 16-31 of each and so on; else one after the other.
@@ -45,7 +47,13 @@ class PackedWeights:
     """
 
     def __init__(
-        self, library: ctypes.CDLL, linears: Sequence[nn.Linear], form: WeightFormat, *, interleaved: bool = False
+        self,
+        library: ctypes.CDLL,
+        arena: Arena,
+        linears: Sequence[nn.Linear],
+        form: WeightFormat,
+        *,
+        interleaved: bool = False,
     ) -> None:
         inputs = linears[0].in_features
         outputs = [linear.out_features for linear in linears]
@@ -54,7 +62,7 @@ class PackedWeights:
         width = 1 if form == "int8" else 2
         column_blocks = [-(-count // LANES) for count in outputs]
         depth = -(-inputs // DEPTH) * DEPTH
-        self._blocks = _aligned(sum(column_blocks) * LANES * depth * width)
+        self._blocks = arena.take(sum(column_blocks) * LANES * depth * width)
         self._scales = torch.zeros(sum(column_blocks) * LANES) if form == "int8" else None
         has_bias = any(_bias(linear) is not None for linear in linears)
         self._bias = torch.zeros(sum(column_blocks) * LANES) if has_bias else None
@@ -87,12 +95,6 @@ class PackedWeights:
         self.num_bytes = sum(
             part.numel() * part.element_size() for part in (self._blocks, self._scales, self._bias) if part is not None
         )
-
-
-def _aligned(num_bytes: int) -> torch.Tensor:
-    """Uninitialised bytes that start at a multiple of ``ALIGNMENT_BYTES``."""
-    room = torch.empty(num_bytes + ALIGNMENT_BYTES, dtype=torch.uint8)
-    return room[-room.data_ptr() % ALIGNMENT_BYTES :][:num_bytes]
 
 
 def _quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
