@@ -108,3 +108,23 @@ def test_a_draft_counts_as_far_as_it_is_what_is_drawn(draft: tuple[int, ...], to
     assert [draw.token_id for draw in outcomes[1].draws] == tokens
     assert outcomes[0].draws == ()
     assert outcomes[2].draws == (Draw(2),)
+
+
+class Jammed:
+    """A mask that cannot be asked."""
+
+    def allowed(self) -> torch.Tensor | None:
+        raise KeyError("no such state")
+
+    def push(self, token_id: int) -> None: ...
+
+
+def test_a_draw_that_raises_is_the_failure_of_its_row_alone() -> None:
+    good = SamplerState(SamplingParams(temperature=0.0), (), ())
+    bad = SamplerState(SamplingParams(temperature=0.0), (), (), Jammed())
+    tasks = [Task(chunk(token_id), (), state, 1) for token_id, state in ((1, good), (2, bad), (3, good))]
+    outcomes = run_tasks(StubRunner(), tasks, lambda: None)  # pyright: ignore[reportArgumentType]
+    assert [outcome.draws for outcome in outcomes] == [(Draw(2),), (), (Draw(4),)]
+    fault = outcomes[1].fault
+    assert fault is not None
+    assert (fault.failure, "no such state" in fault.message) == ("model", True)

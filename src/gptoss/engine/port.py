@@ -5,6 +5,8 @@ Rules that every engine keeps:
 - Every ``Submit`` is answered by exactly one terminal event, ``Finished`` or ``Failed``, with the same request id and
   attempt, unless the engine itself is lost (``EngineExited``), which ends everything it had.
 - Tokens arrive only inside ``StepDone`` and only as increments. After a request's terminal event it has no more rows.
+- A request may lose its KV memory to another and wait again (``StepDone.preemptions``). Its tokens go on as if nothing
+  had been; only ``prefilled`` counts again what is computed again.
 - ``Cancel`` takes effect within two steps and is answered by ``Finished`` with reason ``cancelled``; cancelling what is
   unknown or already over does nothing. ``Cancel``, ``Drain``, ``Snapshot`` and ``Shutdown`` are idempotent.
 - Results of a request depend on its prompt, settings and seed, never on who shares the batch. The noise of a draw is a

@@ -71,22 +71,45 @@ def run_tasks(runner: Runner, tasks: Sequence[Task], relieve: Callable[[], None]
     """
     undos = [Undo(task.chunk) for task in tasks]
     logits, faults = run_isolated(runner, undos, relieve)
-    rows: list[torch.Tensor] = []
-    states: list[SamplerState] = []
-    positions: list[int] = []
-    for task, found in zip(tasks, logits, strict=True):
-        if found is not None:
-            rows += found.unbind(0)
-            states += [task.sampler] * len(found)
-            positions += range(task.position, task.position + len(found))
-    draws = iter(draw_tokens(rows, states, positions))
+    draws = _draw_isolated(tasks, {index: found for index, found in enumerate(logits) if found is not None}, faults)
     outcomes: list[RowOutcome] = []
-    for index, (task, undo, found) in enumerate(zip(tasks, undos, logits, strict=True)):
-        accepted = _accepted([next(draws) for _ in found], task.draft) if found is not None else ()
-        if task.draft and accepted:
+    for index, (task, undo) in enumerate(zip(tasks, undos, strict=True)):
+        accepted = _accepted(draws[index], task.draft) if index in draws else ()
+        if index in faults:
+            undo.since(task.chunk.start)
+        elif task.draft:
             undo.since(task.position - 1 + len(accepted))
         outcomes.append(RowOutcome(accepted, faults.get(index)))
     return tuple(outcomes)
+
+
+def _draw_isolated(
+    tasks: Sequence[Task], logits: dict[int, torch.Tensor], faults: dict[int, Fault]
+) -> dict[int, list[Draw]]:
+    """Draw for each task that has logits; ``faults`` grows by those where that raises."""
+    try:
+        return _draw(tasks, logits)
+    except Exception:  # noqa: BLE001 - as with the model, it is the failure of one; found out one by one
+        draws: dict[int, list[Draw]] = {}
+    for index, found in logits.items():
+        try:
+            draws |= _draw(tasks, {index: found})
+        except Exception as error:  # noqa: BLE001 - see above
+            faults[index] = Fault("memory" if is_out_of_memory(error) else "model", one_line(error))
+    return draws
+
+
+def _draw(tasks: Sequence[Task], logits: dict[int, torch.Tensor]) -> dict[int, list[Draw]]:
+    rows: list[torch.Tensor] = []
+    states: list[SamplerState] = []
+    positions: list[int] = []
+    for index, found in logits.items():
+        task = tasks[index]
+        rows += found.unbind(0)
+        states += [task.sampler] * len(found)
+        positions += range(task.position, task.position + len(found))
+    draws = iter(draw_tokens(rows, states, positions))
+    return {index: [next(draws) for _ in range(len(found))] for index, found in logits.items()}
 
 
 class Undo:
