@@ -34,7 +34,6 @@ using f32x16 = float __attribute__((vector_size(64)));
 using i32x16 = int32_t __attribute__((vector_size(64)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
-using i8x16 = int8_t __attribute__((vector_size(16)));
 
 constexpr int LANES = 16;    // outer columns of a weight block, and floats of a vector
 constexpr int DEPTH = 32;    // inner rows of a weight block
@@ -285,38 +284,29 @@ inline void shape_tiles(int first_rows, int second_rows) {
     _tile_loadconfig(&shape);
 }
 
-inline void unpack_int8(const int8_t* from, uint16_t* to) {
+// Every int8 is a bfloat16. Not inlined: GCC 12 makes something ten times slower of it in place.
+[[gnu::noinline]] void unpack(const int8_t* from, uint16_t* to) {
     for (int i = 0; i < BLOCK; i += LANES) {
-        f32x16 v = __builtin_convertvector(__builtin_convertvector(load<i8x16>(from + i), i32x16), f32x16);
-        store(to + i, __builtin_convertvector(reinterpret_cast<u32x16>(v) >> 16, u16x16));
+        const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+        store(to + i, _mm512_cvtneps_pbh(_mm512_cvtepi32_ps(wide)));
     }
 }
 
 // Up to 32 rows x 2 column blocks.
-template <class Weight>
-void amx_tile(const uint16_t* a, size_t stride, const Weight* w, size_t column_stride, size_t depth_stride,
+void amx_tile(const uint16_t* a, size_t stride, const uint16_t* w, size_t column_stride, size_t depth_stride,
               int depth_blocks, bool has_second, bool has_pair,
               float* out /* [2][2][16][16]: row half, column block, row, column */) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    alignas(64) uint16_t wide[2][BLOCK];
     const uint16_t* second = a + 16 * stride;
     for (int kb = 0; kb < depth_blocks; kb++) {
-        const void* left = w + kb * depth_stride;
-        const void* right = w + column_stride + kb * depth_stride;
-        if constexpr (sizeof(Weight) == 1) {
-            unpack_int8(static_cast<const int8_t*>(left), wide[0]);
-            left = wide[0];
-            if (has_pair) unpack_int8(static_cast<const int8_t*>(right), wide[1]);
-            right = wide[1];
-        }
         _tile_loadd(4, a + kb * DEPTH, stride * 2);
-        _tile_loadd(6, left, 64);
+        _tile_loadd(6, w + kb * depth_stride, 64);
         _tile_dpbf16ps(0, 4, 6);
         if (has_pair) {
-            _tile_loadd(7, right, 64);
+            _tile_loadd(7, w + column_stride + kb * depth_stride, 64);
             _tile_dpbf16ps(1, 4, 7);
         }
         if (has_second) {
@@ -336,6 +326,7 @@ constexpr bool HAS_AMX = false;
 
 // Which rows go to the vector unit; more go to AMX where there is one.
 constexpr int VECTOR_ROWS_MAX = 1;
+constexpr int VECTOR_ROWS_MAX_INT8 = 2;
 
 // Rows x one unit of column blocks. `emit(row, block, sums)` gets 16 outputs of a row, scaled and with bias.
 template <class Weight, class Emit>
@@ -350,17 +341,29 @@ void multiply_unit(const uint16_t* a, int rows, const Weights& w, int first_bloc
         emit(row, block, v);
     };
 #if defined(__AMX_BF16__)
-    if (rows > VECTOR_ROWS_MAX) {
+    if (rows > (sizeof(Weight) == 1 ? VECTOR_ROWS_MAX_INT8 : VECTOR_ROWS_MAX)) {
+        static thread_local Scratch<uint16_t> unpacked;
         alignas(64) float out[4 * 256];
-        for (int row = 0; row < rows; row += 32) {
-            const int first = rows - row < 16 ? rows - row : 16;
-            const int left = rows - row - 16;
-            const int second = left < 0 ? 0 : left < 16 ? left : 16;
-            shape_tiles(first, second);
-            for (int block = 0; block < num_blocks; block += 2) {
-                const bool has_pair = block + 1 < num_blocks;
-                amx_tile<Weight>(a + row * stride, stride, base + block * column_stride, column_stride, BLOCK,
-                                 depth_blocks, second > 0, has_pair, out);
+        int shaped_first = 0, shaped_second = 0;
+        for (int block = 0; block < num_blocks; block += 2) {
+            const bool has_pair = block + 1 < num_blocks;
+            const Weight* at = base + block * column_stride;
+            const uint16_t* panel;
+            if constexpr (sizeof(Weight) == 1) {
+                // The whole panel first: a tile cannot be loaded from a store that is still under way.
+                if (!unpacked.reserve(2 * column_stride)) std::abort();
+                for (size_t i = 0; i < column_stride * (1 + has_pair); i += BLOCK) unpack(at + i, unpacked.get() + i);
+                panel = unpacked.get();
+            } else {
+                panel = at;
+            }
+            for (int row = 0; row < rows; row += 32) {
+                const int first = rows - row < 16 ? rows - row : 16;
+                const int left = rows - row - 16;
+                const int second = left < 0 ? 0 : left < 16 ? left : 16;
+                if (first != shaped_first || second != shaped_second) shape_tiles(first, second);
+                shaped_first = first, shaped_second = second;
+                amx_tile(a + row * stride, stride, panel, column_stride, BLOCK, depth_blocks, second > 0, has_pair, out);
                 for (int c = 0; c < 1 + has_pair; c++) {
                     for (int r = 0; r < first; r++)
                         finish(row + r, first_block + block + c, load<f32x16>(out + c * 256 + r * LANES));
