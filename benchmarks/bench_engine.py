@@ -71,7 +71,7 @@ def measure_contexts(model: LoadedModel, contexts: Sequence[int], budget_s: floa
             context += room - STEPS_MAX // 2  # noqa: PLW2901 - the longest that leaves room for the steps
         streams = Streams(model)
         prefill_s = streams.start(1, context, STEPS_MAX + 4)
-        took = streams.decode_s(budget_s, min(STEPS_MAX, room) // 2)
+        took = streams.decode_s(budget_s, min(STEPS_MAX, max(room, STEPS_MAX // 2)) // 2)
         kv = streams.step().kv_bytes_in_use
         rows.append(
             [
