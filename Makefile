@@ -15,10 +15,10 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test check fmt bench clean
+.PHONY: help install run test check fmt bench bench-gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS go to the command:  make run ARGS='20b --port 8080'   make test ARGS='tests/test_cli.py -k help'"
 
@@ -46,6 +46,9 @@ fmt: $(INSTALLED) ## format the code and mend what lint can mend
 
 bench: $(INSTALLED) ## run the benchmarks, or with ARGS one of them
 	@set -e; for file in $(or $(ARGS),$(BENCHMARKS)); do echo "==> $$file"; $(BIN)/python $$file; done
+
+bench-gpu: $(INSTALLED) ## measure a gpt-oss-20b of random weights on a CUDA device, beside transformers
+	$(BIN)/python benchmarks/bench_gpu.py --write benchmarks/RESULTS_GPU.md $(ARGS)
 
 clean: ## remove .venv and all caches of the tools
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
