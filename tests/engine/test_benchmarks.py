@@ -1,0 +1,89 @@
+"""The engine's benchmarks run and say what they are for; their figures are of no interest here."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+Folders = Callable[[str], str]
+
+
+def run(script: str, *options: str) -> str:
+    """What a benchmark prints."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the lines of all Markdown tables, rulers left out."""
+    lines = [line.strip("| ") for line in text.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def test_the_engine_benchmark_measures_streams_contexts_and_the_parts_of_a_step(tiny_folder: Folders) -> None:
+    options = ["--kernels", "torch", "--threads", "1", "--budget-s", "0.05"]
+    text = run(
+        "bench_engine.py",
+        "--model",
+        tiny_folder("gpt_oss"),
+        "--streams",
+        "1,3",
+        "--contexts",
+        "300",
+        "--parts",
+        "2",
+        *options,
+    )
+    found = {row[0]: row[1:] for row in rows(text)}
+    assert {"1", "3", "300", "linear layers", "experts", "attention", "lm_head", "sampling"} <= found.keys()
+    shares = [int(cells[0].rpartition("(")[2].rstrip("%)")) for cells in found.values() if cells[0].endswith("%)")]
+    assert shares[-1] == 100
+    assert 95 <= sum(shares[:-1]) <= 105
+
+
+def test_perplexity_compares_ways_with_the_first(tiny_folder: Folders, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A short text of plain bytes, read twice. " * 8)
+    text = run(
+        "perplexity.py",
+        *("--model", tiny_folder("llama"), "--text", str(tmp_path / "text.txt"), "--window", "128", "--threads", "1"),
+        *("--ways", "float32,bfloat16-torch"),
+    )
+    head, reference, other = rows(text)
+    assert head[3:] == ["perplexity", "against the first", "KL", "same best"]
+    assert reference[4:] == ["+0.00%", "0.00000", "100.0%"]
+    assert 0.0 < float(other[5]) < 0.1
+    assert float(reference[3]) == pytest.approx(float(other[3]), rel=0.05)
+
+
+def test_the_gpu_benchmark_can_be_rehearsed_without_one(tmp_path: Path) -> None:
+    text = run(
+        "bench_gpu.py",
+        *("--device", "cpu", "--layers", "2", "--tiny", "--streams", "1,2", "--prompt", "40", "--output", "6"),
+        *("--ways", "gptoss,generate", "--write", str(tmp_path / "table.md")),
+    )
+    measured = [row for row in rows(text) if row[0] in {"1", "2"}]
+    assert [row[:2] for row in measured] == [["1", "gptoss"], ["1", "generate"], ["2", "gptoss"], ["2", "generate"]]
+    assert all(float(cell) > 0 for row in measured for cell in row[2:6])
+    assert text.strip() in (tmp_path / "table.md").read_text()
+
+
+def test_the_gpu_benchmark_says_in_one_line_that_there_is_no_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA devices")
+    assert re.fullmatch(r"bench_gpu: no CUDA device [^\n]*\n", run("bench_gpu.py"))
