@@ -141,6 +141,22 @@ def test_a_stream_is_the_same_after_preemptions(way: str, load: Callable[..., Lo
         assert found[name] == expected, name
 
 
+@pytest.mark.parametrize("way", ["own kernels", "own kernels with int8"])
+def test_a_stream_is_the_same_when_its_tokens_are_guessed(
+    way: str, load: Callable[..., LoadedModel], alone: Alone
+) -> None:
+    found: dict[str, Stream] = {}
+    guessed = 0
+    for request in targets():
+        running = Run(load(way), options=msgspec.structs.replace(CACHING, speculates=True))
+        running.handle(request, *strangers(2))
+        running.finish()
+        found[request.request_id] = streams(running.events)[request.request_id]
+        guessed += sum(row.num_draft for row in running.rows(request.request_id))
+    assert guessed
+    assert found == alone(way)
+
+
 @pytest.mark.parametrize("cut", [1, 11, TOKENS - 1])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stream_goes_on_as_it_would_have_in_another_engine(
