@@ -222,6 +222,7 @@ class _Weights:
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would go on with random numbers in their place
             raise ModelLoadError(f"{self._folder} lacks {len(missing)} weights of the model, first {missing[0]}")
+        progress("checking", 0, 0, "steps")  # what comes next: does a runner give its logits?
         return model.eval().requires_grad_(False)
 
 
