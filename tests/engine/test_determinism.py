@@ -205,7 +205,8 @@ class Engine:
                 left.discard(event.request_id)
             return not left
 
-        self.until(is_over)
+        if left:  # an engine that was killed late had ended them all
+            self.until(is_over)
 
     def kill(self) -> None:
         self.driver.kill()
