@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def demo_cache() -> Path:
     """A cache folder that outlives the test run: dequantising the demo takes about twenty seconds the first time."""
-    return Path(os.environ.get("GPTOSS_TEST_CACHE") or REPOSITORY / ".cache")
+    return Path(os.environ.get("DEMO_TEST_CACHE") or REPOSITORY / ".cache")
 
 
 @pytest.fixture(scope="session")
