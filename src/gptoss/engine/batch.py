@@ -145,9 +145,8 @@ class Batch:
     def keep(self, sequence: Sequence) -> None:
         """Put what a running request has computed into the prefix cache, as far as there is room."""
         if self._cache and sequence.chain and isinstance(sequence.slot, KvSlot):
-            token_ids = sequence.token_ids if self.limits.is_row_invariant else sequence.submit.prompt_token_ids
             room = self._cache_room(self.kv_bytes_in_use)
-            self._cache.store(sequence.chain, token_ids, sequence.slot, sequence.num_computed, room)
+            self._cache.store(sequence.chain, self._cacheable(sequence), sequence.slot, sequence.num_computed, room)
 
     def distrust(self, sequence: Sequence) -> None:
         """Take out of the prefix cache whatever a request has in common with it: its logits made no sense."""
@@ -158,13 +157,17 @@ class Batch:
         """What the prefix cache has for a request that is to start."""
         if self._cache is None or sequence.chain is None:
             return None
-        token_ids = sequence.token_ids if self.limits.is_row_invariant else sequence.submit.prompt_token_ids
+        token_ids = self._cacheable(sequence)
         usable = len(token_ids) - 1
         return self._cache.find(sequence.chain, token_ids, usable if tokens_max is None else min(usable, tokens_max))
 
     def _find_more(self, sequence: Sequence) -> Hit | None:
         """What the prefix cache has for one that runs and is still at its prompt."""
         return self._find(sequence) if sequence.num_computed + 1 < sequence.num_prompt else None
+
+    def _cacheable(self, sequence: Sequence) -> list[int] | tuple[int, ...]:
+        """The tokens that the cache may hold of a request: where bits depend on the cut, those of its prompt only."""
+        return sequence.token_ids if self.limits.is_row_invariant else sequence.submit.prompt_token_ids
 
     def _cache_room(self, kv_bytes_in_use: int) -> int:
         return max(0, min(self._cache_bytes_max, self._budget_bytes_now - kv_bytes_in_use))

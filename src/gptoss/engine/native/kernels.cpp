@@ -265,8 +265,6 @@ void vector_tile(const float* a, size_t stride, const Weight* w, size_t column_s
 }
 
 #if defined(__AMX_BF16__)
-constexpr bool HAS_AMX = true;
-
 struct alignas(64) TileShape {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -320,8 +318,6 @@ void amx_tile(const uint16_t* a, size_t stride, const uint16_t* w, size_t column
     if (has_second) _tile_stored(2, out + 512, 64);
     if (has_second && has_pair) _tile_stored(3, out + 768, 64);
 }
-#else
-constexpr bool HAS_AMX = false;
 #endif
 
 // Which rows go to the vector unit; more go to AMX where there is one.
@@ -811,8 +807,6 @@ int32_t gptoss_can_run() {
     return 1;
 #endif
 }
-
-int32_t gptoss_has_amx() { return HAS_AMX; }
 
 // Lays out `outputs` x `inputs` numbers of 1 or 2 bytes, `stride` apart, as weight blocks: every `step`th from `first_block`.
 void gptoss_pack(const void* from, int64_t stride, int32_t outputs, int32_t inputs, int32_t bytes, int32_t first_block,

@@ -165,6 +165,7 @@ class NativeRunner:
         for chunk, length in zip(chunks, lengths, strict=True):
             end += length
             wanted += range(end - chunk.num_logits, end)
+        logit_rows = (ctypes.c_int32 * len(wanted))(*wanted)
         width = -(-self._vocab // LANES) * LANES
         logits = torch.empty((len(wanted), width))
         step = _StepStruct(
@@ -174,13 +175,12 @@ class NativeRunner:
             slots=ctypes.addressof(slots),
             capacities=ctypes.addressof(capacities),
             num_logits=len(wanted),
-            logit_rows=ctypes.addressof(logit_rows := (ctypes.c_int32 * len(wanted))(*wanted)),
+            logit_rows=ctypes.addressof(logit_rows),
             logits=logits.data_ptr(),
             logits_stride=width,
         )
         if self._library.gptoss_forward(ctypes.c_void_p(self._engine), ctypes.byref(step)):
             raise MemoryError(f"no memory for a step of {rows} rows")
-        del logit_rows
         found = logits[:, : self._vocab].split([chunk.num_logits for chunk in chunks])
         return [rows_of if chunk.num_logits else None for chunk, rows_of in zip(chunks, found, strict=True)]
 
