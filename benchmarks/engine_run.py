@@ -5,12 +5,13 @@ import statistics
 import time
 from pathlib import Path
 
-import platformdirs
 import torch
 
 from gptoss.clock import SystemClock
+from gptoss.config import Settings
 from gptoss.engine.core import CoreOptions, EngineCore
 from gptoss.engine.load import LoadedModel, load_model
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.model_source import prepare_in_child
 from gptoss.engine.port import EngineEvent, Load, StepDone, Submit
 from gptoss.messages.sampling import SamplingParams
@@ -33,7 +34,7 @@ def load_options(arguments: argparse.Namespace, *, max_batch_size: int, max_mode
     """What the options ask for; the demo is prepared first."""
     folder, name = arguments.model, Path(arguments.model).name
     if arguments.model == "demo":
-        made = prepare_in_child("demo", cache_dir=cache_folder(), dtype="auto", progress=_ignore)
+        made = prepare_in_child("demo", cache_dir=cache_folder(), dtype="auto", progress=no_progress)
         folder, name = made.folder, made.model_name
     return Load(
         folder=folder,
@@ -55,12 +56,12 @@ def load(options: Load) -> LoadedModel:
     """The model, in this process."""
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    return load_model(options, _ignore)
+    return load_model(options, no_progress)
 
 
 def cache_folder() -> Path:
     """Of prepared models and compiled kernels: the one that the server uses."""
-    return Path(platformdirs.user_cache_dir("gptoss"))
+    return Settings().cache_path
 
 
 def describe(model: LoadedModel) -> str:
@@ -119,7 +120,3 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit

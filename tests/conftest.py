@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.model_source import prepare_in_child
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -19,8 +20,4 @@ def demo_cache() -> Path:
 @pytest.fixture(scope="session")
 def demo_folder(demo_cache: Path) -> str:
     """The prepared folder of the demo model in bfloat16."""
-    return prepare_in_child("demo", cache_dir=demo_cache, dtype="auto", progress=_ignore).folder
-
-
-def _ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
+    return prepare_in_child("demo", cache_dir=demo_cache, dtype="auto", progress=no_progress).folder

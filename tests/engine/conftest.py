@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.port import Load
 
 if TYPE_CHECKING:
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
-
-
-def _ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
 
 
 TINY: dict[str, Any] = {
@@ -124,6 +121,6 @@ def tiny_model(tiny_folder: Callable[[str], str]) -> Callable[..., "LoadedModel"
     def load(kind: str = "llama", **options: Any) -> "LoadedModel":
         torch.set_num_threads(1)  # several would only wait for each other on models this small
         options = {"dtype": "float32", "max_batch_size": 8, "kv_budget_bytes": 1 << 30} | options
-        return load_model(Load(folder=tiny_folder(kind), model_name=kind, **options), _ignore)
+        return load_model(Load(folder=tiny_folder(kind), model_name=kind, **options), no_progress)
 
     return load

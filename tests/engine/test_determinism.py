@@ -16,6 +16,7 @@ from streams import SETTINGS, TOKENS, Stream, has_each, joined, rest_of, strange
 
 from gptoss.engine.core import CoreOptions
 from gptoss.engine.load import LoadedModel
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.native.build import NativeUnavailableError, find_compiler
 from gptoss.engine.port import (
     Cancel,
@@ -272,10 +273,6 @@ def questions(model: LoadedModel) -> list[Submit]:
     return found
 
 
-def _ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
-
-
 @pytest.fixture(scope="module")
 def demo_load(demo_folder: str, request: pytest.FixtureRequest) -> Load:
     """The demo, on the kernels that the test is parametrised with."""
@@ -293,7 +290,7 @@ def demo_load(demo_folder: str, request: pytest.FixtureRequest) -> Load:
 def demo(demo_load: Load) -> LoadedModel:
     from gptoss.engine.load import load_model
 
-    return load_model(demo_load, _ignore)
+    return load_model(demo_load, no_progress)
 
 
 @pytest.fixture(scope="module")

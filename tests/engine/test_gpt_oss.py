@@ -12,6 +12,7 @@ from o200k import NAMED, VOCAB_SIZE, write_tokenizer
 
 from gptoss.engine.core import CoreOptions
 from gptoss.engine.load import LoadedModel, load_model
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.port import Finished, Load, Submit
 from gptoss.engine.runner import PackedRunner
 from gptoss.messages.sampling import SamplingParams
@@ -62,16 +63,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> str:
 
 def load(folder: str, dtype: Literal["bfloat16", "float32"]) -> LoadedModel:
     options = Load(folder=folder, model_name="gpt-oss-tiny", dtype=dtype, max_model_len=2048, num_threads=1)
-    return load_model(options, _ignore)
+    return load_model(options, no_progress)
 
 
 @pytest.fixture(scope="module")
 def model(folder: str) -> LoadedModel:
     return load(folder, "bfloat16")
-
-
-def _ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
 
 
 def ask(model: LoadedModel, **settings: Any) -> tuple[Submit, Run]:

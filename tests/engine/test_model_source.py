@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptoss.engine.model_folder import check_folder, read_manifest
+from gptoss.engine.model_folder import check_folder, no_progress, read_manifest
 from gptoss.engine.model_source import (
     PreparedModel,
     find_ready,
@@ -18,10 +18,6 @@ from gptoss.engine.model_source import (
 from gptoss.errors import ConfigError, ModelLoadError
 
 CONFIG = {"model_type": "llama", "max_position_embeddings": 512}
-
-
-def ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
 
 
 def make_folder(folder: Path, *names: str) -> Path:
@@ -94,7 +90,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
 def test_a_complete_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "tiny", "model.safetensors", "tokenizer.json")
     before = sorted(folder.iterdir())
-    model = prepare_in_child(str(folder), cache_dir=tmp_path / "cache", dtype="auto", progress=ignore)
+    model = prepare_in_child(str(folder), cache_dir=tmp_path / "cache", dtype="auto", progress=no_progress)
     assert model == PreparedModel(folder=str(folder), model_name="tiny", source=str(folder), max_model_len=512)
     assert sorted(folder.iterdir()) == before
     assert not (tmp_path / "cache").exists()
@@ -108,7 +104,8 @@ def test_a_folder_without_tokenizer_json_gets_one_in_an_overlay(tmp_path: Path, 
     (source / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
     (source / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     prepared = [
-        prepare_in_child(str(source), cache_dir=tmp_path / "cache", dtype="auto", progress=ignore) for _ in range(2)
+        prepare_in_child(str(source), cache_dir=tmp_path / "cache", dtype="auto", progress=no_progress)
+        for _ in range(2)
     ]
     overlay = Path(prepared[0].folder)
     assert prepared[0] == prepared[1]
@@ -144,7 +141,7 @@ def test_a_prepared_demo_is_found_without_a_child(
     demo_folder: str, demo_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
-    model = prepare_in_child("demo", cache_dir=demo_cache, dtype="auto", progress=ignore)
+    model = prepare_in_child("demo", cache_dir=demo_cache, dtype="auto", progress=no_progress)
     assert (model.folder, model.max_model_len) == (demo_folder, 8192)
     assert find_ready(resolve_model("demo"), cache_dir=demo_cache, dtype="float32") is None
 
@@ -172,7 +169,7 @@ def test_without_a_network_a_hub_model_says_how_to_get_it(tmp_path: Path, monkey
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     with pytest.raises(ModelLoadError, match=r"hub cannot be reached: run `hf download openai/gpt-oss-20b`"):
-        prepare_in_child("20b", cache_dir=tmp_path, dtype="auto", progress=ignore)
+        prepare_in_child("20b", cache_dir=tmp_path, dtype="auto", progress=no_progress)
 
 
 def stand_in_child(monkeypatch: pytest.MonkeyPatch, code: str) -> list["subprocess.Popen[bytes]"]:
@@ -192,19 +189,21 @@ def stand_in_child(monkeypatch: pytest.MonkeyPatch, code: str) -> list["subproce
 def test_a_child_that_dies_is_reported_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_child(monkeypatch, "import sys; input(); sys.exit('out of luck')")
     with pytest.raises(ModelLoadError, match=r"preparing 20b broke off \(exit status 1: out of luck\)"):
-        prepare_in_child("20b", cache_dir=tmp_path, dtype="auto", progress=ignore)
+        prepare_in_child("20b", cache_dir=tmp_path, dtype="auto", progress=no_progress)
 
 
 def test_a_killed_child_is_reported_by_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_child(monkeypatch, "import os; input(); os.kill(os.getpid(), 9)")
     with pytest.raises(ModelLoadError, match=r"broke off \(signal 9, perhaps out of memory\)"):
-        prepare_in_child("20b", cache_dir=tmp_path, dtype="auto", progress=ignore)
+        prepare_in_child("20b", cache_dir=tmp_path, dtype="auto", progress=no_progress)
 
 
 def test_cancelling_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = stand_in_child(monkeypatch, "import time; time.sleep(600)")
     with pytest.raises(ModelLoadError, match="cancelled"):
-        prepare_in_child("20b", cache_dir=tmp_path, dtype="auto", progress=ignore, is_cancelled=lambda: bool(started))
+        prepare_in_child(
+            "20b", cache_dir=tmp_path, dtype="auto", progress=no_progress, is_cancelled=lambda: bool(started)
+        )
     assert started[0].returncode == -9
 
 

@@ -17,6 +17,7 @@ from gptoss.doctor import DEQUANTISED_BYTES
 from gptoss.engine import load as load_module
 from gptoss.engine import mxfp4
 from gptoss.engine.load import LoadedModel, load_model
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.mxfp4 import WeightForm, count_parameters, weight_forms
 from gptoss.engine.port import Load
 from gptoss.engine.runner import PackedRunner
@@ -73,11 +74,7 @@ def checkpoints(tiny_folder: Callable[[str], str], tmp_path_factory: pytest.Temp
 
 def load(folder: Path, **options: Any) -> LoadedModel:
     settings: dict[str, Any] = {"dtype": "bfloat16", "kv_budget_bytes": 1 << 28} | options
-    return load_model(Load(folder=str(folder), model_name="tiny", **settings), _ignore)
-
-
-def _ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
+    return load_model(Load(folder=str(folder), model_name="tiny", **settings), no_progress)
 
 
 def _always(value: Any) -> Callable[..., Any]:

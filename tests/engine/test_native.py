@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from gptoss.engine.attention import Chunk
 from gptoss.engine.load import LoadedModel, load_model
 from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config
-from gptoss.engine.model_folder import check_folder
+from gptoss.engine.model_folder import check_folder, no_progress
 from gptoss.engine.native import build
 from gptoss.engine.native.build import NativeUnavailableError, open_kernels
 from gptoss.engine.native.runner import NativeRunner
@@ -197,12 +197,8 @@ def test_a_compiler_that_fails_is_told_in_a_line(tmp_path: Path, monkeypatch: py
         open_kernels(tmp_path)
 
 
-def _unseen(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
-
-
 def load(folder: str, **options: Any) -> LoadedModel:
-    return load_model(Load(folder=folder, model_name="tiny", kv_budget_bytes=1 << 26, **options), _unseen)
+    return load_model(Load(folder=folder, model_name="tiny", kv_budget_bytes=1 << 26, **options), no_progress)
 
 
 def test_a_model_that_they_know_runs_on_them(demo_folder: str) -> None:

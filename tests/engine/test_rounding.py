@@ -11,6 +11,7 @@ import transformers
 
 from gptoss.engine import attention
 from gptoss.engine.load import LoadedModel, load_model
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.port import Load
 from gptoss.engine.rounding import rounding_noise
 from gptoss.engine.runner import GenericRunner, PackedRunner
@@ -23,11 +24,7 @@ Folders = Callable[[str], str]
 
 def load(folder: str, **options: Any) -> LoadedModel:
     settings: dict[str, Any] = {"dtype": "bfloat16", "kv_budget_bytes": 1 << 24, "kernels": "torch"} | options
-    return load_model(Load(folder=folder, model_name="tiny", **settings), _ignore)
-
-
-def _ignore(stage: str, done: int, total: int, unit: str) -> None:
-    del stage, done, total, unit
+    return load_model(Load(folder=folder, model_name="tiny", **settings), no_progress)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])

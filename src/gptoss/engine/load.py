@@ -10,22 +10,22 @@ Rules:
 
 import hashlib
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import msgspec
-import platformdirs
 import psutil
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, core_model_loading
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from gptoss.config import Settings
 from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config, max_model_len_from_config
-from gptoss.engine.model_folder import check_folder, file_sha256, read_json
+from gptoss.engine.model_folder import Progress, check_folder, file_sha256, no_progress, read_json
 from gptoss.engine.mxfp4 import count_parameters, weight_forms
 from gptoss.engine.native.build import NativeUnavailableError, open_kernels
 from gptoss.engine.native.runner import ARCHITECTURES
@@ -38,9 +38,6 @@ from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # transformers is only partly typed.
-
-Progress: TypeAlias = Callable[[str, int, int, str], None]
-"""Called with stage, done, total (0: unknown) and unit."""
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
 """Part of the memory that is free once the weights are in, taken for KV when no budget is set."""
@@ -154,7 +151,7 @@ def _choose_kernels(
             raise ModelLoadError(f"{must} a CPU, bfloat16 and one of {', '.join(sorted(ARCHITECTURES))}")
         return None, ()
     try:
-        folder = Path(load.cache_folder) if load.cache_folder else Path(platformdirs.user_cache_dir("gptoss"))
+        folder = Settings(cache_dir=load.cache_folder).cache_path
         progress("kernels", 0, 0, "files")
         return Native(open_kernels(folder), form, max_model_len), ()
     except NativeUnavailableError as error:
@@ -277,11 +274,7 @@ def _sha256(path: Path) -> str:
     blob = path.resolve()
     if blob.parent.name == "blobs" and _SHA256_NAME.fullmatch(blob.name):
         return blob.name
-    return file_sha256(blob, "fingerprint", _unseen)
-
-
-def _unseen(stage: str, done: int, total: int, unit: str) -> None:
-    """Progress that runs beside the loading is not told."""
+    return file_sha256(blob, "fingerprint", no_progress)
 
 
 def _one_line(error: BaseException) -> str:

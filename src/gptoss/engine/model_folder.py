@@ -35,6 +35,11 @@ LOCK_POLLS_MAX = 14_400
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
+def no_progress(stage: str, done: int, total: int, unit: str) -> None:
+    """``Progress`` for those who need not know."""
+    del stage, done, total, unit
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a prepared folder was made from.
 
