@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from rich.console import Console
 
 from gptoss import doctor
-from gptoss.cli import main
+from gptoss.cli.main import main
 from gptoss.config import Settings
 from gptoss.doctor import Finding, examine, render
 from gptoss.engine import demo

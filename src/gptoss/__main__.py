@@ -1,6 +1,6 @@
 """``python -m gptoss``: the command line."""
 
-from gptoss.cli import main
+from gptoss.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="gptoss")

@@ -212,8 +212,7 @@ class ServingSystem:
             control_retention_bytes=settings.journal_retention_mb * BYTES_PER_MB,
             content_retention_bytes=settings.content_retention_mb * BYTES_PER_MB,
         )
-        folder = settings.data_path / "journal"
-        return SegmentJournal.open(folder, node=node, boot=boot, clock=self.clock, options=options)
+        return SegmentJournal.open(settings.journal_path, node=node, boot=boot, clock=self.clock, options=options)
 
     def _start_telemetry(self) -> None:
         def make() -> TelemetryActor:

@@ -90,8 +90,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def data_path(self) -> Path:
-        """Folder of the journal."""
+        """Folder of everything that a server keeps."""
         return Path(self.data_dir or platformdirs.user_data_dir("gptoss")).expanduser()
+
+    @property
+    def journal_path(self) -> Path:
+        """Folder of the segments."""
+        return self.data_path / "journal"
 
     @property
     def cache_path(self) -> Path:

@@ -6,16 +6,25 @@ it is consumed, then the events it led to, and only then acts on them. Replay fe
 two functions and compares.
 
 A restarted decider rebuilds its state by folding its own stream, so a crash loses no reservation and no queue place.
+
+One that lives long records its whole state now and then (``SnapshotTaken``), so that neither a restart nor a replay
+needs the stream from its beginning, which retention forgets. The larger the state, the rarer: a snapshot costs at most
+``SNAPSHOT_BYTES_PER_COMMAND`` a command.
 """
 
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import msgspec
 
 from gptoss.actors.actor import LoopActor
 from gptoss.messages.codec import encode_command
 from gptoss.messages.commands import Command
 from gptoss.messages.envelope import Event
-from gptoss.messages.events import CommandConsumed
+from gptoss.messages.events import CommandConsumed, SnapshotTaken
+
+SNAPSHOT_COMMANDS_MIN = 500
+SNAPSHOT_BYTES_PER_COMMAND = 32
 
 S = TypeVar("S")
 
@@ -42,13 +51,20 @@ class Decider(Protocol[S]):
 
 
 class DeciderActor(LoopActor, Generic[S]):
-    """Runs one decider. Subclasses say in ``react`` what follows from each event."""
+    """Runs one decider. Subclasses say in ``reactions`` what follows from each event.
+
+    Attributes:
+        TAKES_SNAPSHOTS: whether it lives long enough for ``SnapshotTaken``.
+    """
+
+    TAKES_SNAPSHOTS: ClassVar[bool] = True
 
     def __init__(self, decider: Decider[S]) -> None:
         super().__init__()
         self.decider = decider
         self.state = decider.initial()
         self.reactions: dict[type[Event], Callable[[Any], None]] = {}
+        self._commands_to_snapshot = SNAPSHOT_COMMANDS_MIN
 
     def on_start(self) -> None:
         """Rebuild the state after a crash."""
@@ -56,7 +72,7 @@ class DeciderActor(LoopActor, Generic[S]):
             return
         journal = self.context.system.journal
         for record in journal.read(stream=self.context.name, boot=journal.boot):
-            self.state = self.decider.evolve(self.state, record.event)
+            self.state = fold(self.decider, self.state, record.event)
 
     def on_receive(self, message: Command) -> None:
         """Consume a command: journal it, decide, evolve, journal the events, react."""
@@ -71,3 +87,20 @@ class DeciderActor(LoopActor, Generic[S]):
             reaction = self.reactions.get(type(event))
             if reaction is not None:
                 reaction(event)
+        if self.TAKES_SNAPSHOTS:
+            self._count_to_snapshot()
+
+    def _count_to_snapshot(self) -> None:
+        self._commands_to_snapshot -= 1
+        if self._commands_to_snapshot > 0:
+            return
+        state = msgspec.msgpack.encode(self.state)
+        self.record(SnapshotTaken(decider=self.decider.name, state=msgspec.Raw(state)), correlation="")
+        self._commands_to_snapshot = max(SNAPSHOT_COMMANDS_MIN, len(state) // SNAPSHOT_BYTES_PER_COMMAND)
+
+
+def fold(decider: Decider[S], state: S, event: Event) -> S:
+    """``evolve``, and of a snapshot the state that it holds."""
+    if isinstance(event, SnapshotTaken):
+        return msgspec.msgpack.decode(event.state, type=type(state))
+    return decider.evolve(state, event)

@@ -71,6 +71,8 @@ class RequestServices(msgspec.Struct, kw_only=True):
 class RequestActor(DeciderActor[RequestState]):
     """Walks one request from its arrival to its single terminal event."""
 
+    TAKES_SNAPSHOTS = False
+
     def __init__(
         self, request_id: str, request: GenerateRequest, generation: Generation, services: RequestServices
     ) -> None:

@@ -103,6 +103,13 @@ class CommandConsumed(Event, frozen=True, kw_only=True):
     command: msgspec.Raw
 
 
+class SnapshotTaken(Event, frozen=True, kw_only=True):
+    """The whole state of a long-living decider, at this place in its stream; a replay may begin here."""
+
+    decider: str
+    state: msgspec.Raw
+
+
 class LogDegraded(Event, frozen=True, kw_only=True):
     """The journal's disk failed; events go on in memory only. Recorded last, where it still can be."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gptoss.cli.request_events import find_records, read_folder, read_server, record_from_json
 from gptoss.clock import SystemClock
 from gptoss.errors import GptossError, JournalError, NotReady, RequestNotFound
 from gptoss.messages import commands as cmd
@@ -15,7 +16,6 @@ from gptoss.messages import events as ev
 from gptoss.messages.codec import as_json, encode_command
 from gptoss.messages.envelope import Event, Origin, Record
 from gptoss.messages.sampling import SamplingParams
-from gptoss.request_events import find_records, read_folder, read_server, record_from_json
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
 from gptoss.telemetry.timeline import timeline
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from gptoss.cli import main
+from gptoss.cli.main import main
+from gptoss.cli.serve_options import PANELS
 from gptoss.clock import SystemClock
 from gptoss.config import Layered, Settings
 from gptoss.errors import ModelLoadError
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin
-from gptoss.serve_options import PANELS
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
 
 GPTOSS = [sys.executable, "-m", "gptoss"]
@@ -88,7 +88,7 @@ def test_the_version_is_that_of_the_package() -> None:
 
 def test_help_loads_neither_the_model_stack_nor_the_server() -> None:
     code = (
-        "import sys; from gptoss.cli import main; main(['serve', '--help'], standalone_mode=False); "
+        "import sys; from gptoss.cli.main import main; main(['serve', '--help'], standalone_mode=False); "
         "print(sorted({'torch', 'transformers', 'aiohttp', 'gptoss.server', 'gptoss.app'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
