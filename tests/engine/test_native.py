@@ -134,7 +134,7 @@ def test_logits_are_nearer_to_float32_than_those_of_bfloat16_eager_attention(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
 def test_bits_do_not_depend_on_the_cut_the_company_or_the_threads(kind: str, form: WeightFormat, make: Make) -> None:
     ids = text(LENGTH)
     whole = logits_of(make(kind, form), ids, [LENGTH])
