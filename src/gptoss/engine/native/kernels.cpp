@@ -114,6 +114,36 @@ inline f32x16 exponential(f32x16 x) {
     return p * reinterpret_cast<f32x16>(exponent + (127 << 23));
 }
 
+// Inner loops are written in registers of the machine, `PARTS` of which hold what belongs to 16 outputs: GCC keeps wider
+// vectors than those on the stack, and is 5 times slower.
+#if defined(__AVX512BW__)
+constexpr int PART_LANES = 16;
+#else
+constexpr int PART_LANES = 8;
+#endif
+constexpr int PARTS = LANES / PART_LANES;
+using Sums = int32_t __attribute__((vector_size(PART_LANES * 4)));
+using Pairs = int16_t __attribute__((vector_size(PART_LANES * 4)));
+using Words = uint32_t __attribute__((vector_size(PART_LANES * 4)));
+using Bits = uint16_t __attribute__((vector_size(PART_LANES * 4)));
+using Halves = uint16_t __attribute__((vector_size(PART_LANES * 2)));
+using Floats = float __attribute__((vector_size(PART_LANES * 4)));
+
+inline Floats splat_part(float x) { return x - Floats{}; }
+
+// a x b + c, rounded once where the machine can: said aloud, because a compiler may see it in one loop and not in the next.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512BW__)
+    return reinterpret_cast<Floats>(_mm512_fmadd_ps(
+        reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return reinterpret_cast<Floats>(_mm256_fmadd_ps(
+        reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
 inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 // ---------------------------------------------------------------- memory
@@ -305,24 +335,27 @@ inline void prefetch_block(const uint16_t* block) {
 template <int ROWS, int COLUMNS>
 void vector_tile(const float* a, size_t stride, const uint16_t* w, size_t column_stride, size_t depth_stride,
                  int depth_blocks, f32x16 out[ROWS][COLUMNS]) {
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLUMNS; c++) out[r][c] = f32x16{};
-    for (int kb = 0; kb < depth_blocks; kb++) {
-        f32x16 even[ROWS][COLUMNS] = {}, odd[ROWS][COLUMNS] = {};
-        for (int pair = 0; pair < DEPTH / 2; pair++) {
-            const float* x = a + kb * DEPTH + 2 * pair;
-            for (int c = 0; c < COLUMNS; c++) {
-                const u32x16 both = load<u32x16>(w + c * column_stride + kb * depth_stride + pair * 2 * LANES);
-                const f32x16 low = as_float(both << 16), high = as_float(both & 0xffff0000u);
-                for (int r = 0; r < ROWS; r++) {
-                    even[r][c] += low * x[r * stride];
-                    odd[r][c] += high * x[r * stride + 1];
+    Floats total[ROWS][COLUMNS][PARTS] = {};
+    for (int kb = 0; kb < depth_blocks; kb++)
+        for (int part = 0; part < PARTS; part++) {
+            Floats even[ROWS][COLUMNS] = {}, odd[ROWS][COLUMNS] = {};
+            for (int pair = 0; pair < DEPTH / 2; pair++) {
+                const float* x = a + kb * DEPTH + 2 * pair;
+                for (int c = 0; c < COLUMNS; c++) {
+                    const uint16_t* at = w + c * column_stride + kb * depth_stride + (pair * LANES + part * PART_LANES) * 2;
+                    const Words both = load<Words>(at);
+                    const Floats low = reinterpret_cast<Floats>(both << 16);
+                    const Floats high = reinterpret_cast<Floats>(both & 0xffff0000u);
+                    for (int r = 0; r < ROWS; r++) {
+                        even[r][c] = fused(low, splat_part(x[r * stride]), even[r][c]);
+                        odd[r][c] = fused(high, splat_part(x[r * stride + 1]), odd[r][c]);
+                    }
                 }
             }
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < COLUMNS; c++) total[r][c][part] += even[r][c] + odd[r][c];
         }
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < COLUMNS; c++) out[r][c] += even[r][c] + odd[r][c];
-    }
+    std::memcpy(out, total, sizeof total);
 }
 
 #if defined(__AMX_BF16__)
@@ -438,19 +471,6 @@ void multiply_unit(const Activations& a, int rows, const Weights& w, int first_b
 
 // ---------------------------------------------------------------- products with packed weights
 
-// In registers of the machine, `PARTS` of which hold what belongs to 16 outputs.
-#if defined(__AVX512BW__)
-constexpr int PART_LANES = 16;
-#else
-constexpr int PART_LANES = 8;
-#endif
-constexpr int PARTS = LANES / PART_LANES;
-using Sums = int32_t __attribute__((vector_size(PART_LANES * 4)));
-using Pairs = int16_t __attribute__((vector_size(PART_LANES * 4)));
-using Bits = uint16_t __attribute__((vector_size(PART_LANES * 4)));
-using Halves = uint16_t __attribute__((vector_size(PART_LANES * 2)));
-using Floats = float __attribute__((vector_size(PART_LANES * 4)));
-
 // Two products a lane.
 inline Sums add_products(Sums sums, Pairs w, Sums x) {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -463,19 +483,6 @@ inline Sums add_products(Sums sums, Pairs w, Sums x) {
 #else
     const Sums wide = reinterpret_cast<Sums>(w);
     return sums + ((wide << 16) >> 16) * ((x << 16) >> 16) + (wide >> 16) * (x >> 16);
-#endif
-}
-
-// a x b + c, rounded once where the machine can: said aloud, because a compiler may see it in one loop and not in the next.
-inline Floats fused(Floats a, Floats b, Floats c) {
-#if defined(__AVX512BW__)
-    return reinterpret_cast<Floats>(_mm512_fmadd_ps(
-        reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
-#elif defined(__FMA__)
-    return reinterpret_cast<Floats>(_mm256_fmadd_ps(
-        reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
-#else
-    return a * b + c;
 #endif
 }
 
@@ -497,7 +504,7 @@ inline Floats widen_float16(const uint16_t* from) {
 
 // The weights of pair `which` in 16 bits each.
 template <int BITS> inline Pairs unpack(Bits bits, int which) {
-    if constexpr (BITS == 4) return reinterpret_cast<Pairs>((bits >> (4 * which)) & 15);
+    if constexpr (BITS == 4) return reinterpret_cast<Pairs>(which == 3 ? bits >> 12 : (bits >> (4 * which)) & 15);
     else return reinterpret_cast<Pairs>(bits << (8 - 8 * which)) >> 8;
 }
 
@@ -511,32 +518,33 @@ void packed_tile(const Activations& a, int row, const uint8_t* w, const uint16_t
     const size_t stride = a.width(), units_stride = 2 * (a.width() / DEPTH);
     Floats total[ROWS][PARTS] = {};
     for (int kb = 0; kb < depth_blocks; kb++) {
-        Sums sums[ROWS][PARTS] = {};
-        for (int i = 0; i < BITS; i++) {
-            for (int pair = 0; pair < PAIRS; pair++) {
-                for (int part = 0; part < PARTS; part++) {
-                    const Pairs both = unpack<BITS>(load<Bits>(w + part * sizeof(Bits)), pair);
+        for (int part = 0; part < PARTS; part++) {
+            Sums sums[ROWS] = {};
+            // Not unrolled: GCC would gather all products before it adds them, and has no registers for so many.
+#pragma GCC unroll 1
+            for (int i = 0; i < BITS; i++) {
+                const Bits bits = load<Bits>(w + (i * PARTS + part) * sizeof(Bits));
+                for (int pair = 0; pair < PAIRS; pair++) {
+                    const Pairs both = unpack<BITS>(bits, pair);
                     for (int r = 0; r < ROWS; r++) {
                         int32_t numbers;
-                        std::memcpy(&numbers, x + r * stride + 2 * pair, sizeof numbers);
-                        sums[r][part] = add_products(sums[r][part], both, Sums{} + numbers);
+                        std::memcpy(&numbers, x + r * stride + 2 * (i * PAIRS + pair), sizeof numbers);
+                        sums[r] = add_products(sums[r], both, Sums{} + numbers);
                     }
                 }
             }
-            w += 4 * LANES;
-            x += 2 * PAIRS;
-        }
-        for (int part = 0; part < PARTS; part++) {
             const Floats scale = widen_float16(scales + part * PART_LANES);
             Floats minimum;
             if constexpr (BITS == 4) minimum = widen_float16(scales + LANES + part * PART_LANES);
             for (int r = 0; r < ROWS; r++) {
                 const float* unit = units + r * units_stride;
                 Floats& sum = total[r][part];
-                sum = fused(__builtin_convertvector(sums[r][part], Floats), scale * unit[0], sum);
-                if constexpr (BITS == 4) sum = fused(minimum, Floats{} + unit[1], sum);
+                sum = fused(__builtin_convertvector(sums[r], Floats), scale * unit[0], sum);
+                if constexpr (BITS == 4) sum = fused(minimum, splat_part(unit[1]), sum);
             }
         }
+        w += BLOCK * BITS / 8;
+        x += DEPTH;
         scales += BITS == 4 ? 2 * LANES : LANES;
         units += 2;
     }
