@@ -46,6 +46,7 @@ from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.metrics import Metrics
 from gptoss.telemetry.projection import Projection
+from gptoss.telemetry.segment_recovery import record_aborted
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
 from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
 
@@ -244,9 +245,7 @@ class ServingSystem:
         )
         self.journal.append(started, origin)
         if isinstance(self.journal, SegmentJournal):
-            for boot in self.journal.recovery.aborted:
-                aborted = ev.RunsAborted(boot=boot.boot, request_ids=boot.request_ids)
-                self.journal.append(aborted, origin)
+            record_aborted(self.journal, self.journal.recovery.aborted)
 
     async def _prepare_model(self) -> PreparedModel:
         settings = self.settings
