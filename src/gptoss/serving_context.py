@@ -3,16 +3,68 @@
 import asyncio
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from gptoss.app import ServingSystem
-from gptoss.http.context import HttpContext
+from gptoss.clock import NS_PER_S
+from gptoss.errors import Overloaded, RequestNotFound
+from gptoss.http.context import EventAsk, HttpContext
 from gptoss.http.routes import make_app as make_http_app
 from gptoss.messages.codec import as_json
 from gptoss.telemetry.bundle import system_snapshot
+from gptoss.telemetry.delays import story
+from gptoss.telemetry.event_tail import EventPage, EventQuery, EventTail
 from gptoss.telemetry.request_records import request_records
 
+FOLLOWERS_MAX = 16
+FOLLOW_EVERY_S = 0.1
 PROFILE_TEMPERATURES = {"latency_first": 0.7, "quality_first": 0.8}
+
+
+class EventPages:
+    """Answers those who follow the log: a bounded number of them wait at once, and one at a time reads."""
+
+    def __init__(self, serving: ServingSystem) -> None:
+        self._serving = serving
+        self._tail = EventTail(serving.journal)
+        self._reading = asyncio.Lock()
+        self._followers = 0
+
+    async def page(self, ask: EventAsk) -> dict[str, Any]:
+        """See ``EventAsk``.
+
+        Raises:
+            Overloaded: too many wait already.
+        """
+        if self._followers >= FOLLOWERS_MAX:
+            raise Overloaded(f"{FOLLOWERS_MAX} callers follow the events already; try again")
+        self._followers += 1
+        try:
+            found = await self._wait(ask)
+        finally:
+            self._followers -= 1
+        return {
+            "boot": found.boot,
+            "next": found.next,
+            "newest": found.newest,
+            "wall_offset_ns": self._serving.projection.wall_offset_ns,
+            "events": [as_json(record) for record in found.records],
+        }
+
+    async def _wait(self, ask: EventAsk) -> EventPage:
+        query = EventQuery(types=ask.types, stream=ask.stream)
+        after = self._tail.newest if ask.after is None else ask.after
+        end_ns = self._serving.system.now_ns() + int(ask.wait_s * NS_PER_S)
+        while True:
+            async with self._reading:
+                found = await asyncio.to_thread(self._tail.page, query, after=after, limit=ask.limit)
+            is_late = self._serving.system.now_ns() >= end_ns or self._serving.draining
+            if found.records or ask.after is None or is_late:
+                return found
+            after = found.next
+            if after >= found.newest:
+                await asyncio.sleep(FOLLOW_EVERY_S)
 
 
 def make_app(serving: ServingSystem) -> web.Application:
@@ -30,6 +82,13 @@ def http_context(serving: ServingSystem) -> HttpContext:
 
     async def events(request_id: str) -> list[dict[str, Any]]:
         return await asyncio.to_thread(lambda: [as_json(r) for r in request_records(journal, request_id)])
+
+    async def story_of(request_id: str) -> dict[str, Any] | None:
+        try:
+            found = await asyncio.to_thread(story, journal, request_id)
+        except RequestNotFound:
+            return None
+        return msgspec.to_builtins(found)
 
     async def snapshot() -> dict[str, Any]:
         await serving.caught_up()
@@ -56,6 +115,8 @@ def http_context(serving: ServingSystem) -> HttpContext:
         metrics=metrics,
         recent_requests=projection.recent_requests,
         events=events,
+        story=story_of,
+        event_page=EventPages(serving).page,
         snapshot=snapshot,
         draining=lambda: serving.draining,
         default_temperature=PROFILE_TEMPERATURES[serving.settings.profile],

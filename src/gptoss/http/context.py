@@ -56,6 +56,24 @@ class HttpTiming(msgspec.Struct, frozen=True, kw_only=True):
     poll_s: float = 1.0
 
 
+class EventAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """Which records are asked for.
+
+    Attributes:
+        after: only positions above this; None asks for none yet, only where the journal is now.
+        limit: at most so many.
+        wait_s: how long to wait for the first.
+        types: only these types of event; empty leaves out those that come all the time.
+        stream: only this stream.
+    """
+
+    after: int | None = None
+    limit: int = 100
+    wait_s: float = 0.0
+    types: frozenset[str] = frozenset()
+    stream: str = ""
+
+
 class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     """The system as handlers see it.
 
@@ -65,6 +83,8 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
         metrics: ``Accept`` header -> (exposition, content type).
         recent_requests: limit -> newest requests.
         events: request id -> its records, JSON-ready; empty when unknown.
+        story: request id -> its timeline and what delayed it, JSON-ready; None when unknown.
+        event_page: newest records, JSON-ready; see ``EventAsk``.
         snapshot: the system's debug bundle.
         draining: whether new requests are refused because the server stops.
         allowed_hosts: names that ``Host`` may hold; empty allows any, None derives them from the bind address.
@@ -80,6 +100,8 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Callable[[str], Awaitable[tuple[bytes, str]]]
     recent_requests: Callable[[int], list[dict[str, Any]]]
     events: Callable[[str], Awaitable[list[dict[str, Any]]]]
+    story: Callable[[str], Awaitable[dict[str, Any] | None]]
+    event_page: Callable[[EventAsk], Awaitable[dict[str, Any]]]
     snapshot: Callable[[], Awaitable[dict[str, Any]]]
     draining: Callable[[], bool]
     default_temperature: float = 1.0
