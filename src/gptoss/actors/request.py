@@ -54,7 +54,8 @@ class RequestServices(msgspec.Struct, kw_only=True):
     Attributes:
         max_model_len: 0 until an executor has loaded the model; the app sets it.
         hmac_key: keys the prompt hashes in control events.
-        keep_content: record prompt token ids in the content family.
+        keep_content: record prompt token ids and stop strings in the content family; ``keep_text``: the client's
+            messages and the answer too.
     """
 
     directory: Directory
@@ -66,6 +67,7 @@ class RequestServices(msgspec.Struct, kw_only=True):
     hmac_key: bytes
     keep_content: bool
     max_model_len: Callable[[], int]
+    keep_text: bool = False
 
 
 class RequestActor(DeciderActor[RequestState]):
@@ -84,6 +86,7 @@ class RequestActor(DeciderActor[RequestState]):
         self._directory = services.directory
         self._prompt: RenderedPrompt | None = None
         self._delivered: list[int] = []
+        self._text: list[str] = []
         self._deadline: Timer | None = None
         self._deadline_ns = 0
         self.reactions = {
@@ -147,6 +150,12 @@ class RequestActor(DeciderActor[RequestState]):
     # ---- reactions, in the order of a request's life
 
     def _render(self, _: ev.RequestValidated) -> None:
+        if self._services.keep_text:
+            messages, tools = (
+                msgspec.json.encode(part).decode() for part in (self._request.messages, self._request.tools)
+            )
+            received = ev.MessagesReceived(request_id=self._id, messages=messages, tools=tools)
+            self.record(received, correlation=self._id)
         self.context.system.run_task(self._render_off_loop(), name=f"render/{self._id}")
 
     async def _render_off_loop(self) -> None:
@@ -178,7 +187,9 @@ class RequestActor(DeciderActor[RequestState]):
     def _estimate(self, event: ev.PromptRendered) -> None:
         assert self._prompt is not None
         if self._services.keep_content:
-            self.record(ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids), correlation=self._id)
+            stop = self._request.sampling.stop
+            given = ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids, stop=stop)
+            self.record(given, correlation=self._id)
         estimate = cmd.EstimateMemory(
             now_ns=self._now(), request_id=self._id, prompt_tokens=event.prompt_tokens, max_tokens=event.max_tokens
         )
@@ -247,6 +258,8 @@ class RequestActor(DeciderActor[RequestState]):
             seen = cmd.FirstTokenSeen(now_ns=self._now(), attempt=tokens.attempt)
             super().on_receive(seen)
         self._delivered.extend(tokens.token_ids)
+        if self._services.keep_text:
+            self._text.append(tokens.text)
         self._generation.put(Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs))
 
     def _cancel(self, _: ev.CancelRequested) -> None:
@@ -285,6 +298,9 @@ class RequestActor(DeciderActor[RequestState]):
         return Usage(prompt_tokens=self.state.prompt_tokens, completion_tokens=completion_tokens)
 
     def _finish_with(self, outcome: Outcome) -> None:
+        if self._text:
+            answer = ev.AnswerDelivered(request_id=self._id, text="".join(self._text))
+            self.record(answer, correlation=self._id)
         now_ns = self._now()
         self._directory.tell("router", cmd.ForgetRoute(now_ns=now_ns, request_id=self._id))
         self._directory.tell("memory", cmd.ReleaseMemory(now_ns=now_ns, request_id=self._id))
