@@ -163,7 +163,7 @@ class Admission:
             case _:
                 return state
 
-    def tells(self, _: AdmissionState, event: Event, now_ns: int) -> list[Told]:
+    def tells(self, state: AdmissionState, event: Event, now_ns: int) -> list[Told]:
         """Ask the memory guard, and tell requests whether they may run."""
         match event:
             case MemoryRequested():

@@ -113,7 +113,7 @@ class MemoryGuard:
             case _:
                 return state
 
-    def tells(self, _: GuardState, event: Event, now_ns: int) -> list[Told]:
+    def tells(self, state: GuardState, event: Event, now_ns: int) -> list[Told]:
         """Answer requests with estimates, and admission with grants."""
         match event:
             case MemoryEstimated():

@@ -81,7 +81,7 @@ class Router:
             case _:
                 return state
 
-    def tells(self, _: RouterState, event: Event, now_ns: int) -> list[Told]:
+    def tells(self, state: RouterState, event: Event, now_ns: int) -> list[Told]:
         """Tell the memory guard where a reservation is, and the request where it runs."""
         if not isinstance(event, RouteDecided) or not event.executor:
             return []
