@@ -14,20 +14,21 @@ import importlib.metadata
 import os
 import platform
 import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
-from gptoss.actors.admission import AdmissionActor, AdmissionPolicy
+from gptoss.actors.admission import AdmissionActor
+from gptoss.actors.decider import DeciderActor
+from gptoss.actors.deciders import deciders_of
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.executor import ExecutorActor, ExecutorConfig
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
-from gptoss.actors.memory_guard import MemoryGuardActor
 from gptoss.actors.request import RequestServices
-from gptoss.actors.router import RouterActor
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
 from gptoss.clock import Clock, IdSource, Rng, SystemClock, SystemIds, SystemRng
@@ -85,6 +86,7 @@ class ServingSystem:
         self.projection = Projection(step_timeout_s=self.settings.step_timeout_s)
         self.metrics = Metrics()
         self.directory = Directory()
+        self.deciders = deciders_of(self.settings)
         self.journal: Journal
         self.system: System
         self.gateway: Gateway
@@ -275,24 +277,24 @@ class ServingSystem:
         )
 
     def _start_deciders(self) -> None:
-        policy = AdmissionPolicy(max_queue=self.settings.max_queue)
-        root = self.system.root
-        spawn = self.system.spawn
-        self.directory.add("memory", spawn(lambda: MemoryGuardActor(self.directory), name="memory", supervisor=root))
-        self.directory.add(
-            "admission", spawn(lambda: AdmissionActor(self.directory, policy), name="admission", supervisor=root)
-        )
-        self.directory.add("router", spawn(lambda: RouterActor(self.directory), name="router", supervisor=root))
+        deciders, directory = self.deciders, self.directory
+        makers: dict[str, Callable[[], DeciderActor[Any]]] = {
+            "memory": lambda: DeciderActor(deciders.memory, directory),
+            "admission": lambda: AdmissionActor(deciders.admission, directory),
+            "router": lambda: DeciderActor(deciders.router, directory),
+        }
+        for name, make in makers.items():
+            directory.add(name, self.system.spawn(make, name=name, supervisor=self.system.root))
 
     def _services(self, model: PreparedModel, renderer: Renderer) -> RequestServices:
         settings = self.settings
         return RequestServices(
+            lifecycle=self.deciders.lifecycle,
             directory=self.directory,
             renderer=renderer,
             served_model=settings.served_model_name or model.model_name,
             default_max_tokens=PROFILES[settings.profile][1],
             request_timeout_s=settings.request_timeout_s,
-            queue_timeout_s=settings.queue_timeout_s,
             hmac_key=_node_key(settings),
             keep_content=settings.content != "none",
             keep_text=settings.content == "full",
