@@ -47,6 +47,7 @@ from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.metrics import Metrics
 from gptoss.telemetry.projection import Projection
+from gptoss.telemetry.segment_recovery import record_aborted
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
 from gptoss.telemetry.system_snapshot import without_secrets
 from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
@@ -273,9 +274,7 @@ class ServingSystem:
         )
         self.journal.append(started, origin)
         if isinstance(self.journal, SegmentJournal):
-            for boot in self.journal.recovery.aborted:
-                aborted = ev.RunsAborted(boot=boot.boot, request_ids=boot.request_ids)
-                self.journal.append(aborted, origin)
+            record_aborted(self.journal, self.journal.recovery.aborted)
 
     async def _anchor_clock(self) -> None:
         """Record now and then what time it is, so that a later step of the wall clock dates only what follows it."""
