@@ -12,10 +12,10 @@ from gptoss.errors import Overloaded, RequestNotFound
 from gptoss.http.context import EventAsk, HttpContext
 from gptoss.http.routes import make_app as make_http_app
 from gptoss.messages.codec import as_json
-from gptoss.telemetry.bundle import system_snapshot
 from gptoss.telemetry.delays import story
 from gptoss.telemetry.event_tail import EventPage, EventQuery, EventTail
 from gptoss.telemetry.request_records import request_records
+from gptoss.telemetry.system_snapshot import system_snapshot
 
 FOLLOWERS_MAX = 16
 FOLLOW_EVERY_S = 0.1
