@@ -55,6 +55,7 @@ class DeciderActor(LoopActor, Generic[S]):
 
     Attributes:
         TAKES_SNAPSHOTS: whether it lives long enough for ``SnapshotTaken``.
+        about: the request that everything it records is about, for the decider of a single one.
     """
 
     TAKES_SNAPSHOTS: ClassVar[bool] = True
@@ -63,6 +64,7 @@ class DeciderActor(LoopActor, Generic[S]):
         super().__init__()
         self.decider = decider
         self.state = decider.initial()
+        self.about = ""
         self.reactions: dict[type[Event], Callable[[Any], None]] = {}
         self._commands_to_snapshot = SNAPSHOT_COMMANDS_MIN
 
@@ -76,7 +78,7 @@ class DeciderActor(LoopActor, Generic[S]):
 
     def on_receive(self, message: Command) -> None:
         """Consume a command: journal it, decide, evolve, journal the events, react."""
-        correlation = getattr(message, "request_id", None) or self.letter.correlation
+        correlation = self.about or getattr(message, "request_id", None) or self.letter.correlation
         consumed = CommandConsumed(decider=self.decider.name, command=encode_command(message))
         cause = self.record(consumed, correlation=correlation).meta.pos
         events = self.decider.decide(self.state, message)
