@@ -1,7 +1,6 @@
 """``gptoss events``: the newest requests, the newest events, both as they come, and the life of one request."""
 
 import difflib
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ import msgspec
 import rich_click
 from rich.console import Console
 
+from gptoss.cli.durations import seconds_of
 from gptoss.clock import NS_PER_S, SystemClock
 from gptoss.config import load_settings
 from gptoss.errors import ConfigError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 LIMIT_MAX = 10_000
 FOLLOW_EVERY_S = 0.5
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_SINCE = re.compile(r"(\d{1,6})([smhd])")
 
 
 @rich_click.command()
@@ -95,7 +93,9 @@ class _View:
 
         _check_types(types)
         self._limit = limit
-        self._since_unix_s = None if since is None else SystemClock().wall_ns() / NS_PER_S - _seconds(since)
+        self._since_unix_s = (
+            None if since is None else SystemClock().wall_ns() / NS_PER_S - seconds_of(since, "--since")
+        )
         self._query: EventQuery = EventQuery(types=frozenset(types), stream=stream or "")
         self._wanted: RequestFilter = RequestFilter(
             errors=errors, slow_s=slow, outcome=outcome or "", since_unix_s=self._since_unix_s
@@ -113,7 +113,6 @@ class _View:
 
     def show(self, source: "EventSource", request_id: str | None) -> None:
         """Write it all to standard output."""
-        click.echo(f"from {source.name}", err=True)
         try:
             if request_id is not None:
                 self._one(source, request_id)
@@ -123,28 +122,37 @@ class _View:
                 self._requests(source)
         except BrokenPipeError:
             sys.stderr.close()  # The reader, such as head, has seen enough.
+        except KeyboardInterrupt:
+            if not self._follow:
+                raise
 
     def _one(self, source: "EventSource", request_id: str) -> None:
         if self._as_json:
             from gptoss.messages import codec  # noqa: PLC0415 - see gptoss.cli.main
 
-            for record in source.records(request_id):
+            records = source.records(request_id)
+            _say_where(source)
+            for record in records:
                 click.echo(msgspec.json.encode(codec.as_json(record)))
             return
         from gptoss.telemetry.timeline_text import render_story  # noqa: PLC0415 - see gptoss.cli.main
 
-        click.echo(render_story(source.story(request_id), width=self._width, color=self._color), nl=False)
+        story = source.story(request_id)
+        _say_where(source)
+        click.echo(render_story(story, width=self._width, color=self._color), nl=False)
 
     # ---- lists
 
     def _requests(self, source: "EventSource") -> None:
         rows = source.requests(self._wanted, self._limit)
+        _say_where(source)
         self._print_requests(rows if not self._follow else rows[::-1], title=True)
         if not rows and not self._follow:
             click.echo("no such request", err=True)
         if self._follow:
-            for newer in _ended(source, self._wanted, {row.request_id for row in rows if row.e2e_ms is not None}):
-                self._print_requests(newer, title=False)
+            for newer in _ended(source, self._wanted):
+                self._print_requests(newer, title=not rows)
+                rows = rows or newer
 
     def _print_requests(self, rows: list["RequestRow"], *, title: bool) -> None:
         if self._as_json:
@@ -158,6 +166,7 @@ class _View:
 
     def _events(self, source: "EventSource") -> None:
         found = source.events(self._query, self._limit)
+        _say_where(source)
         self._print_events(found)
         if not found and not self._follow:
             click.echo("no such event", err=True)
@@ -165,7 +174,7 @@ class _View:
             for newer in source.follow(self._query):
                 self._print_events(newer)
                 if not newer:
-                    _pause()
+                    time.sleep(FOLLOW_EVERY_S)
 
     def _print_events(self, found: Iterable["Dated"]) -> None:
         since = self._since_unix_s
@@ -181,25 +190,19 @@ class _View:
         click.echo(render_events(kept, width=self._width, color=self._color), nl=False)
 
 
-def _ended(source: "EventSource", wanted: "RequestFilter", seen: set[str]) -> Iterator[list["RequestRow"]]:
-    """Wanted requests as they end, for ever; those ``seen`` before are left out."""
+def _say_where(source: "EventSource") -> None:
+    click.echo(f"from {source.name}", err=True)
+
+
+def _ended(source: "EventSource", wanted: "RequestFilter") -> Iterator[list["RequestRow"]]:
+    """Wanted requests as they end from now on, for ever."""
+    seen: set[str] | None = None
     while True:
-        _pause()
         rows = [row for row in source.requests(wanted, LIMIT_MAX) if row.e2e_ms is not None]
-        yield [row for row in reversed(rows) if row.request_id not in seen]
+        if seen is not None:
+            yield [row for row in reversed(rows) if row.request_id not in seen]
         seen = {row.request_id for row in rows}
-
-
-def _pause() -> None:
-    """Until the next look."""
-    time.sleep(FOLLOW_EVERY_S)
-
-
-def _seconds(since: str) -> int:
-    match = _SINCE.fullmatch(since)
-    if match is None:
-        raise ConfigError(f"--since is {since!r}; write a number and a unit, such as 30s, 10m, 2h or 7d")
-    return int(match[1]) * _UNITS_S[match[2]]
+        time.sleep(FOLLOW_EVERY_S)
 
 
 def _check_types(types: tuple[str, ...]) -> None:

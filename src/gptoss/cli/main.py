@@ -17,6 +17,7 @@ import rich_click
 from rich.console import Console
 
 from gptoss.cli.events import events
+from gptoss.cli.journal import journal
 from gptoss.cli.serve import serve
 from gptoss.config import load_settings
 from gptoss.errors import ConfigError, GptossError, JournalWriteFailed
@@ -73,6 +74,7 @@ def main() -> None:
 
 main.add_command(serve)
 main.add_command(events)
+main.add_command(journal)
 
 
 @main.command()

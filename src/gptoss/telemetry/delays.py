@@ -80,17 +80,18 @@ def story(source: RecordSource, request_id: str) -> Story:
     life = timeline(own, request_id)
     received = next(r for r in reversed(own) if isinstance(r.event, ev.RequestReceived))
     boot = received.meta.boot
-    last = max(record.meta.pos for record in own if record.meta.boot == boot)
+    # What came after its own last record delays a request only while it is open.
+    last = max(r.meta.pos for r in own if r.meta.boot == boot) if life.outcome != "open" else None
     fold = DelayFold(request_id, received.meta.mono_ns)
     is_cut = False
     for count, record in enumerate(source.read(boot=boot, after=received.meta.pos - 1)):
-        if record.meta.pos > last:
+        if last is not None and record.meta.pos > last:
             break
         if count == RECORDS_MAX:
             is_cut = True
             break
         fold.add(record)
-    return Story(timeline=life, delays=tuple(fold.delays(life.total_ms)), is_cut=is_cut)
+    return Story(timeline=life, delays=tuple(fold.delays(life)), is_cut=is_cut)
 
 
 @dataclass(slots=True)
@@ -212,9 +213,11 @@ class DelayFold:
         elif own.tokens and not own.prefilled:
             self.plain_ns.append(step.duration_ns)
 
-    def delays(self, total_ms: float) -> list[Delay]:
+    def delays(self, life: Timeline) -> list[Delay]:
         """What was found, kinds in the order of a life, the dearest of each first."""
         found: list[Delay] = []
+        # An open life goes on for as long as there are records of others.
+        total_ms = life.total_ms if life.outcome != "open" else (self.newest_ns - self.begin_ns) / NS_PER_MS
 
         def add(kind: DelayKind, who: str, start_ns: int, end_ns: int, took_ns: float, detail: str) -> None:
             took_ms = round(took_ns / NS_PER_MS, 3)

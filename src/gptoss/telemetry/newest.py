@@ -8,12 +8,13 @@ Rules:
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 import msgspec
 
 from gptoss.clock import NS_PER_S
-from gptoss.errors import AbortedByCrash
+from gptoss.errors import AbortedByCrash, JournalCorrupt
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.event_tail import EventQuery
@@ -130,9 +131,10 @@ class Newest:
 
 def wall_offset_ns(records: Iterable[Record]) -> int | None:
     """Wall time minus monotonic time, as the first anchor among these records of one boot says; None without one."""
-    for record in records:
-        if isinstance(record.event, ev.NodeStarted | ev.ClockAnchored):
-            return record.event.wall_ns - record.meta.mono_ns
+    with suppress(JournalCorrupt):  # Not to know the time of day is no reason to show nothing.
+        for record in records:
+            if isinstance(record.event, ev.NodeStarted | ev.ClockAnchored):
+                return record.event.wall_ns - record.meta.mono_ns
     return None
 
 

@@ -73,8 +73,8 @@ def render_story(story: Story, *, width: int = 80, color: bool = False) -> str:
 
 
 def _delay_table(story: Story, width: int) -> Table:
-    names = [delay.who for delay in story.delays]
-    who = min(max(map(len, names)), max(WHO_WIDTH_MIN, width // 3))
+    longest = max(len(safe_text(delay.who)) for delay in story.delays)
+    who = min(max(WHO_WIDTH_MIN, longest), max(WHO_WIDTH_MIN, width // 3))
     room = width - NAME_WIDTH - 2 * TIME_WIDTH - who - SHARE_WIDTH - 5  # five gaps between six columns
     table = Table.grid(padding=(0, 1), expand=False)
     table.add_column(min_width=NAME_WIDTH, max_width=NAME_WIDTH, no_wrap=True)
@@ -90,11 +90,9 @@ def _delay_table(story: Story, width: int) -> Table:
             cells = (f"{delay.start_ms:.1f}", f"{delay.took_ms:.1f}", f"{delay.share:.0%}")
             what = Text(safe_text(delay.detail))
             table.add_row(Text("" if index else label, style), *cells, Text(safe_text(delay.who)), what)
-        if rest := dearest[DELAYS_SHOWN:]:
-            cells = ("", f"{sum(delay.took_ms for delay in rest):.1f}", f"{sum(delay.share for delay in rest):.0%}")
-            table.add_row(
-                "", *(Text(cell, "dim") for cell in cells), Text(f"and {many(len(rest), 'other')}", "dim"), ""
-            )
+        if rest := dearest[DELAYS_SHOWN:]:  # Side by side with the others: a share of theirs would mislead.
+            took = f"{sum(delay.took_ms for delay in rest):.1f}"
+            table.add_row("", "", Text(took, "dim"), "", Text(f"and {many(len(rest), 'other')}", "dim"), "")
     return table
 
 
