@@ -224,7 +224,8 @@ class DelayFold:
             share = round(min(1.0, took_ms / total_ms), 4) if total_ms else 0.0
             if share < SHARE_MIN and kind in {"queue", "engine", "step"}:
                 return
-            start_ms, end_ms = (round((at - self.begin_ns) / NS_PER_MS, 3) for at in (start_ns, end_ns))
+            # The first step that it waited for may have begun before it came.
+            start_ms, end_ms = (round(max(0, at - self.begin_ns) / NS_PER_MS, 3) for at in (start_ns, end_ns))
             found.append(
                 Delay(kind=kind, who=who, start_ms=start_ms, end_ms=end_ms, took_ms=took_ms, share=share, detail=detail)
             )
