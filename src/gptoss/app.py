@@ -42,18 +42,19 @@ from gptoss.errors import ModelLoadError, NotReady
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin, Record
-from gptoss.telemetry.bundle import without_secrets
 from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.metrics import Metrics
 from gptoss.telemetry.projection import Projection
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
+from gptoss.telemetry.system_snapshot import without_secrets
 from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
 
 VERSION = importlib.metadata.version("gptoss")
-PACKAGES = ("aiohttp", "msgspec", "pykka", "tokenizers", "torch", "transformers")
+PACKAGES = ("aiohttp", "jinja2", "msgspec", "pykka", "tokenizers", "torch", "transformers")
 BYTES_PER_MB = 1024 * 1024
 CATCH_UP_TIMEOUT_S = 5.0
+CLOCK_ANCHOR_PERIOD_S = 60.0
 # A profile's batch and length; the settings override both.
 PROFILES = {"latency_first": (32, 512), "quality_first": (16, 2048)}
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
@@ -123,6 +124,7 @@ class ServingSystem:
             # From the first record on, the projections miss nothing.
             await self.caught_up()
             self._announce()
+            self.system.run_task(self._anchor_clock(), name="clock_anchor")
             model = self._model or await self._prepare_model()
             renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)
             self._start_deciders()
@@ -250,6 +252,13 @@ class ServingSystem:
                 aborted = ev.RunsAborted(boot=boot.boot, request_ids=boot.request_ids)
                 self.journal.append(aborted, origin)
 
+    async def _anchor_clock(self) -> None:
+        """Record now and then what time it is, so that a later step of the wall clock dates only what follows it."""
+        while True:
+            await asyncio.sleep(CLOCK_ANCHOR_PERIOD_S)
+            anchored = ev.ClockAnchored(wall_ns=self.clock.wall_ns())
+            self.journal.append(anchored, Origin(stream="system", actor="app"))
+
     async def _prepare_model(self) -> PreparedModel:
         settings = self.settings
         stream = Origin(stream="system", actor="app")
@@ -287,7 +296,8 @@ class ServingSystem:
             default_max_tokens=PROFILES[settings.profile][1],
             request_timeout_s=settings.request_timeout_s,
             hmac_key=_node_key(settings),
-            keep_content=settings.content == "tokens",
+            keep_content=settings.content != "none",
+            keep_text=settings.content == "full",
             max_model_len=self._max_model_len,
         )
 
@@ -328,7 +338,7 @@ class ServingSystem:
             executor=device.executor,
             load=load,
             step_timeout_s=settings.step_timeout_s,
-            keep_content=settings.content == "tokens",
+            keep_content=settings.content != "none",
         )
 
     async def _idle(self) -> None:

@@ -29,7 +29,8 @@ GptossError                    code                     status
 │   ├── JournalCorrupt         journal_corrupt          503
 │   └── JournalWriteFailed     journal_write_failed     503
 └── ReplayError                replay_error
-    └── BundleError            bad_bundle
+    ├── BundleError            bad_bundle
+    └── UnsupportedSchema      unsupported_schema         a newer program wrote it
 
 Each class has a stable ``code``. A journaled failure carries the code and a message written here, never the
 exception, because an exception pins frames and the tensors in them.
@@ -247,6 +248,12 @@ class BundleError(ReplayError):
     """A bundle is unreadable, incomplete or unsafe."""
 
     code = "bad_bundle"
+
+
+class UnsupportedSchema(ReplayError):
+    """A bundle's format or one of its events is of a version that this program does not know."""
+
+    code = "unsupported_schema"
 
 
 def _classes(base: type[GptossError]) -> dict[str, type[GptossError]]:

@@ -53,7 +53,8 @@ class RequestServices(msgspec.Struct, kw_only=True):
         max_model_len: 0 until an executor has loaded the model; the app sets it.
         lifecycle: decides for each of them.
         hmac_key: keys the prompt hashes in control events.
-        keep_content: record prompt token ids in the content family.
+        keep_content: record prompt token ids and stop strings in the content family; ``keep_text``: the client's
+            messages and the answer too.
     """
 
     lifecycle: Lifecycle
@@ -65,6 +66,7 @@ class RequestServices(msgspec.Struct, kw_only=True):
     hmac_key: bytes
     keep_content: bool
     max_model_len: Callable[[], int]
+    keep_text: bool = False
 
 
 class RequestActor(DeciderActor[RequestState]):
@@ -82,6 +84,7 @@ class RequestActor(DeciderActor[RequestState]):
         self._services = services
         self._prompt: RenderedPrompt | None = None
         self._delivered: list[int] = []
+        self._text: list[str] = []
         self._deadline: Timer | None = None
         self._deadline_ns = 0
         self.reactions = {
@@ -143,6 +146,12 @@ class RequestActor(DeciderActor[RequestState]):
     # ---- reactions, in the order of a request's life
 
     def _render(self, _: ev.RequestValidated) -> None:
+        if self._services.keep_text:
+            messages, tools = (
+                msgspec.json.encode(part).decode() for part in (self._request.messages, self._request.tools)
+            )
+            received = ev.MessagesReceived(request_id=self._id, messages=messages, tools=tools)
+            self.record(received, correlation=self._id)
         self.context.system.run_task(self._render_off_loop(self.event_pos), name=f"render/{self._id}")
 
     async def _render_off_loop(self, cause: int) -> None:
@@ -174,7 +183,9 @@ class RequestActor(DeciderActor[RequestState]):
     def _keep_prompt(self, _: ev.PromptRendered) -> None:
         assert self._prompt is not None
         if self._services.keep_content:
-            self.record(ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids), correlation=self._id)
+            stop = self._request.sampling.stop
+            given = ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids, stop=stop)
+            self.record(given, correlation=self._id)
 
     def _tell_admitted(self, event: ev.RequestAdmitted) -> None:
         self._generation.prompt_tokens = self.state.prompt_tokens
@@ -210,6 +221,8 @@ class RequestActor(DeciderActor[RequestState]):
             seen = cmd.FirstTokenSeen(now_ns=self._now(), attempt=tokens.attempt)
             super().on_receive(seen)
         self._delivered.extend(tokens.token_ids)
+        if self._services.keep_text:
+            self._text.append(tokens.text)
         self._generation.put(Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs))
 
     def _cancel(self, _: ev.CancelRequested) -> None:
@@ -249,6 +262,9 @@ class RequestActor(DeciderActor[RequestState]):
         return Usage(prompt_tokens=self.state.prompt_tokens, completion_tokens=completion_tokens)
 
     def _finish_with(self, outcome: Outcome) -> None:
+        if self._text:
+            answer = ev.AnswerDelivered(request_id=self._id, text="".join(self._text))
+            self.record(answer, correlation=self._id)
         self._generation.end(outcome)
         self.stop()
 
