@@ -1,7 +1,7 @@
 """What differs between two values of the messages, field by field, and records in one line."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import msgspec
 
@@ -9,8 +9,8 @@ from gptoss.errors import JournalError
 from gptoss.messages.codec import decode_command
 from gptoss.messages.commands import Command
 from gptoss.messages.envelope import Event, Record
-from gptoss.messages.events import CommandConsumed, SnapshotTaken
-from gptoss.replay.result import FieldDiff, Link
+from gptoss.messages.events import CommandConsumed, SnapshotTaken, StepCommitted
+from gptoss.replay.result import Divergence, FieldDiff, Link
 
 SUMMARY_LENGTH = 160
 FIELDS_MAX = 50
@@ -27,6 +27,24 @@ def diff(recorded: Any, replayed: Any) -> tuple[FieldDiff, ...]:
         return (FieldDiff(field="event", recorded=_named(recorded), replayed=_named(replayed)),)
     found = _differences("", recorded, replayed)
     return tuple(field for field, _ in zip(found, range(FIELDS_MAX), strict=False))
+
+
+def plan_divergence(record: Record, step: StepCommitted, parts: Mapping[str, tuple[Any, Any]]) -> Divergence:
+    """A step that would be planned differently: (recorded, replayed) of each part that differs."""
+    meta = record.meta
+    return Divergence(
+        kind="plan",
+        boot=meta.boot,
+        pos=meta.pos,
+        stream=meta.stream,
+        decider="scheduler",
+        type=meta.type,
+        command=f"step {step.step}",
+        command_pos=meta.pos,
+        fields=tuple(
+            FieldDiff(field=name, recorded=plain(old), replayed=plain(new)) for name, (old, new) in parts.items()
+        ),
+    )
 
 
 def summary(record: Record) -> str:
@@ -67,8 +85,9 @@ def _differences(path: str, recorded: Any, replayed: Any) -> Iterator[FieldDiff]
         dot = f"{path}." if path else ""
         pairs = [(f"{dot}{n}", getattr(recorded, n), getattr(replayed, n)) for n in recorded.__struct_fields__]
     elif isinstance(recorded, dict) and isinstance(replayed, dict):
-        keys = sorted({*recorded, *replayed}, key=str)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType, reportUnknownLambdaType]
-        pairs = [(f"{path}[{key}]", recorded.get(key), replayed.get(key)) for key in keys]  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+        old, new = cast("dict[Any, Any]", recorded), cast("dict[Any, Any]", replayed)
+        keys = sorted({*old, *new}, key=str)
+        pairs = [(f"{path}[{key}]", old.get(key), new.get(key)) for key in keys]
     elif isinstance(recorded, tuple) and isinstance(replayed, tuple) and len(recorded) == len(replayed):  # pyright: ignore[reportUnknownArgumentType]
         pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(recorded, replayed, strict=True))]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     if not pairs:

@@ -10,7 +10,7 @@ Rules:
 - An engine that says nothing of its limits plans nothing (``capabilities.limits``), and there is nothing to check.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -96,8 +96,21 @@ class ExecutorLog:
         self._closing.clear()
         self.is_known = False
 
-    def check(self, step: ev.StepCommitted) -> dict[str, tuple[Any, Any]] | None:
+    def copy(self) -> "ExecutorLog":
+        """One that has seen the same and goes its own way."""
+        other = ExecutorLog(set(self._lost_ends), is_whole=self.is_known)
+        other.capabilities, other._arrivals = self.capabilities, self._arrivals
+        other.sent, other.line, other.running = self.sent.copy(), self.line.copy(), self.running.copy()
+        return other
+
+    def check(
+        self, step: ev.StepCommitted, revise: Callable[[SchedulerState], SchedulerState] = lambda state: state
+    ) -> dict[str, tuple[Any, Any]] | None:
         """Plan a step again, and then take it as it was.
+
+        Args:
+            step: as recorded.
+            revise: changes what the scheduler sees.
 
         Returns:
             (recorded, replayed) of each part that differs; None if the plan cannot be checked.
@@ -108,7 +121,7 @@ class ExecutorLog:
             if taken != step.submits_taken:
                 found = {"submits_taken": (step.submits_taken, taken)}
             self.take(taken)
-            again = self.plan(step)
+            again = self.plan(step, revise)
             if again is not None:
                 found = (found or {}) | _differences(plan_of(step), without(again, step.refused))
                 if found and step.refused and self.capabilities and self.capabilities.prefix_cache_bytes:
@@ -135,13 +148,14 @@ class ExecutorLog:
                 self._add(event)
         del self.sent[:count]
 
-    def plan(self, step: ev.StepCommitted) -> StepPlan | None:
+    def plan(self, step: ev.StepCommitted, revise: Callable[[SchedulerState], SchedulerState]) -> StepPlan | None:
         """The plan of a step, from the state before it and what the step says was measured or looked up."""
         if self.limits is None:
             return None
         hits = {start.request_id: start.num_cached for start in step.starts}
         drafts = {row.request_id: row.num_draft for row in step.rows if row.num_draft}
-        return schedule(self.state(self.limits, step.kv_budget_bytes, step.prefill_ms_per_token, hits, drafts))
+        state = self.state(self.limits, step.kv_budget_bytes, step.prefill_ms_per_token, hits, drafts)
+        return schedule(revise(state))
 
     def state(
         self,

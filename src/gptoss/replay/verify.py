@@ -19,16 +19,17 @@ from gptoss.config import Settings
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Meta, Record
 from gptoss.replay.chain import causal_chain
-from gptoss.replay.diff import plain
+from gptoss.replay.diff import plan_divergence
 from gptoss.replay.lives import Lives
 from gptoss.replay.plans import ExecutorLog
 from gptoss.replay.recorded import settings_of
-from gptoss.replay.result import Checked, Divergence, FieldDiff, VerifyResult
+from gptoss.replay.result import Checked, Divergence, VerifyResult
 from gptoss.replay.stream import DeciderStream, Tally
 from gptoss.telemetry.recording import Recording
 
 ENDED_STREAMS_MAX = 1000
 PROBLEMS_MAX = 100
+PROGRESS_EVERY = 10_000
 EXECUTOR_PREFIX = "executor/"
 LONG_LIVING = ("memory", "admission", "router")
 DECIDERS = ("admission", "memory", "router", "request", "scheduler")
@@ -191,10 +192,7 @@ class Verifier:
         tally.events += 1
         if found:
             tally.diverged += 1
-            fields = tuple(
-                FieldDiff(field=name, recorded=plain(old), replayed=plain(new)) for name, (old, new) in found.items()
-            )
-            self._note([_plan_divergence(meta, event, fields)])
+            self._note([plan_divergence(record, event, found)])
 
     # ---- findings
 
@@ -242,20 +240,3 @@ def verify(
         chain = causal_chain(recording, result.first.boot, result.first.pos)
         result = msgspec.structs.replace(result, first=msgspec.structs.replace(result.first, chain=chain))
     return result
-
-
-PROGRESS_EVERY = 10_000
-
-
-def _plan_divergence(meta: Meta, step: ev.StepCommitted, fields: tuple[FieldDiff, ...]) -> Divergence:
-    return Divergence(
-        kind="plan",
-        boot=meta.boot,
-        pos=meta.pos,
-        stream=meta.stream,
-        decider="scheduler",
-        type=meta.type,
-        command=f"step {step.step}",
-        command_pos=meta.pos,
-        fields=fields,
-    )
