@@ -95,5 +95,5 @@ class Lives:
         if life is None:
             return
         self.num_checked += 1
-        for problem in check_complete(life.records, request_id):
+        for problem in check_complete(life.records, request_id, checks_pace=False):
             yield f"{request_id}: {problem}"
