@@ -7,7 +7,8 @@
     CancelRequested   -> tell the executor, if one has the request
     a terminal event  -> tell the consumer, stop
 
-What the memory guard, admission and the router are told stands in ``Lifecycle.tells``. Tokens do not pass through the decider: their journal entry is the executor's ``StepCommitted``.
+What the memory guard, admission and the router are told stands in ``Lifecycle.tells``. Tokens do not pass through the
+decider: their journal entry is the executor's ``StepCommitted``.
 """
 
 import hashlib
