@@ -46,8 +46,9 @@ def bad_night(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def night() -> None:
         async with _server(live, FakeOptions(step_s=0.001, die_at_step=12, kv_budget_bytes=260)) as system:
             await system.ready(10.0)
-            cancelled = _ask(system, "cancelled", 100)
             await asyncio.gather(*(_read(_ask(system, f"r{n}", 10 + n % 5)) for n in range(30)))
+            cancelled = _ask(system, "cancelled", 100)
+            await anext(delta async for delta in cancelled if delta.token_ids)
             cancelled.cancel()
             await _read(cancelled)
             await _read(_ask(system, "shrunk", 1000))

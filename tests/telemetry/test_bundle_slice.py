@@ -133,7 +133,7 @@ def test_a_selection_of_requests_takes_those_and_no_others(night: JournalRecordi
     assert errors == {"too-large", "crashed-0", "crashed-1"}
     assert cut(night, Selection(last=2)).request_ids == cut(night, Selection(last=3)).request_ids[1:]
     assert set(cut(night, Selection(errors=True, last=1)).request_ids) < errors, errors
-    assert "cancelled" in cut(night, Selection(slow_s=0.05)).request_ids
+    assert "shrunk" in cut(night, Selection(slow_s=0.1)).request_ids
 
 
 def test_a_crashed_request_comes_with_its_end_from_the_next_boot(night: JournalRecording) -> None:
