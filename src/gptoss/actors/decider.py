@@ -65,7 +65,7 @@ class DeciderActor(LoopActor, Generic[S]):
 
     Attributes:
         TAKES_SNAPSHOTS: whether it lives long enough for ``SnapshotTaken``.
-        subject: the request that every command concerns, if there is only one.
+        about: the request that everything it records is about, for the decider of a single one.
         event_pos: position of the event that is being reacted to, the cause of what a reaction sends.
     """
 
@@ -76,8 +76,8 @@ class DeciderActor(LoopActor, Generic[S]):
         self.decider = decider
         self.directory = directory
         self.state = decider.initial()
+        self.about = ""
         self.reactions: dict[type[Event], Callable[[Any], None]] = {}
-        self.subject = ""
         self.event_pos = NO_CAUSE
         self._commands_to_snapshot = SNAPSHOT_COMMANDS_MIN
 
@@ -91,7 +91,7 @@ class DeciderActor(LoopActor, Generic[S]):
 
     def on_receive(self, message: Command) -> None:
         """Consume a command: journal it, decide, evolve, journal the events, tell the others, react."""
-        correlation = getattr(message, "request_id", None) or self.letter.correlation or self.subject
+        correlation = self.about or getattr(message, "request_id", None) or self.letter.correlation
         consumed = CommandConsumed(decider=self.decider.name, command=encode_command(message))
         cause = self.record(consumed, correlation=correlation).meta.pos
         decided: list[Record] = []
