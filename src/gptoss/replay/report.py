@@ -81,7 +81,7 @@ def _verified(result: VerifyResult, console: Console) -> None:
     boots = "1 boot" if len(result.boots) == 1 else f"{len(result.boots)} boots"
     console.print(f"{escape(result.source)}: {result.records:,} records of {boots}{rate}", highlight=False)
     console.print(table)
-    console.print(f"{result.requests} whole lives of requests checked", highlight=False)
+    console.print(f"whole lives of requests checked: {result.requests}", highlight=False)
     _notes(result.notes, console)
     if result.first is not None:
         _divergence(result.first, console)
@@ -91,8 +91,9 @@ def _verified(result: VerifyResult, console: Console) -> None:
     if result.same:
         console.print("[green]✓ same:[/] every decision is as recorded")
     else:
-        wrong = result.num_diverged
-        console.print(f"[red]✗ diverged:[/] {wrong} differences in decisions, {len(result.problems)} in lives")
+        console.print(
+            f"[red]✗ diverged:[/] differences in decisions: {result.num_diverged}, in lives: {len(result.problems)}"
+        )
 
 
 def _divergence(first: Divergence, console: Console) -> None:
@@ -106,13 +107,13 @@ def _divergence(first: Divergence, console: Console) -> None:
     if first.chain:
         console.print("  [bold]what led to it[/]")
         for each in first.chain:
-            console.print(f"  {_link(each, first.chain[-1])}", highlight=False)
+            console.print(f"  {_link(each, first.chain[-1])}", highlight=False, no_wrap=True, overflow="ellipsis")
 
 
 def _link(each: Link, last: Link) -> str:
     before_ms = (last.mono_ns - each.mono_ns) / NS_PER_MS
     verb = "takes" if each.type == "CommandConsumed" else "says"
-    return f"{each.pos:>8}  [dim]-{before_ms:.3f} ms[/]  {escape(each.stream)} {verb} {escape(each.summary)}"
+    return f"{each.pos:>8} [dim]{-before_ms:>12.3f} ms[/]  {escape(each.stream)} {verb} {escape(each.summary)}"
 
 
 def _value(value: Any) -> str:
