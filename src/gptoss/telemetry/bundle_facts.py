@@ -46,7 +46,7 @@ class BundleFacts:
         self._span: dict[str, tuple[int, int]] = {}
         self._streams: dict[tuple[str, str], _Stream] = {}
         self._aborted: set[tuple[str, str]] = set()
-        self._requests: dict[tuple[str, str], None] = {}
+        self._requests: set[tuple[str, str]] = set()
         self._rendered: dict[str, str] = {}
         self._notes: dict[type[Event], Callable[[Record], None]] = {
             ev.NodeStarted: self._note_started,
@@ -119,8 +119,6 @@ class BundleFacts:
         if stream is None:
             starts_well = meta.seq == 0 or isinstance(event, ev.SnapshotTaken | ev.RequestReceived)
             stream = self._streams[meta.boot, meta.stream] = _Stream(starts_well=starts_well)
-            if meta.stream.startswith(REQUEST_PREFIX):
-                self._requests[meta.boot, meta.stream] = None
         elif meta.seq != stream.next_seq and stream.hole_at < 0 and _is_hole(meta, stream):
             stream.hole_at = meta.pos
         stream.next_seq = meta.seq + 1
@@ -128,6 +126,7 @@ class BundleFacts:
             stream.ended = True
         elif isinstance(event, ev.RequestReceived):
             stream.ended = False
+            self._requests.add((meta.boot, meta.stream))
         elif isinstance(event, ev.EngineLoaded):
             stream.is_loaded = True
         elif isinstance(event, ev.StepCommitted | ev.ExecutorAccepted):
