@@ -20,6 +20,7 @@ from rich.console import Console
 from gptoss.cli.events import events
 from gptoss.cli.journal import journal
 from gptoss.cli.replay import replay
+from gptoss.cli.report import report
 from gptoss.cli.serve import serve
 from gptoss.config import load_settings
 from gptoss.errors import BundleError, ConfigError, GptossError, JournalWriteFailed, UnsupportedSchema
@@ -83,6 +84,7 @@ main.add_command(serve)
 main.add_command(events)
 main.add_command(journal)
 main.add_command(replay)
+main.add_command(report)
 
 
 @main.command()

@@ -133,8 +133,10 @@ class _Page:
         found: list[tuple[str, str]] = []
         if boots:
             first, last = boots[0], boots[-1]
-            until = f"{_when(first, first.origin_ns)} to {_when(last, last.last_ns)}"
-            found.append(("recorded", until.strip(" to")))
+            begin, end = _when(first, first.origin_ns), _when(last, last.last_ns)
+            same_day = begin.partition(" ")[0] == end.partition(" ")[0]
+            begin, end = begin.removesuffix(" UTC"), end.partition(" ")[2] if same_day else end
+            found.append(("recorded", f"{begin} to {end}" if begin else "at an unknown time"))
         if engine is not None:
             can = engine.capabilities
             found.append(("model", f"{can.model_name}, {can.dtype} on {can.device}"))
@@ -172,6 +174,7 @@ class _Page:
 
     def _row(self, row: RequestRow, boot: BootFacts) -> dict[str, Any]:
         outcome = row.state if row.outcome in {"", row.state} else f"{row.state}: {row.outcome}"
+        outcome += f", {row.retries + 1} attempts" if row.retries else ""
         total, queued, ttft = took(row.e2e_ms), took(row.queue_ms or None), took(row.ttft_ms)
         parts = [f"queued {queued}" if queued else "", f"first token after {ttft}" if ttft else "", total]
         return {

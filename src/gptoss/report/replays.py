@@ -45,7 +45,7 @@ def _verify(result: Mapping[str, Any]) -> Verdict:
     checked = _maps(result.get("checked"))
     decisions = sum(_int(one.get("decisions")) for one in checked)
     events = sum(_int(one.get("events")) for one in checked)
-    names = ", ".join(f"{one.get('decider')} {_int(one.get('decisions'))}" for one in checked)
+    names = ", ".join(f"{one.get('decider')} {_int(one.get('decisions'))}" for one in checked if one.get("decisions"))
     lines = [f"decided again: {names}"] if names else []
     lines += [str(problem) for problem in _list(result.get("problems"))]
     lines += [str(note) for note in _list(result.get("notes"))]
