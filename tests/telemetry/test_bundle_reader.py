@@ -120,6 +120,15 @@ def twice(data: bytes) -> bytes:
         return zipped([*entries, entries[-1]])
 
 
+def doubled(data: bytes) -> bytes:
+    """The same events a second time, under another name."""
+    entries = entries_of(data)
+    manifest = json.loads(entries[MANIFEST_NAME])
+    manifest["parts"].insert(1, {**manifest["parts"][0], "name": "events/000002.records"})
+    entries["events/000002.records"] = entries["events/000001.records"]
+    return zipped({**entries, MANIFEST_NAME: json.dumps(manifest).encode()})
+
+
 def bomb(data: bytes) -> bytes:
     """Ten gigabytes of zeros would be worse; the reader may not unpack more than the manifest says."""
     entries = entries_of(data)
@@ -167,6 +176,7 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "encrypted": (encrypted, "encrypted"),
     "twice": (twice, "two entries of one name"),
     "odd_method": (lambda good: zipped(entries_of(good), zipfile.ZIP_LZMA), "unknown way"),
+    "doubled": (doubled, "000002.records is out of order"),
     "bomb": (bomb, "has 50000000 bytes"),
     "huge_part": (lambda good: with_manifest(good, set_part(size=2**40)), "manifest is unreadable"),
     "negative": (lambda good: with_manifest(good, set_part(records=-1)), "manifest is unreadable"),
