@@ -17,6 +17,7 @@ import msgspec
 import rich_click
 from rich.console import Console
 
+from gptoss.cli.bundle import bundle
 from gptoss.cli.events import events
 from gptoss.cli.journal import journal
 from gptoss.cli.replay import replay
@@ -76,15 +77,17 @@ def main() -> None:
       gptoss serve 20b             openai/gpt-oss-20b
       gptoss events req_5f0c...    what happened to a request, and when
       gptoss replay FILE           the decisions of a bundle again, and where they differ
+      gptoss bundle create         a debug bundle of the last ten minutes
       gptoss doctor                what this machine can do, and what it lacks
     """  # noqa: D301 - \b is click's mark of a paragraph that keeps its lines
 
 
 main.add_command(serve)
 main.add_command(events)
-main.add_command(journal)
+main.add_command(bundle)
 main.add_command(replay)
-main.add_command(report)
+main.add_command(journal)
+bundle.add_command(report)
 
 
 @main.command()

@@ -5,7 +5,7 @@ Handlers see nothing else of the system: they decode, submit or cancel through t
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
@@ -14,6 +14,7 @@ from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.clock import Clock
 from gptoss.config import Settings
 from gptoss.errors import GptossError
+from gptoss.telemetry.bundle_order import BundleOrder
 
 
 class RequestGateway(Protocol):
@@ -39,6 +40,14 @@ class RequestGateway(Protocol):
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; False when no such request runs."""
         ...
+
+
+class MadeBundle(NamedTuple):
+    """A debug bundle in a file that has no name any more: ``file`` stands at its beginning; whoever has it closes it."""
+
+    file: IO[bytes]
+    size: int
+    name: str
 
 
 class HttpTiming(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +94,8 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
         events: request id -> its records, JSON-ready; empty when unknown.
         story: request id -> its timeline and what delayed it, JSON-ready; None when unknown.
         event_page: newest records, JSON-ready; see ``EventAsk``.
-        snapshot: the system's debug bundle.
+        snapshot: the system's state as one JSON document.
+        bundle: makes the debug bundle that was ordered.
         draining: whether new requests are refused because the server stops.
         allowed_hosts: names that ``Host`` may hold; empty allows any, None derives them from the bind address.
     """
@@ -103,6 +113,7 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     story: Callable[[str], Awaitable[dict[str, Any] | None]]
     event_page: Callable[[EventAsk], Awaitable[dict[str, Any]]]
     snapshot: Callable[[], Awaitable[dict[str, Any]]]
+    bundle: Callable[[BundleOrder], Awaitable[MadeBundle]]
     draining: Callable[[], bool]
     default_temperature: float = 1.0
     allowed_hosts: frozenset[str] | None = None
