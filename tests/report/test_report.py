@@ -177,7 +177,7 @@ def test_thousands_of_steps_and_requests_stay_a_small_page() -> None:
     check_safe(html)
     assert len(html) < 2_000_000
     assert "6000 steps" in html
-    assert "a column is 32 steps" in html
+    assert "a column is 16 steps" in html
     assert f"{1500 - ROWS_MAX} more requests are in the recording" in html
     assert html.count("<details") == STORIES_MAX
 
