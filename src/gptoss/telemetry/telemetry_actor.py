@@ -19,7 +19,6 @@ import msgspec
 
 from gptoss.actors.actor import LoopActor
 from gptoss.actors.journal import Journal
-from gptoss.actors.system import Timer
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.logs import LogWriter
@@ -29,7 +28,6 @@ from gptoss.telemetry.projection import Projection
 BATCH = 256
 PENDING_MAX = 50_000
 PENDING_HARD_MAX = 200_000
-ANCHOR_EVERY_S = 60.0
 
 _FREQUENT = (ev.StepCommitted, ev.CommandConsumed, ev.MemoryObserved, ev.DeadLettered, ev.EngineLoadProgressed)
 
@@ -38,12 +36,8 @@ class CatchUp(msgspec.Struct, frozen=True, kw_only=True):
     """An ask, answered once everything that was in the journal when it arrived is folded."""
 
 
-class AnchorClock(msgspec.Struct, frozen=True, kw_only=True):
-    """A tell: record wall time, so that what is read without the boot's beginning can be dated."""
-
-
 class TelemetryActor(LoopActor):
-    """Folds the journal into the projection, the metrics and the log, and anchors its clock now and then.
+    """Folds the journal into the projection, the metrics and the log.
 
     Args:
         journal: what to watch.
@@ -70,7 +64,6 @@ class TelemetryActor(LoopActor):
         self._missed_told = 0
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._unsubscribe: Callable[[], None] | None = None
-        self._anchors: Timer | None = None
 
     def on_start(self) -> None:
         """Begin to watch, then fold what this boot recorded earlier. Runs on the event loop, where all folding is."""
@@ -79,23 +72,18 @@ class TelemetryActor(LoopActor):
         self._unsubscribe = self._journal.subscribe(self._watch)
         for record in self._journal.read(boot=self._journal.boot, after=self._projection.newest_pos):
             self._fold(record)
-        self._anchors = self.context.system.send_every(ANCHOR_EVERY_S, self.context.ref, AnchorClock)
 
     def on_stop(self) -> None:
         """Stop watching and fold what is left."""
-        if self._anchors is not None:
-            self._anchors.cancel()
         if self._unsubscribe is not None:
             self._unsubscribe()
         while self._pending:
             self._fold_next()
         self._tell_waiters()
 
-    def on_receive(self, message: CatchUp | AnchorClock) -> Awaitable[None] | None:
-        """Answer a ``CatchUp``, now or when its time has come; anchor the clock."""
-        if isinstance(message, AnchorClock):
-            self.record(ev.ClockAnchored(wall_ns=self.context.system.clock.wall_ns()), correlation="")
-            return None
+    def on_receive(self, message: CatchUp) -> Awaitable[None] | None:
+        """Answer a ``CatchUp``, now or when its time has come."""
+        del message
         if self._folded >= self._queued:
             return None
         waiter: asyncio.Future[None] = self._home.create_future()
