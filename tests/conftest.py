@@ -35,7 +35,9 @@ def demo_folder(demo_cache: Path) -> str:
 
 
 CANARY = "canary-7f3a"
-"""Stands in every prompt, stop string and tool of the bad night, and may show at no content level below ``full``."""
+"""Stands in every prompt of the bad night, and may show at no content level below ``full``."""
+STOP_CANARY = "canary-stop-91bc"
+"""Is every request's stop string, and may show at no content level below ``tokens``."""
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +48,7 @@ def bad_night(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def night() -> None:
         async with _server(live, FakeOptions(step_s=0.001, die_at_step=12, kv_budget_bytes=260)) as system:
             await system.ready(10.0)
-            await asyncio.gather(*(_read(_ask(system, f"r{n}", 10 + n % 5)) for n in range(30)))
+            await asyncio.gather(*(_read(_ask(system, f"night-{n:02}", 10 + n % 5)) for n in range(30)))
             cancelled = _ask(system, "cancelled", 100)
             await anext(delta async for delta in cancelled if delta.token_ids)
             cancelled.cancel()
@@ -76,7 +78,7 @@ def _server(folder: Path, options: FakeOptions) -> ServingSystem:
 
 def _ask(system: ServingSystem, name: str, max_tokens: int, *, words: int = 2) -> Generation:
     message = ChatMessage(role="user", content=f"{CANARY} " * words)
-    sampling = SamplingParams(max_tokens=max_tokens, seed=3, stop=(CANARY,))
+    sampling = SamplingParams(max_tokens=max_tokens, seed=3, stop=(STOP_CANARY,))
     return system.submit(
         GenerateRequest(messages=(message,), sampling=sampling, request_id=name, session_id=f"session-of-{name}")
     )

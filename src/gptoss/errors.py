@@ -11,6 +11,7 @@ GptossError                    code                     status
 │   ├── MethodNotAllowed       method_not_allowed       405
 │   ├── BodyTimeout            body_timeout             408
 │   ├── BodyTooLarge           body_too_large           413
+│   ├── BundleTooLarge         bundle_too_large         413
 │   └── UnsupportedMedia       unsupported_media_type   415
 ├── Overloaded                 overloaded               503   try again after ``retry_after_s``
 │   ├── QueueFull              queue_full               429
@@ -124,6 +125,13 @@ class BodyTooLarge(RequestError):
     """The request body exceeds the limit."""
 
     code = "body_too_large"
+    status = 413
+
+
+class BundleTooLarge(RequestError):
+    """The debug bundle that was asked for would exceed its limit."""
+
+    code = "bundle_too_large"
     status = 413
 
 

@@ -1,14 +1,21 @@
 """The live system as the HTTP surface sees it: queries of the projections, each brought up to date first."""
 
 import asyncio
+import tempfile
 from typing import Any
 
 from aiohttp import web
 
-from gptoss.app import ServingSystem
-from gptoss.http.context import HttpContext
+from gptoss.app import VERSION, ServingSystem
+from gptoss.errors import JournalError
+from gptoss.http.context import HttpContext, MadeBundle
 from gptoss.http.routes import make_app as make_http_app
 from gptoss.messages.codec import as_json
+from gptoss.telemetry.bundle import Maker, make_bundle
+from gptoss.telemetry.bundle_format import file_name
+from gptoss.telemetry.bundle_order import BundleOrder
+from gptoss.telemetry.bundle_redact import bundle_key
+from gptoss.telemetry.recording import LiveRecording
 from gptoss.telemetry.request_records import request_records
 from gptoss.telemetry.system_snapshot import system_snapshot
 
@@ -23,6 +30,7 @@ def make_app(serving: ServingSystem) -> web.Application:
 def http_context(serving: ServingSystem) -> HttpContext:
     """What handlers need, filled from a started ``ServingSystem``."""
     projection, journal, system = serving.projection, serving.journal, serving.system
+    one_at_a_time = asyncio.Lock()
 
     async def metrics(accept: str) -> tuple[bytes, str]:
         await serving.caught_up()
@@ -41,6 +49,10 @@ def http_context(serving: ServingSystem) -> HttpContext:
             now_ns=system.now_ns(),
         )
 
+    async def bundle(order: BundleOrder) -> MadeBundle:
+        async with one_at_a_time:
+            return await asyncio.to_thread(_make_bundle, serving, order)
+
     def readiness() -> tuple[bool, str]:
         state = projection.readiness(system.now_ns(), journal.health)
         return state.ready, state.reason
@@ -57,6 +69,31 @@ def http_context(serving: ServingSystem) -> HttpContext:
         recent_requests=projection.recent_requests,
         events=events,
         snapshot=snapshot,
+        bundle=bundle,
         draining=lambda: serving.draining,
         default_temperature=PROFILE_TEMPERATURES[serving.settings.profile],
     )
+
+
+def _make_bundle(serving: ServingSystem, order: BundleOrder) -> MadeBundle:
+    """Cut a bundle out of the live journal, on a thread, into a file that is gone when it is closed."""
+    # Beside the journal, where there is one: the system's own place for such files may be memory.
+    folder = serving.settings.data_path if serving.settings.journal == "segments" else None
+    maker = Maker(
+        key=bundle_key(serving.node_key),
+        created_ns=serving.clock.wall_ns(),
+        created_by=f"gptoss {VERSION}",
+        spool_folder=folder,
+    )
+    try:
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - whoever gets it closes it
+        try:
+            manifest = make_bundle(file, LiveRecording(serving.journal), order, maker)
+            size = file.tell()
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+    except OSError as error:
+        raise JournalError(f"cannot write a bundle in {folder or tempfile.gettempdir()}: {error.strerror}") from None
+    return MadeBundle(file, size, file_name(manifest))

@@ -90,8 +90,8 @@ def test_the_night_was_as_bad_as_meant(night: JournalRecording) -> None:
     "selection",
     [
         EVERYTHING,
-        Selection(request_ids=("r7",)),
-        Selection(request_ids=("r29", "cancelled")),
+        Selection(request_ids=("night-07",)),
+        Selection(request_ids=("night-29", "cancelled")),
         Selection(request_ids=("shrunk",)),
         Selection(request_ids=("crashed-0",)),
         Selection(request_ids=("s1",)),
@@ -113,8 +113,8 @@ def test_every_slice_replays_and_misses_nothing(night: JournalRecording, selecti
 
 
 def test_a_slice_with_pseudonyms_replays_too(night: JournalRecording) -> None:
-    part = cut(night, Selection(request_ids=("r7",)))
-    for keep in (frozenset({"r7"}), frozenset[str]()):
+    part = cut(night, Selection(request_ids=("night-07",)))
+    for keep in (frozenset({"night-07"}), frozenset[str]()):
         redacted = Redacted(part, content="none", keep=keep, key=b"k")
         assert replay(redacted) == (replay(part)[0], [])
         assert facts(redacted).gaps(with_content=False) == ()
@@ -146,11 +146,11 @@ def test_a_crashed_request_comes_with_its_end_from_the_next_boot(night: JournalR
 
 
 def test_the_executor_of_a_slice_knows_everyone_that_ran_beside(night: JournalRecording) -> None:
-    part = cut(night, Selection(request_ids=("r20",)))
+    part = cut(night, Selection(request_ids=("night-20",)))
     accepted: set[str] = set()
     loaded = False
     mine = [r for r in part.records() if r.meta.stream == "executor/cpu:0"]
-    first = next(r.meta.pos for r in part.records(stream="request/r20"))
+    first = next(r.meta.pos for r in part.records(stream="request/night-20"))
     for record in mine:
         event = record.event
         if isinstance(event, ev.EngineLoaded):
@@ -160,24 +160,24 @@ def test_the_executor_of_a_slice_knows_everyone_that_ran_beside(night: JournalRe
         elif isinstance(event, ev.StepCommitted) and record.meta.pos >= first:
             assert loaded
             assert {row.request_id for row in event.rows} <= accepted
-    assert "r20" in accepted
+    assert "night-20" in accepted
     assert len(accepted) > 1
 
 
 def test_content_is_of_the_selected_requests_alone(night: JournalRecording) -> None:
-    part = cut(night, Selection(request_ids=("r3", "r4")))
+    part = cut(night, Selection(request_ids=("night-03", "night-04")))
     names: set[str] = set()
     for record in part.content():
         event = record.event
         names |= (
             {row.request_id for row in event.rows} if isinstance(event, ev.StepTokens) else {record.meta.correlation}
         )
-    assert names == {"r3", "r4"}
+    assert names == {"night-03", "night-04"}
 
 
 def test_what_is_not_there_is_said(night: JournalRecording) -> None:
-    with pytest.raises(RequestNotFound, match="no request has the id 'r77'"):
-        cut(night, Selection(request_ids=("r1", "r77")))
+    with pytest.raises(RequestNotFound, match="no request has the id 'night-77'"):
+        cut(night, Selection(request_ids=("night-01", "night-77")))
     with pytest.raises(RequestNotFound, match="requests slower than 1000 s"):
         cut(night, Selection(slow_s=1000.0))
     with pytest.raises(RequestNotFound, match="in a window of time"):
@@ -210,9 +210,9 @@ def test_what_is_missing_is_named(night: JournalRecording) -> None:
     assert ("router", "its beginning is forgotten") in gaps("router 0")
     assert any(stream == "admission" and "missing before" in what for stream, what in gaps("admission 7"))
     assert ("executor/cpu:0", "EngineLoaded is forgotten") in gaps("EngineLoaded")
-    assert ("request/r5", "its content was not recorded or is forgotten") in gaps("PromptTokens")
+    assert ("request/night-05", "its content was not recorded or is forgotten") in gaps("PromptTokens")
     assert ("system", "NodeStarted is not kept") in gaps("NodeStarted")
-    assert ("request/r5", "it had not ended when the bundle was cut") in gaps("RequestCompleted")
+    assert ("request/night-05", "it had not ended when the bundle was cut") in gaps("RequestCompleted")
 
 
 def test_a_selection_says_in_words_what_it_is() -> None:

@@ -39,6 +39,7 @@ def make_app(context: HttpContext) -> web.Application:
             web.get("/admin/requests", admin.recent_requests),
             web.get("/admin/requests/{request_id}/events", admin.request_events),
             web.get("/admin/debug/bundle", admin.debug_bundle),
+            web.get("/admin/debug/bundle/{request_id}", admin.request_bundle),
         ]
     )
     return app

@@ -10,28 +10,14 @@ from typing import IO
 
 import msgspec
 
-from gptoss.telemetry.bundle_format import BUNDLE_BYTES_MAX, ContentLevel, Manifest
+from gptoss.errors import RequestError
+from gptoss.telemetry.bundle_format import ContentLevel, Manifest, Redaction, level_of
+from gptoss.telemetry.bundle_order import BundleOrder
+from gptoss.telemetry.bundle_reader import BundleReader
 from gptoss.telemetry.bundle_redact import Redacted
-from gptoss.telemetry.bundle_slice import Selection, cut
+from gptoss.telemetry.bundle_slice import cut
 from gptoss.telemetry.bundle_writer import Purpose, write_bundle
 from gptoss.telemetry.recording import Recording
-
-WINDOW_S = 600.0
-"""What a bundle is of when nothing is chosen, in seconds before the newest record."""
-
-
-class BundleOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """What bundle is wanted.
-
-    Attributes:
-        selection: what it is about.
-        content: the most that it may hold of prompts and answers.
-        limit_bytes: the most that its records may take, unpacked.
-    """
-
-    selection: Selection = Selection(window_s=WINDOW_S)
-    content: ContentLevel = "none"
-    limit_bytes: int = BUNDLE_BYTES_MAX
 
 
 class Maker(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +43,7 @@ def make_bundle(file: IO[bytes], recording: Recording, order: BundleOrder, maker
 
     Raises:
         RequestNotFound: nothing is recorded that was asked for.
-        BundleError: it would be larger than the limit.
+        BundleTooLarge: it would be larger than the limit.
         JournalError: the recording cannot be read.
     """
     part = cut(recording, order.selection)
@@ -71,3 +57,46 @@ def make_bundle(file: IO[bytes], recording: Recording, order: BundleOrder, maker
         redaction=redacted.policy,
     )
     return write_bundle(file, redacted, purpose, limit_bytes=order.limit_bytes, spool_folder=maker.spool_folder)
+
+
+def redact_bundle(
+    file: IO[bytes], bundle: BundleReader, *, content: ContentLevel, everybody: bool, maker: Maker
+) -> Manifest:
+    """Write a bundle that shows less than ``bundle`` does.
+
+    Args:
+        file: as for ``make_bundle``.
+        bundle: what to redact; it is not changed.
+        content: the most that is left.
+        everybody: put all requests under pseudonyms.
+        maker: its key need not be that of ``bundle``.
+
+    Raises:
+        RequestError: ``bundle`` holds less content than that already.
+        BundleError: it is bad.
+    """
+    before = bundle.manifest
+    if level_of(content) > level_of(before.redaction.content):
+        raise RequestError(
+            f"content is {content!a}, but {bundle.path} holds only {before.redaction.content}", param="content"
+        )
+    redacted = Redacted(bundle, content=content, keep=frozenset() if everybody else None, key=maker.key)
+    after = redacted.policy
+    policy = Redaction(
+        content=content,
+        pseudonymised="everybody" if everybody else before.redaction.pseudonymised,
+        # Hashes that were there are of the key that made them.
+        key_id=before.redaction.key_id if before.redaction.content == "hash" or not after.key_id else after.key_id,
+    )
+    purpose = Purpose(
+        created_ns=maker.created_ns,
+        created_by=maker.created_by,
+        reason=f"{_count(len(before.requests))} under pseudonyms" if everybody and before.requests else before.reason,
+        requests=tuple(map(redacted.name_of, before.requests)),
+        redaction=policy,
+    )
+    return write_bundle(file, redacted, purpose, spool_folder=maker.spool_folder)
+
+
+def _count(requests: int) -> str:
+    return f"{requests} request{'' if requests == 1 else 's'}"

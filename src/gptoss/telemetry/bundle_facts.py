@@ -14,12 +14,22 @@ import msgspec
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.bundle_format import BootFacts, EngineFacts, Gap
+from gptoss.telemetry.recording import Recording
 
 DECIDER_STREAMS = ("memory", "admission", "router")
 REQUEST_PREFIX = "request/"
 EXECUTOR_PREFIX = "executor/"
 GAPS_MAX = 1000
 """More gaps than this are counted in the last one's place."""
+
+
+def facts_of(recording: Recording) -> "BundleFacts":
+    """The facts of a whole recording."""
+    facts = BundleFacts()
+    for records in (recording.records(), recording.content()):
+        for record in records:
+            facts.fold(record)
+    return facts
 
 
 class _Stream:

@@ -12,17 +12,18 @@ Rules:
 """
 
 import re
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
+from gptoss.clock import NS_PER_S
 from gptoss.messages.envelope import Family
 from gptoss.messages.model import EngineCapabilities, ModelFingerprint
 
 FORMAT: Final = "gptoss-bundle"
 FORMAT_VERSION = 1
-SUFFIX = ".gptoss.zip"
 MANIFEST_NAME = "manifest.json"
 ABOUT = "A debug bundle of gptoss. Look at it with `gptoss bundle inspect FILE`, re-run it with `gptoss replay FILE`."
 
@@ -155,6 +156,14 @@ class _Version(msgspec.Struct, frozen=True):
 
 _version_decoder = msgspec.json.Decoder(_Version)
 _manifest_decoder = msgspec.json.Decoder(Manifest)
+
+
+def file_name(manifest: Manifest) -> str:
+    """A good name for the bundle's file: of the one request that it is about, else of the time when it was cut."""
+    if len(manifest.requests) == 1:
+        return f"gptoss-{re.sub(r'[^A-Za-z0-9_.-]', '_', manifest.requests[0])[:100]}.zip"
+    created = datetime.fromtimestamp(manifest.created_ns / NS_PER_S, tz=UTC)
+    return f"gptoss-{created:%Y%m%dT%H%M%SZ}.zip"
 
 
 def decode_version(data: bytes) -> int | None:

@@ -70,6 +70,7 @@ class BundleReader:
                 self._archive = zipfile.ZipFile(self._file)
                 self.manifest = self._read_manifest()
                 self._entries = self._check_entries()
+                self._check_order()
         except BaseException:
             self._file.close()
             raise
@@ -233,6 +234,16 @@ class BundleReader:
             if found[part.name].file_size != part.size:
                 self._refuse(f"{part.name} has {found[part.name].file_size} bytes; its manifest says {part.size}")
         return found
+
+    def _check_order(self) -> None:
+        """Parts stand in the order of their records, a boot's parts together."""
+        reached: dict[tuple[str, str], int] = {}
+        for part in self.manifest.parts:
+            key = (part.family, part.boot)
+            is_next = not reached or next(reversed(reached)) == key if key in reached else True
+            if not is_next or part.first_pos <= reached.get(key, -1) or part.last_pos < part.first_pos:
+                self._refuse(f"{part.name} is out of order")
+            reached[key] = part.last_pos
 
     def _check_entry(self, entry: zipfile.ZipInfo) -> None:
         kind = stat.S_IFMT(entry.external_attr >> 16)

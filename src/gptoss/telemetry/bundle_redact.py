@@ -69,6 +69,10 @@ class Redacted:
         self._key = key
         self._names = None if keep is None else _Names(keep, key)
 
+    def name_of(self, request_id: str) -> str:
+        """The name under which a request stands."""
+        return request_id if self._names is None else self._names.of(request_id)
+
     def boots(self) -> list[str]:
         """See ``Recording``."""
         return self._recording.boots()
@@ -97,6 +101,11 @@ class Redacted:
                 meta = msgspec.structs.replace(record.meta, type=type(hashed).__name__, version=hashed.VERSION)
                 record = Record(meta, hashed)  # noqa: PLW2901 - the redacted record takes its place
             yield record if self._names is None else self._names.rename(record)
+
+
+def bundle_key(node_key: bytes) -> bytes:
+    """The key of a node's bundles, from the key of its prompt hashes: neither tells anything about the other."""
+    return hmac.new(node_key, b"bundle", hashlib.sha256).digest()
 
 
 def key_id_of(key: bytes) -> str:

@@ -28,7 +28,6 @@ from gptoss.telemetry.recording import Recording
 
 CLOSING_RECORDS = 1000
 """What a command led to stands right behind it; other threads put at most so many records in between."""
-SLOW_S = 10.0
 IDS_IN_WORDS = 3
 _ABOUT_REQUESTS = (EXECUTOR_PREFIX, f"actor/{REQUEST_PREFIX}", "actor/task/")
 

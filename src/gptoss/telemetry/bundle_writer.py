@@ -16,7 +16,7 @@ from typing import IO
 
 import msgspec
 
-from gptoss.errors import BundleError
+from gptoss.errors import BundleTooLarge
 from gptoss.messages.codec import encode_record
 from gptoss.messages.envelope import Family, Record
 from gptoss.telemetry.bundle_facts import BundleFacts
@@ -71,7 +71,7 @@ def write_bundle(
         spool_folder: where the temporary file is made; None is the system's own place.
 
     Raises:
-        BundleError: the recording is larger than the limit.
+        BundleTooLarge: the recording is larger than the limit.
         JournalError: the recording cannot be read.
         OSError: the disk is full, say.
     """
@@ -147,9 +147,10 @@ class _Spool:
         self._batch, self._batch_bytes = [], 0
         self._bytes += len(frame)
         if self._bytes > self._limit_bytes:
-            raise BundleError(
-                f"the bundle would hold more than {self._limit_bytes / 2**20:.0f} MiB of records; "
-                "choose fewer requests, a shorter window or a larger limit"
+            raise BundleTooLarge(
+                f"the bundle would hold more than {self._limit_bytes / 2**20:g} MiB of records; "
+                "choose fewer requests, a shorter window or a larger limit",
+                param="limit_mb",
             )
         self._file.write(frame)
         self._sha256.update(frame)
@@ -159,7 +160,7 @@ class _Spool:
         if self._batch:
             self._end_frame()
         if len(self.done) >= PARTS_MAX or self._size > PART_BYTES_MAX:
-            raise BundleError(
+            raise BundleTooLarge(
                 f"the bundle would have more than {PARTS_MAX} parts or one above {PART_BYTES_MAX >> 20} MiB; "
                 "choose a shorter window"
             )
