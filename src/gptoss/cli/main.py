@@ -3,8 +3,8 @@
 Rules:
 - Modules of commands import nothing heavy; a command imports what it needs when it runs, so that ``--help`` is instant.
 - What can be refused is refused before anything starts: one line on stderr, and the exit status says of which kind.
-- Exit status: 0 as asked; 1 failed, or a replay diverged; 2 a setting, an option or a bundle is wrong; 3 a newer program wrote the bundle;
-  78 the data folder cannot be used.
+- Exit status: 0 as asked; 1 failed, or a replay diverged; 2 a setting, an option or a bundle is wrong; 3 a newer
+  program wrote the bundle; 78 the data folder cannot be used.
 """
 
 import importlib.metadata
