@@ -86,8 +86,13 @@ class DeciderActor(LoopActor, Generic[S]):
         if self.context.incarnation == 0:
             return
         journal = self.context.system.journal
+        recorded: list[Event] = []
         for record in journal.read(stream=self.context.name, boot=journal.boot):
-            self.state = fold(self.decider, self.state, record.event)
+            if isinstance(record.event, SnapshotTaken):
+                recorded.clear()  # what was before may be forgotten in part
+            recorded.append(record.event)
+        for event in recorded:
+            self.state = fold(self.decider, self.state, event)
 
     def on_receive(self, message: Command) -> None:
         """Consume a command: journal it, decide, evolve, journal the events, tell the others, react."""

@@ -3,8 +3,8 @@
 Rules:
 - Modules of commands import nothing heavy; a command imports what it needs when it runs, so that ``--help`` is instant.
 - What can be refused is refused before anything starts: one line on stderr, and the exit status says of which kind.
-- Exit status: 0 as asked; 1 failed; 2 a setting, an option or a bundle is wrong; 3 a newer program wrote the bundle;
-  78 the data folder cannot be used.
+- Exit status: 0 as asked; 1 failed, or a replay diverged; 2 a setting, an option or a bundle is wrong; 3 a newer
+  program wrote the bundle; 78 the data folder cannot be used.
 """
 
 import importlib.metadata
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from gptoss.cli.bundle import bundle
 from gptoss.cli.events import events
+from gptoss.cli.replay import replay
 from gptoss.cli.serve import serve
 from gptoss.config import load_settings
 from gptoss.errors import BundleError, ConfigError, GptossError, JournalWriteFailed, UnsupportedSchema
@@ -74,6 +75,7 @@ def main() -> None:
       gptoss serve 20b             openai/gpt-oss-20b
       gptoss events req_5f0c...    what happened to a request, and when
       gptoss bundle create         a debug bundle of the last ten minutes
+      gptoss replay FILE           the decisions of a bundle again, and where they differ
       gptoss doctor                what this machine can do, and what it lacks
     """  # noqa: D301 - \b is click's mark of a paragraph that keeps its lines
 
@@ -81,6 +83,7 @@ def main() -> None:
 main.add_command(serve)
 main.add_command(events)
 main.add_command(bundle)
+main.add_command(replay)
 
 
 @main.command()
