@@ -13,7 +13,7 @@ from gptoss.actors.generation import Delta, GenerateRequest, Generation, Notice,
 from gptoss.clock import SystemClock
 from gptoss.config import Settings
 from gptoss.errors import GptossError, RequestNotFound
-from gptoss.http.context import HttpContext, HttpTiming, MadeBundle
+from gptoss.http.context import EventAsk, HttpContext, HttpTiming, MadeBundle
 from gptoss.http.headers import _NAME
 from gptoss.http.routes import make_app
 from gptoss.http.server import ConnectionBounds, RunningServer, serve
@@ -195,6 +195,12 @@ def context(gateway: FakeGateway, settings: Settings, timing: HttpTiming) -> Htt
     async def events(request_id: str) -> list[dict[str, Any]]:
         return [{"type": "RequestReceived", "pos": 0}] if request_id == "known" else []
 
+    async def story(request_id: str) -> dict[str, Any] | None:
+        return {"timeline": {"request_id": "known"}} if request_id == "known" else None
+
+    async def event_page(ask: EventAsk) -> dict[str, Any]:
+        return {"ask": msgspec.to_builtins(ask)}
+
     async def snapshot() -> dict[str, Any]:
         return {"stats": {}, "raw": b"\x00\xff"}
 
@@ -209,6 +215,8 @@ def context(gateway: FakeGateway, settings: Settings, timing: HttpTiming) -> Htt
         metrics=metrics,
         recent_requests=lambda limit: [{"request_id": "known"}][:limit],
         events=events,
+        story=story,
+        event_page=event_page,
         snapshot=snapshot,
         bundle=gateway.bundle,
         draining=lambda: False,

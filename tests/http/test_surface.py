@@ -67,6 +67,30 @@ async def test_events_of_a_request_or_404(house: Any) -> None:
     assert (status, answer["error"]["code"]) == (404, "request_not_found")
 
 
+async def test_the_timeline_of_a_request_or_404(house: Any) -> None:
+    assert await get(house, "/admin/requests/known/timeline") == (200, {"timeline": {"request_id": "known"}})
+    status, answer = await get(house, "/admin/requests/unknown/timeline")
+    assert (status, answer["error"]["code"]) == (404, "request_not_found")
+
+
+async def test_events_are_asked_for_by_position_type_and_stream(house: Any) -> None:
+    nothing: dict[str, Any] = {"after": None, "limit": 100, "wait_s": 0, "types": [], "stream": ""}
+    assert await get(house, "/admin/events") == (200, {"ask": nothing})
+    path = "/admin/events?after=-1&limit=7&wait=2&type=Preempted&type=Enqueued&stream=admission"
+    _, answer = await get(house, path)
+    asked = {**answer["ask"], "types": sorted(answer["ask"]["types"])}
+    assert asked == {"after": -1, "limit": 7, "wait_s": 2, "types": ["Enqueued", "Preempted"], "stream": "admission"}
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [("after=-2", "after"), ("after=x", "after"), ("wait=31", "wait"), ("limit=0", "limit"), ("type=Nothing", "type")],
+)
+async def test_a_bad_ask_for_events_is_refused(house: Any, query: str, param: str) -> None:
+    status, answer = await get(house, f"/admin/events?{query}")
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
 @pytest.mark.parametrize("limit", ["0", "-1", "1001", "x", "\u0661", ""])
 async def test_a_bad_limit_is_refused(house: Any, limit: str) -> None:
     status, answer = await get(house, f"/admin/requests?limit={limit}")

@@ -19,7 +19,9 @@ from rich.console import Console
 
 from gptoss.cli.bundle import bundle
 from gptoss.cli.events import events
+from gptoss.cli.journal import journal
 from gptoss.cli.replay import replay
+from gptoss.cli.report import report
 from gptoss.cli.serve import serve
 from gptoss.config import load_settings
 from gptoss.errors import BundleError, ConfigError, GptossError, JournalWriteFailed, UnsupportedSchema
@@ -84,6 +86,8 @@ main.add_command(serve)
 main.add_command(events)
 main.add_command(bundle)
 main.add_command(replay)
+main.add_command(journal)
+bundle.add_command(report)
 
 
 @main.command()

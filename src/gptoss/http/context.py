@@ -65,6 +65,24 @@ class HttpTiming(msgspec.Struct, frozen=True, kw_only=True):
     poll_s: float = 1.0
 
 
+class EventAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """Which records are asked for.
+
+    Attributes:
+        after: only positions above this; None asks for none yet, only where the journal is now.
+        limit: at most so many.
+        wait_s: how long to wait for the first.
+        types: only these types of event; empty leaves out those that come all the time.
+        stream: only this stream.
+    """
+
+    after: int | None = None
+    limit: int = 100
+    wait_s: float = 0.0
+    types: frozenset[str] = frozenset()
+    stream: str = ""
+
+
 class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     """The system as handlers see it.
 
@@ -74,6 +92,8 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
         metrics: ``Accept`` header -> (exposition, content type).
         recent_requests: limit -> newest requests.
         events: request id -> its records, JSON-ready; empty when unknown.
+        story: request id -> its timeline and what delayed it, JSON-ready; None when unknown.
+        event_page: newest records, JSON-ready; see ``EventAsk``.
         snapshot: the system's state as one JSON document.
         bundle: makes the debug bundle that was ordered.
         draining: whether new requests are refused because the server stops.
@@ -90,6 +110,8 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Callable[[str], Awaitable[tuple[bytes, str]]]
     recent_requests: Callable[[int], list[dict[str, Any]]]
     events: Callable[[str], Awaitable[list[dict[str, Any]]]]
+    story: Callable[[str], Awaitable[dict[str, Any] | None]]
+    event_page: Callable[[EventAsk], Awaitable[dict[str, Any]]]
     snapshot: Callable[[], Awaitable[dict[str, Any]]]
     bundle: Callable[[BundleOrder], Awaitable[MadeBundle]]
     draining: Callable[[], bool]
