@@ -3,7 +3,9 @@
 import asyncio
 import io
 import json
+import sys
 import zipfile
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,27 @@ async def test_the_journal_alone_gives_the_live_metrics_and_stats(
     assert projection.memory_stats() == serving.projection.memory_stats()
     assert projection.recent_requests(100) == serving.projection.recent_requests(100)
     assert metrics.render() == serving.metrics.render()
+
+
+async def test_the_command_line_fetches_from_a_running_server(client: TestClient[Any, Any], tmp_path: Path) -> None:
+    async def create(*options: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "gptoss", "bundle", "create", "--url", str(client.make_url("")), *options]
+        process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE, cwd=folder)
+        stdout, stderr = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, stdout.decode(), stderr.decode()
+
+    folder = tmp_path / "laptop"
+    folder.mkdir()
+    await asyncio.gather(*(ask(client, f"night-{number}") for number in range(3)))
+    status, stdout, _ = await create("--request", "night-1", "--request", "night-2", "--content", "tokens")
+    assert status == 0
+    assert "request night-1, night-2" in stdout
+    (path,) = folder.iterdir()
+    with BundleReader(path) as reader:
+        assert reader.manifest.requests == ("night-1", "night-2")
+        assert reader.manifest.redaction.content == "tokens"
+    status, _, stderr = await create("--request", "nobody")
+    assert (status, stderr.count("\n")) == (1, 1)
+    assert "no request has the id 'nobody'" in stderr
+    assert list(folder.iterdir()) == [path]

@@ -17,7 +17,7 @@ from gptoss.messages.envelope import Record
 from gptoss.telemetry.bundle_facts import BundleFacts
 from gptoss.telemetry.bundle_redact import Redacted
 from gptoss.telemetry.bundle_slice import Selection, cut
-from gptoss.telemetry.recording import JournalRecording, Recording
+from gptoss.telemetry.recording import JournalRecording, ListRecording, Recording
 
 EVERYTHING = Selection()
 
@@ -222,3 +222,15 @@ def test_a_selection_says_in_words_what_it_is() -> None:
         "the last 5 requests that failed or slower than 2 s in the last 60 s"
     )
     assert msgspec.json.decode(msgspec.json.encode(Selection(last=1)), type=Selection) == Selection(last=1)
+
+
+def test_a_wall_clock_that_was_set_back_hides_nothing(night: JournalRecording) -> None:
+    records = list(night.records(boot=night.boots()[0]))
+    middle = records[len(records) // 2].meta
+    hour_ns = 3600 * 10**9
+    (began_ns,) = {record.event.wall_ns for record in records if isinstance(record.event, ev.NodeStarted)}
+    anchor = ev.ClockAnchored(wall_ns=began_ns - hour_ns)
+    meta = msgspec.structs.replace(middle, stream="system", seq=1, type="ClockAnchored", correlation="", cause=-1)
+    back = ListRecording([*records[: len(records) // 2], Record(meta, anchor), *records[len(records) // 2 :]])
+    found = cut(back, Selection(from_ns=began_ns - 2 * hour_ns, to_ns=began_ns + hour_ns))
+    assert requests_in(found) == requests_in(back)

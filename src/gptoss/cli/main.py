@@ -3,8 +3,8 @@
 Rules:
 - Modules of commands import nothing heavy; a command imports what it needs when it runs, so that ``--help`` is instant.
 - What can be refused is refused before anything starts: one line on stderr, and the exit status says of which kind.
-- Exit status: 0 as asked; 1 failed, or a replay diverged; 2 a setting or an option is wrong, or a bundle is bad; 3 a
-  bundle of a newer version; 78 the data folder cannot be used.
+- Exit status: 0 as asked; 1 failed, or a replay diverged; 2 a setting, an option or a bundle is wrong; 3 a newer
+  program wrote the bundle; 78 the data folder cannot be used.
 """
 
 import importlib.metadata
@@ -76,8 +76,8 @@ def main() -> None:
       gptoss serve                 a small demo model on http://127.0.0.1:8000
       gptoss serve 20b             openai/gpt-oss-20b
       gptoss events req_5f0c...    what happened to a request, and when
-      gptoss replay FILE           the decisions of a bundle again, and where they differ
       gptoss bundle create         a debug bundle of the last ten minutes
+      gptoss replay FILE           the decisions of a bundle again, and where they differ
       gptoss doctor                what this machine can do, and what it lacks
     """  # noqa: D301 - \b is click's mark of a paragraph that keeps its lines
 

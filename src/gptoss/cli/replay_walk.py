@@ -5,10 +5,11 @@ import sys
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from gptoss.errors import ConfigError, ReplayError
 from gptoss.replay.diff import plain, summary
-from gptoss.replay.report import print_moment
+from gptoss.replay.report import print_line, print_moment
 from gptoss.replay.walk import Walk
 from gptoss.telemetry.recording import Recording
 
@@ -59,8 +60,7 @@ class _Screen:
             self._show(self._actor)
             return
         record = self._place.record
-        text = f"{record.meta.pos:>8}  {record.meta.stream}  {summary(record)}"
-        self._console.print(text, highlight=False, markup=False)
+        print_line(escape(f"{record.meta.pos:>8}  {record.meta.stream}  {summary(record)}"), self._console)
 
     def names(self) -> None:
         """Show who can be asked for."""

@@ -80,11 +80,11 @@ class Divided(msgspec.Struct, frozen=True, kw_only=True):
                 deadline = cmd.CancelRequest(now_ns=0, reason="deadline")
                 simulation.tell(state.deadline_ns, stream, deadline)
                 simulation.made[state.request_id] = state.tokens_out
-        for name, ask in simulation.states["admission"].waiting.items() if "admission" in states else ():
-            del name
+        for ask in states["admission"].waiting.values() if "admission" in states else ():
             simulation.tell(ask.deadline_ns, "admission", cmd.CheckDeadlines(now_ns=0))
+        running = {state.request_id for state in states.values() if getattr(state, "phase", "") == "running"}
         for stream, engine in self.engines.items():
-            copy = simulation.engines[stream] = engine.copy()
+            copy = simulation.engines[stream] = engine.only(running)
             if copy.capabilities is not None:
                 copy.capabilities = policy.capabilities(copy.capabilities)
             for each in (*copy.running.values(), *copy.line.values()):

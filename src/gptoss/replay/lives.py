@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import msgspec
 
+from gptoss.actors.deciders import REQUEST_PREFIX
 from gptoss.messages import events as ev
 from gptoss.messages.commands import Command, ForgetRoute, ReleaseMemory, WithdrawRequest
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.timeline import check_complete
 
-GIVE_BACKS = (ForgetRoute, ReleaseMemory, WithdrawRequest)
+GIVE_BACKS = frozenset({ForgetRoute, ReleaseMemory, WithdrawRequest})
+TERMINALS = frozenset(ev.TERMINAL_EVENTS)
 
 
 class _Life:
@@ -42,16 +44,17 @@ class Lives:
 
     def observe(self, record: Record) -> None:
         """Take any record that names a request; a life that cannot be followed to its end must not begin here."""
-        request_id, event = record.meta.correlation, record.event
-        if isinstance(event, ev.RequestReceived):
+        request_id, kind = record.meta.correlation, type(record.event)
+        if kind is ev.RequestReceived:
             self._open[request_id] = _Life()
         life = self._open.get(request_id)
         if life is None:
             return
-        life.records.append(record)
-        if isinstance(event, ev.ExecutorAccepted):
+        if kind is not ev.CommandConsumed or record.meta.stream.startswith(REQUEST_PREFIX):
+            life.records.append(record)  # what the others are told shows in what they say
+        if kind is ev.ExecutorAccepted:
             life.steps_known = True
-        elif isinstance(event, ev.TERMINAL_EVENTS):
+        elif kind in TERMINALS:
             life.has_ended = True
 
     def step(self, record: Record, step: ev.StepCommitted) -> None:
@@ -63,13 +66,15 @@ class Lives:
 
     def command(self, command: Command) -> Iterator[str]:
         """Take a command that a decider consumes; says what is wrong with lives that are over by now."""
-        yield from self._check_settled()
-        if isinstance(command, GIVE_BACKS):
-            life = self._open.get(command.request_id)
+        if self._settled:
+            yield from self._check_settled()
+        if type(command) in GIVE_BACKS:
+            request_id: str = getattr(command, "request_id")  # noqa: B009 - those three have one
+            life = self._open.get(request_id)
             if life is not None and life.has_ended:
                 life.given_back += 1
                 if life.given_back == len(GIVE_BACKS):
-                    self._settled.append(command.request_id)
+                    self._settled.append(request_id)
 
     def end(self, *, in_order: bool) -> Iterator[str]:
         """The boot is over; ``in_order`` if the server stopped and nothing is cut off."""

@@ -7,10 +7,11 @@ Rules:
   cancelled, refused or already over when the engine took it counts and leaves nothing.
 - A log that begins in the middle of an engine's life, as a bundle's does, holds requests that nobody knows. Until every
   request in the batch and in line is known, plans are passed over; the step's own counts say when that is.
-- An engine that says nothing of its limits plans nothing (``capabilities.limits``), and there is nothing to check.
+- An engine that says nothing of its limits plans nothing (``capabilities.limits``), and there is nothing to check; what
+  its requests have made is noted all the same.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -103,6 +104,13 @@ class ExecutorLog:
         other.sent, other.line, other.running = self.sent.copy(), self.line.copy(), self.running.copy()
         return other
 
+    def only(self, request_ids: Collection[str]) -> "ExecutorLog":
+        """A copy that has none but these requests."""
+        other = self.copy()
+        for request_id in set(self.requests()).difference(request_ids):
+            other._end(request_id)  # noqa: SLF001 - of its own class
+        return other
+
     def check(
         self, step: ev.StepCommitted, revise: Callable[[SchedulerState], SchedulerState] = lambda state: state
     ) -> dict[str, tuple[Any, Any]] | None:
@@ -115,6 +123,9 @@ class ExecutorLog:
         Returns:
             (recorded, replayed) of each part that differs; None if the plan cannot be checked.
         """
+        if self.limits is None:
+            self._follow(step)
+            return None
         found: dict[str, tuple[Any, Any]] | None = None
         taken = min(step.submits_taken, len(self.sent))
         if self.is_known:
@@ -242,6 +253,15 @@ class ExecutorLog:
             kv_bytes(capabilities.kv_layout, prompt + max_tokens) if capabilities else 0,
         )
         self._arrivals += 1
+
+    def _follow(self, step: ev.StepCommitted) -> None:
+        """Take a step of an engine that does not plan: each row is the next token of its request."""
+        self._take_named(step)
+        for row in step.rows:
+            each = self.line.pop(row.request_id, None) or self.running.pop(row.request_id, None)
+            if each is not None and not row.ended:
+                num_tokens = each.num_tokens + row.tokens
+                self.running[row.request_id] = replace(each, num_tokens=num_tokens, num_computed=num_tokens - 1)
 
     def _take_named(self, step: ev.StepCommitted) -> None:
         """Whoever is named in a step has been taken; for the others nobody can tell."""

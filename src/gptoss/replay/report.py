@@ -49,6 +49,14 @@ def print_moment(moment: Moment, console: Console) -> None:
     _more(len(moment.mailbox), console)
 
 
+def print_line(text: str, console: Console) -> None:
+    """One line: cut off at a terminal's edge, whole in a file."""
+    if console.is_terminal:
+        console.print(text, highlight=False, no_wrap=True, overflow="ellipsis")
+    else:
+        console.print(text, highlight=False, soft_wrap=True)
+
+
 def tree(value: Any, indent: int = 0) -> Iterator[str]:
     """JSON types as an indented list."""
     pad = "  " * indent
@@ -107,7 +115,7 @@ def _divergence(first: Divergence, console: Console) -> None:
     if first.chain:
         console.print("  [bold]what led to it[/]")
         for each in first.chain:
-            console.print(f"  {_link(each, first.chain[-1])}", highlight=False, no_wrap=True, overflow="ellipsis")
+            print_line(f"  {_link(each, first.chain[-1])}", console)
 
 
 def _link(each: Link, last: Link) -> str:

@@ -32,7 +32,7 @@ from gptoss.messages.events import (
 from gptoss.replay.diff import diff, message_text
 from gptoss.replay.result import Divergence, FieldDiff, Kind
 
-LIFE_OF_ACTORS = (ActorStarted, ActorRestarted, ActorStopped)
+LIFE_OF_ACTORS = frozenset({ActorStarted, ActorRestarted, ActorStopped})
 
 
 class Tally:
@@ -56,9 +56,10 @@ class DeciderStream:
         state: of the decider, as replayed.
         is_known: whether ``state`` is what it should be.
         command: the last command; None before the first.
+        last: the last record that was taken.
     """
 
-    __slots__ = ("_command_pos", "_expected", "_next_seq", "command", "decider", "is_known", "state", "tally")
+    __slots__ = ("_command_pos", "_expected", "_next_seq", "command", "decider", "is_known", "last", "state", "tally")
 
     def __init__(self, decider: Decider[Any], first: Meta, tally: Tally) -> None:
         self.decider = decider
@@ -66,6 +67,7 @@ class DeciderStream:
         self.is_known = first.seq == 0
         self.command: Command | None = None
         self.tally = tally
+        self.last = first
         self._command_pos = -1
         self._expected: deque[Event] = deque()
         self._next_seq = first.seq
@@ -77,42 +79,46 @@ class DeciderStream:
 
     def observe(self, record: Record) -> Iterator[Divergence]:
         """Take the next record of the stream, and say what differs."""
-        meta, event = record.meta, record.event
+        meta = self.last = record.meta
+        event: Any = record.event
         if meta.seq != self._next_seq:
             yield from self._gap(meta)
         self._next_seq = meta.seq + 1
-        if isinstance(event, CommandConsumed):
-            yield from self.close(meta)
-            yield from self._consume(record, event)
-        elif meta.actor != meta.stream or isinstance(event, LIFE_OF_ACTORS):
+        kind = type(record.event)
+        if kind is CommandConsumed:
+            if self._expected:
+                yield from self.close()
+            yield from self._consume(record, event.command)
+        elif meta.actor != meta.stream or kind in LIFE_OF_ACTORS:
             return
-        elif isinstance(event, ActorFailed):
+        elif kind is ActorFailed:
             self._expected.clear()
-        elif isinstance(event, SnapshotTaken):
-            yield from self.close(meta)
+        elif kind is SnapshotTaken:
+            if self._expected:
+                yield from self.close()
             yield from self._compare_state(record, event)
         elif self.is_known:
             yield from self._compare(record)
         else:
             self.tally.passed_over += 1
 
-    def close(self, at: Meta) -> Iterator[Divergence]:
-        """No more events of the last command will come; ``at`` is any record of the stream."""
+    def close(self) -> Iterator[Divergence]:
+        """No more events of the last command will come."""
         while self._expected:
-            yield self._missing(at)
+            yield self._missing()
 
     # ---- parts
 
-    def _consume(self, record: Record, event: CommandConsumed) -> Iterator[Divergence]:
+    def _consume(self, record: Record, encoded: msgspec.Raw) -> Iterator[Divergence]:
         meta = record.meta
         try:
-            command = decode_command(event.command)
+            command = decode_command(encoded)
         except JournalError as error:
             self.is_known = False
             yield self._error(meta, "command", str(error))
             return
         self.command, self._command_pos = command, meta.pos
-        if isinstance(command, BeginRequest) and meta.incarnation == 0:
+        if type(command) is BeginRequest and meta.incarnation == 0:
             self.state, self.is_known = self.decider.initial(), True
         if not self.is_known:
             self.tally.passed_over += 1
@@ -126,10 +132,14 @@ class DeciderStream:
     def _compare(self, record: Record) -> Iterator[Divergence]:
         event = record.event
         self.tally.events += 1
-        if event in self._expected:
-            while self._expected[0] != event:
-                yield self._missing(record.meta)
-            self._evolve(self._expected.popleft())
+        expected = self._expected
+        if expected and expected[0] == event:
+            self._evolve(expected.popleft())
+            return
+        if event in expected:
+            while expected[0] != event:
+                yield self._missing()
+            self._evolve(expected.popleft())
             return
         replayed = self._expected.popleft() if self._expected else None
         kind: Kind = "unexpected" if replayed is None else "differs"
@@ -153,7 +163,7 @@ class DeciderStream:
         missing = meta.seq - self._next_seq
         if 0 < missing <= len(self._expected):
             for _ in range(missing):
-                yield self._missing(meta)
+                yield self._missing()
             return
         self._expected.clear()
         if self.is_known:
@@ -161,10 +171,10 @@ class DeciderStream:
             yield self._divergence("gap", meta, meta.type, (found,))
         self.is_known = False
 
-    def _missing(self, at: Meta) -> Divergence:
+    def _missing(self) -> Divergence:
         event = self._expected.popleft()
         self._evolve(event)
-        found = self._divergence("missing", at, type(event).__name__, diff(None, event))
+        found = self._divergence("missing", self.last, type(event).__name__, diff(None, event))
         return msgspec.structs.replace(found, pos=self._command_pos)
 
     def _evolve(self, event: Event) -> None:

@@ -17,10 +17,10 @@ from gptoss.actors.deciders import Deciders, deciders_of
 from gptoss.clock import NS_PER_S, Clock, SystemClock
 from gptoss.config import Settings
 from gptoss.messages import events as ev
-from gptoss.messages.envelope import Meta, Record
+from gptoss.messages.envelope import Record
 from gptoss.replay.chain import causal_chain
 from gptoss.replay.diff import plan_divergence
-from gptoss.replay.lives import Lives
+from gptoss.replay.lives import TERMINALS, Lives
 from gptoss.replay.plans import ExecutorLog
 from gptoss.replay.recorded import settings_of
 from gptoss.replay.result import Checked, Divergence, VerifyResult
@@ -64,7 +64,6 @@ class Verifier:
         self._lives = Lives()
         self._lost_ends: set[str] = set()
         self._open: DeciderStream | None = None
-        self._last: dict[str, Meta] = {}
         self._stopped = False
 
     def observe(self, record: Record) -> None:
@@ -74,13 +73,15 @@ class Verifier:
         if meta.boot != self.boot:
             self.end_boot()
             self._begin_boot(meta.boot)
-        stream = meta.stream
-        if stream.startswith(EXECUTOR_PREFIX):
+        stream = self.streams.get(meta.stream)
+        if stream is not None:
+            self._observe_decider(record, stream)
+        elif meta.stream.startswith(EXECUTOR_PREFIX):
             self._observe_executor(record)
-        elif stream == "system":
+        elif meta.stream == "system":
             self._observe_system(record)
         else:
-            self._observe_decider(record)
+            self._observe_new(record)
         if meta.correlation and (type(record.event) is not ev.RequestReceived or self._knows_deciders()):
             self._lives.observe(record)
 
@@ -92,7 +93,8 @@ class Verifier:
             if stream is self._open or name in LONG_LIVING:
                 self.notes.append(f"boot {self.boot}: the recording ends within a command of {name}")
             else:
-                self._note(stream.close(self._last[name]))
+                for divergence in stream.close():
+                    self._note(divergence)
         self._problem(self._lives.end(in_order=self._stopped))
         self.num_requests += self._lives.num_checked
 
@@ -123,7 +125,6 @@ class Verifier:
         self.streams, self.executors = {}, {}
         self._ended.clear()
         self._executor_seq.clear()
-        self._last.clear()
         self._lives = Lives()
         self._lost_ends = set()
         self._open = None
@@ -139,22 +140,23 @@ class Verifier:
 
     # ---- deciders
 
-    def _observe_decider(self, record: Record) -> None:
+    def _observe_new(self, record: Record) -> None:
         meta = record.meta
-        stream = self.streams.get(meta.stream)
-        if stream is None:
-            decider = self._deciders.of(meta.stream)
-            if decider is None:
-                return
+        decider = self._deciders.of(meta.stream)
+        if decider is not None:
             stream = self.streams[meta.stream] = DeciderStream(decider, meta, self.tallies[decider.name])
-        self._last[meta.stream] = meta
-        self._note(stream.observe(record))
-        if isinstance(record.event, ev.CommandConsumed):
+            self._observe_decider(record, stream)
+
+    def _observe_decider(self, record: Record, stream: DeciderStream) -> None:
+        for divergence in stream.observe(record):
+            self._note(divergence)
+        kind = type(record.event)
+        if kind is ev.CommandConsumed:
             self._open = stream
             if stream.command is not None:
                 self._problem(self._lives.command(stream.command))
-        elif isinstance(record.event, ev.TERMINAL_EVENTS):
-            self._retire(meta.stream)
+        elif kind in TERMINALS:
+            self._retire(record.meta.stream)
 
     def _knows_deciders(self) -> bool:
         return all(name in self.streams and self.streams[name].is_known for name in LONG_LIVING)
@@ -165,8 +167,7 @@ class Verifier:
         self._ended.move_to_end(name)
         if len(self._ended) > ENDED_STREAMS_MAX:
             oldest, _ = self._ended.popitem(last=False)
-            if self.streams.pop(oldest, None) is not None:
-                del self._last[oldest]
+            self.streams.pop(oldest, None)
 
     # ---- executors
 
@@ -192,14 +193,13 @@ class Verifier:
         tally.events += 1
         if found:
             tally.diverged += 1
-            self._note([plan_divergence(record, event, found)])
+            self._note(plan_divergence(record, event, found))
 
     # ---- findings
 
-    def _note(self, found: Iterable[Divergence]) -> None:
-        for divergence in found:
-            if self.first is None:
-                self.first = divergence
+    def _note(self, divergence: Divergence) -> None:
+        if self.first is None:
+            self.first = divergence
 
     def _problem(self, found: Iterable[str]) -> None:
         for problem in found:

@@ -128,6 +128,8 @@ class _Estimate(msgspec.Struct, frozen=True, kw_only=True):
         last_ns = divided.at_ns
         for record in self.recording.records(boot=self.boot):
             last_ns = record.meta.mono_ns
+            if isinstance(record.event, ev.DrainStarted):
+                break  # the recording's end is no end of what might have been
             if record.meta.pos >= divided.pos:
                 _play(simulation, record, divided.pos, policy)
         return fares, simulation.run(last_ns + TAIL_NS)
@@ -202,7 +204,8 @@ def _assumptions(script: Script, cost: StepCost, recorded: Fares) -> tuple[str, 
     found = [
         f"estimated: a step takes {cost.base_ms + cost.gap_ms:.2f} ms, {cost.decode_row_ms:.3f} more for each decoding "
         f"request and {cost.prefill_token_ms:.4f} for each token of prefill, as {cost.steps} recorded steps say",
-        "estimated: arrivals, rendering, cancels by clients and deaths of engines as recorded; other messages take no time",
+        "estimated: arrivals, rendering, cancels by clients and deaths of engines as recorded; other messages take no time; "
+        "the server's stop is left out",
         "estimated: who came to an end makes as many tokens as recorded, which is the least for one that had been shrunk",
     ]
     if unknown:

@@ -36,7 +36,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     """What a bundle is about; what is not given does not restrict.
 
     Attributes:
-        request_ids: these requests; of an id that was used twice, the newer.
+        request_ids: these requests; of an id that was used in two boots, the newer.
         errors: requests that the server failed, refused or gave up; ``slow_s``: those that took longer than this. Both
             together mean either.
         last: the newest so many of those that the other fields leave.
@@ -136,8 +136,11 @@ def cut(recording: Recording, selection: Selection) -> Slice:
     cuts: dict[str, Cut] = {}
     for boot in surveys:
         lives = [life for life in chosen if life.boot == boot.boot]
-        span = (boot.last_pos, 0) if selection.is_of_requests else _span(boot, from_ns, to_ns)
-        if span is not None and (lives or not selection.is_of_requests):
+        if selection.is_of_requests:
+            span = (min(life.first_pos for life in lives), 0) if lives else None
+        else:
+            span = _span(boot, from_ns, to_ns)
+        if span is not None:
             cuts[boot.boot] = _cut(boot, lives, span, leaves_others=selection.is_of_requests)
     if not cuts:
         raise RequestNotFound(f"nothing is recorded that would be {selection.in_words()}")
@@ -195,7 +198,8 @@ def _span(boot: BootSurvey, from_ns: int, to_ns: int) -> tuple[int, int] | None:
 
 
 def _cut(boot: BootSurvey, lives: list[Life], span: tuple[int, int], *, leaves_others: bool) -> Cut:
-    start = min((life.first_pos for life in lives), default=span[0]) if leaves_others else span[0]
+    """What is taken of a boot: the span, and beyond its end until the last of these requests has ended."""
+    start = span[0]
     end = max([span[1], *(life.last_pos for life in lives)])
     extra = set(boot.always)
     anchor = bisect_right(boot.anchors, start)

@@ -114,7 +114,8 @@ class BootSurvey:
             self.first_ns = now_ns
         if not self.mark_pos or meta.pos >= self.mark_pos[-1] + MARK_EVERY:
             self.mark_pos.append(meta.pos)
-            self.mark_ns.append(now_ns)
+            # The wall clock may have been set back; what is in order of position is taken to be in order of time.
+            self.mark_ns.append(max(now_ns, self.mark_ns[-1]) if self.mark_ns else now_ns)
         self.last_ns, self.last_pos = now_ns, meta.pos
         request_id = meta.correlation or meta.stream.removeprefix(REQUEST_PREFIX)
         if meta.correlation or request_id != meta.stream:
