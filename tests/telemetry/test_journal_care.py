@@ -120,6 +120,7 @@ def test_a_running_server_keeps_repair_and_prune_out(folder: Path) -> None:
 def test_a_copy_that_does_not_fit_on_the_disk_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(folder / INNER, 200)
     before = {path.name: path.read_bytes() for path in folder.glob("*.seg")}
+
     def nearly_full(_: Path) -> SimpleNamespace:
         return SimpleNamespace(free=10)
 
