@@ -58,7 +58,7 @@ def changed(value: Any) -> Any:
         case str():
             return f"{value}x"
         case tuple() if value:
-            return tuple[Any, ...](value)[:-1]
+            return value[:-1]  # pyright: ignore[reportUnknownVariableType]
         case _:
             return None
 
