@@ -26,6 +26,7 @@ from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
 from gptoss.actors.memory_guard import MemoryGuardActor
+from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
 from gptoss.actors.router import RouterActor
 from gptoss.actors.supervisor import Supervision
@@ -279,7 +280,7 @@ class ServingSystem:
         settings = self.settings
         return RequestServices(
             directory=self.directory,
-            renderer=renderer,
+            rendering=Rendering(self.system, renderer),
             served_model=settings.served_model_name or model.model_name,
             default_max_tokens=PROFILES[settings.profile][1],
             request_timeout_s=settings.request_timeout_s,

@@ -59,7 +59,6 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("frequency_penalty", 3, "frequency_penalty"),
     ("repetition_penalty", 0, "repetition_penalty"),
     ("n", 17, "n"),
-    ("n", 2, "n"),
     ("n", 0, "n"),
     ("stop", ["x"] * 17, "stop"),
     ("stop", [""], "stop"),

@@ -55,9 +55,12 @@ class DeciderActor(LoopActor, Generic[S]):
 
     Attributes:
         TAKES_SNAPSHOTS: whether it lives long enough for ``SnapshotTaken``.
+        request_id: the one request that everything here is about, if there is one: timers and cancellations come
+            without a correlation.
     """
 
     TAKES_SNAPSHOTS: ClassVar[bool] = True
+    request_id: str = ""
 
     def __init__(self, decider: Decider[S]) -> None:
         super().__init__()
@@ -76,7 +79,7 @@ class DeciderActor(LoopActor, Generic[S]):
 
     def on_receive(self, message: Command) -> None:
         """Consume a command: journal it, decide, evolve, journal the events, react."""
-        correlation = getattr(message, "request_id", None) or self.letter.correlation
+        correlation = self.request_id or getattr(message, "request_id", None) or self.letter.correlation
         consumed = CommandConsumed(decider=self.decider.name, command=encode_command(message))
         cause = self.record(consumed, correlation=correlation).meta.pos
         events = self.decider.decide(self.state, message)

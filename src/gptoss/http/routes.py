@@ -7,11 +7,12 @@ import asyncio
 
 from aiohttp import web
 
-from gptoss.http import admin, chat, health, models, page
+from gptoss.http import admin, chat, completions, embeddings, health, models, page, tokenization
 from gptoss.http.context import CLOSING, CONTEXT, HttpContext
 from gptoss.http.errors import answer_errors
 from gptoss.http.guard import admit_callers
 from gptoss.http.headers import response_request_id
+from gptoss.http.intake import NAMED_FIELDS
 
 
 def make_app(context: HttpContext) -> web.Application:
@@ -19,7 +20,7 @@ def make_app(context: HttpContext) -> web.Application:
     app = web.Application(middlewares=[answer_errors, admit_callers])
     app[CONTEXT] = context
     app[CLOSING] = asyncio.Event()
-    app[chat.NAMED_FIELDS] = set()
+    app[NAMED_FIELDS] = set()
     app[models.STARTED_S] = models.started_s(app)
     app.on_response_prepare.append(_add_headers)
     app.on_shutdown.append(_note_closing)
@@ -27,6 +28,10 @@ def make_app(context: HttpContext) -> web.Application:
         [
             web.get("/", page.home),
             web.post("/v1/chat/completions", chat.chat_completions),
+            web.post("/v1/completions", completions.completions),
+            web.post("/v1/embeddings", embeddings.embeddings),
+            web.post("/tokenize", tokenization.tokenize),
+            web.post("/detokenize", tokenization.detokenize),
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{model:.+}", models.show_model),
             web.post("/cancel/{request_id}", admin.cancel),
