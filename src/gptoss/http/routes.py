@@ -7,12 +7,13 @@ import asyncio
 
 from aiohttp import web
 
-from gptoss.http import admin, chat, completions, embeddings, health, models, page, tokenization
+from gptoss.http import admin, chat, completions, embeddings, health, models, page, responses, tokenization
 from gptoss.http.context import CLOSING, CONTEXT, HttpContext
 from gptoss.http.errors import answer_errors
 from gptoss.http.guard import admit_callers
 from gptoss.http.headers import response_request_id
 from gptoss.http.intake import NAMED_FIELDS
+from gptoss.http.response_store import ResponseStore
 
 
 def make_app(context: HttpContext) -> web.Application:
@@ -21,6 +22,7 @@ def make_app(context: HttpContext) -> web.Application:
     app[CONTEXT] = context
     app[CLOSING] = asyncio.Event()
     app[NAMED_FIELDS] = set()
+    app[responses.STORE] = ResponseStore()
     app[models.STARTED_S] = models.started_s(app)
     app.on_response_prepare.append(_add_headers)
     app.on_shutdown.append(_note_closing)
@@ -29,6 +31,10 @@ def make_app(context: HttpContext) -> web.Application:
             web.get("/", page.home),
             web.post("/v1/chat/completions", chat.chat_completions),
             web.post("/v1/completions", completions.completions),
+            web.post("/v1/responses", responses.create),
+            web.get("/v1/responses/{response_id}", responses.retrieve),
+            web.delete("/v1/responses/{response_id}", responses.delete),
+            web.get("/v1/responses/{response_id}/input_items", responses.input_items),
             web.post("/v1/embeddings", embeddings.embeddings),
             web.post("/tokenize", tokenization.tokenize),
             web.post("/detokenize", tokenization.detokenize),

@@ -10,7 +10,7 @@ import msgspec
 
 from gptoss.actors.generation import GenerateRequest
 from gptoss.errors import RequestError
-from gptoss.http.schema import GenerationFields, StreamOptions
+from gptoss.http.schema import GenerationFields, SamplingFields, StreamOptions
 from gptoss.messages.sampling import SamplingParams, check_sampling
 
 MAX_CHOICES = 16
@@ -25,7 +25,7 @@ class StreamShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sampling_params(
-    wire: GenerationFields, *, default_temperature: float, max_tokens: int | None, logprobs: int | None
+    wire: SamplingFields, *, default_temperature: float, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
     """Sampling settings of a request, not checked yet.
 

@@ -66,15 +66,12 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
-    """What chat and text completions have in common; read by ``sampling_fields``."""
+class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
+    """What every endpoint that generates has in common; read by ``sampling_fields``."""
 
     model: ModelName | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Int32 | None = None
 
-    max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -93,6 +90,14 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Timeout | None = None
     cache_salt: CacheSalt | None = None
     user: UserName | None = None
+
+
+class GenerationFields(SamplingFields, frozen=True, kw_only=True):
+    """What chat and text completions have in common beside that."""
+
+    stream_options: StreamOptions | None = None
+    n: Int32 | None = None
+    max_tokens: int | None = None
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
