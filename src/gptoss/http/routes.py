@@ -7,7 +7,19 @@ import asyncio
 
 from aiohttp import web
 
-from gptoss.http import admin, chat, completions, embeddings, health, models, page, responses, tokenization
+from gptoss.http import (
+    admin,
+    chat,
+    completions,
+    docs_page,
+    embeddings,
+    health,
+    models,
+    openapi,
+    page,
+    responses,
+    tokenization,
+)
 from gptoss.http.context import CLOSING, CONTEXT, HttpContext
 from gptoss.http.errors import answer_errors
 from gptoss.http.guard import admit_callers
@@ -50,6 +62,8 @@ def make_app(context: HttpContext) -> web.Application:
             web.get("/admin/requests", admin.recent_requests),
             web.get("/admin/requests/{request_id}/events", admin.request_events),
             web.get("/admin/debug/bundle", admin.debug_bundle),
+            web.get("/openapi.json", openapi.document_json),
+            web.get("/docs", docs_page.docs),
         ]
     )
     return app
