@@ -46,6 +46,7 @@ class FakeRenderer:
     """One token for each word; token ids come back as ``t<id>`` and a space."""
 
     vocab_size = FAKE_VOCAB
+    takes_reasoning_effort = False
 
     def render_chat(
         self,

@@ -258,7 +258,9 @@ class _PartsDelta(Delta, frozen=True, kw_only=True):
 
 
 def answer_of(kept: list[ResponseBody]) -> ResponseAnswer:
-    generation = Generation(request_id="r", model="m", created_s=1, on_cancel=lambda _: None, on_notice=lambda *_: None)
+    generation = Generation(
+        request_id="r", model="m", created_s=1, on_cancel=lambda _: None, on_notice=lambda _notice, _ms: None
+    )
     body = ResponseBody(
         id="resp_r", created_at=1, status="in_progress", instructions=None, max_output_tokens=None, model="m",
         previous_response_id=None, reasoning=ReasoningOptions(), store=True, temperature=1.0, top_logprobs=0, top_p=1.0,

@@ -34,6 +34,11 @@ class Rendering:
         self._renderer = renderer
         self._timeout_s = timeout_s
 
+    @property
+    def takes_reasoning_effort(self) -> bool:
+        """Whether prompts of the served model depend on ``reasoning_effort``."""
+        return self._renderer.takes_reasoning_effort
+
     def today(self) -> str:
         """The date that prompts may tell, ``YYYY-MM-DD`` in UTC."""
         return datetime.fromtimestamp(self._system.clock.wall_ns() / NS_PER_S, tz=UTC).date().isoformat()

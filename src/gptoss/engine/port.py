@@ -323,6 +323,11 @@ class Renderer(Protocol):
         """Token ids are below this."""
         ...
 
+    @property
+    def takes_reasoning_effort(self) -> bool:
+        """Whether ``reasoning_effort`` changes anything."""
+        ...
+
     def render_chat(
         self,
         messages: tuple[ChatMessage, ...],

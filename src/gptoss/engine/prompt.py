@@ -115,6 +115,7 @@ class TokenizerRenderer:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(special)
         self.eos_token_ids = eos_token_ids
+        self.takes_reasoning_effort = any(template.uses_reasoning_effort for template in templates.values())
         self._templates = templates
         self._hashes = {name: hashlib.sha256(t.source.encode()).hexdigest() for name, t in templates.items()}
         self._special_tokens = special_tokens

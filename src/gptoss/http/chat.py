@@ -24,10 +24,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 async def _read(request: web.Request) -> Call:
     wire = await read_wire(request, DECODER)
-    generate = generate_request(wire, default_temperature=request.app[CONTEXT].default_temperature)
+    context = request.app[CONTEXT]
+    generate = generate_request(wire, default_temperature=context.default_temperature)
     shape = stream_shape(wire.stream, wire.stream_options)
     count = num_choices(wire)
-    name_once(request, without_effect(wire))
+    takes_effort = context.gateway.rendering.takes_reasoning_effort
+    name_once(request, without_effect(wire, takes_reasoning_effort=takes_effort))
 
     def answer(generations: Sequence[Generation]) -> Answer:
         return ChatAnswer(generations, shape, has_logprobs=generate.sampling.logprobs is not None)

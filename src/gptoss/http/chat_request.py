@@ -56,9 +56,10 @@ def generate_request(wire: ChatCompletionRequest, *, default_temperature: float)
     )
 
 
-def without_effect(wire: ChatCompletionRequest) -> tuple[str, ...]:
+def without_effect(wire: ChatCompletionRequest, *, takes_reasoning_effort: bool) -> tuple[str, ...]:
     """Names of known fields that this request sets and that change nothing: nothing is stored, all tiers are one."""
-    return tuple(name for name in ("store", "service_tier") if getattr(wire, name))
+    names = ("store", "service_tier") if takes_reasoning_effort else ("store", "service_tier", "reasoning_effort")
+    return tuple(name for name in names if getattr(wire, name))
 
 
 # ---------------------------------------------------------------- messages

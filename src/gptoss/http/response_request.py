@@ -61,9 +61,11 @@ def generate_request(
     )
 
 
-def without_effect(wire: ResponsesRequest) -> tuple[str, ...]:
+def without_effect(wire: ResponsesRequest, *, takes_reasoning_effort: bool) -> tuple[str, ...]:
     """Names of known fields that this request sets and that change nothing."""
     names = [name for name in ("service_tier", "max_tool_calls") if getattr(wire, name)]
+    if wire.reasoning and (wire.reasoning.summary or (wire.reasoning.effort and not takes_reasoning_effort)):
+        names.append("reasoning")
     return (*names, *(f"include {name}" for name in wire.include or () if name in _NO_EFFECT_INCLUDED))
 
 

@@ -96,12 +96,13 @@ async def _read(request: web.Request) -> Call:
         earlier = store.get(wire.previous_response_id, param="previous_response_id").messages
     items = items_of(wire)
     messages = (*earlier, *conversation(items))
-    default_temperature = request.app[CONTEXT].default_temperature
-    generate = with_headers(generate_request(wire, messages, default_temperature=default_temperature), request)
+    context = request.app[CONTEXT]
+    generate = with_headers(generate_request(wire, messages, default_temperature=context.default_temperature), request)
     if RESPONSE_PREFIX + generate.request_id in store:
         # The caller uses a request id again; the response that bears it stays what it is.
         generate = msgspec.structs.replace(generate, request_id="")
-    name_once(request, without_effect(wire))
+    takes_effort = context.gateway.rendering.takes_reasoning_effort
+    name_once(request, without_effect(wire, takes_reasoning_effort=takes_effort))
     is_stored = wire.store is not False
 
     def answer(generations: Sequence[Generation]) -> Answer:
