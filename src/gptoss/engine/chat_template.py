@@ -28,7 +28,8 @@ from gptoss.errors import ModelLoadError
 
 MAX_OUTPUT_CHARS = 16 * 1024 * 1024
 MAX_STEPS = 1_000_000
-"""Loop iterations and calls; about a second."""
+"""Loop iterations, and calls by ``STEPS_PER_CALL``: about two seconds of rendering."""
+STEPS_PER_CALL = 10
 
 PRIVATE_FIRST = "\U000f0000"
 """First code point of the private-use area that ``tojson`` never escapes, so that marks set by the caller survive."""
@@ -94,7 +95,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox with every ``for`` and every call counted: loops and macros multiply without end."""
 
     def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        _count(__context.parent[_STEPS])
+        _count(__context.parent[_STEPS], STEPS_PER_CALL)
         return super().call(__context, __obj, *args, **kwargs)
 
     def _generate(
@@ -128,15 +129,15 @@ class _Counted:
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._items:
-            _count(self._steps)
+            _count(self._steps, 1)
             yield item
 
     def __len__(self) -> int:
         return len(self._items)  # pyright: ignore[reportArgumentType] - TypeError is what Jinja expects of an iterator
 
 
-def _count(steps: list[int]) -> None:
-    steps[0] -= 1
+def _count(steps: list[int], num: int) -> None:
+    steps[0] -= num
     if steps[0] < 0:
         raise TemplateRefused(f"the chat template took more than {MAX_STEPS} steps")
 
