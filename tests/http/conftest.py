@@ -1,6 +1,7 @@
 """A real server on a loopback port in front of a scripted gateway: what a script puts is what a client sees."""
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
@@ -138,7 +139,7 @@ class House:
         return await self.post(msgspec.json.encode(fields), path=path)
 
     async def post(
-        self, body: bytes, *, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions"
+        self, body: bytes | io.BytesIO, *, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions"
     ) -> tuple[int, dict[str, Any]]:
         sent = {"Content-Type": "application/json", **(headers or {})}
         async with self.session.post(path, data=body, headers=sent) as response:

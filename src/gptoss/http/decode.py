@@ -51,6 +51,7 @@ class BodyDecoder(Generic[_Wire]):
             RequestError: the body is not JSON of that shape; ``param`` names the field at fault, such as
                 ``messages[0].role``, or is ``body`` when the fault lies in no field.
         """
+        _check_utf8(body)
         check_depth(body)
         wire = _decode(self._decoder, body)
         fields = _decode(_fields_decoder, body)
@@ -81,6 +82,14 @@ def check_depth(body: bytes) -> None:
     # Brackets that do not match are left over too; where they do not nest deep, the parser says what is wrong.
     if brackets.count(b"[") > MAX_DEPTH or b"[]" in brackets:
         raise RequestError(f"the body nests more than {MAX_DEPTH} levels deep", param=_BODY_PARAM)
+
+
+def _check_utf8(body: bytes) -> None:
+    """The parser looks only at the fields that it keeps; what it skips is to be text as well."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not valid JSON in UTF-8: {error}", param=_BODY_PARAM) from None
 
 
 def _decode(decoder: msgspec.json.Decoder[_Any], body: bytes) -> _Any:
