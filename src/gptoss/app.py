@@ -29,6 +29,7 @@ from gptoss.actors.executor import ExecutorActor, ExecutorConfig
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
+from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
@@ -317,7 +318,7 @@ class ServingSystem:
         return RequestServices(
             lifecycle=self.deciders.lifecycle,
             directory=self.directory,
-            renderer=renderer,
+            rendering=Rendering(self.system, renderer),
             served_model=settings.served_model_name or model.model_name,
             default_max_tokens=PROFILES[settings.profile][1],
             request_timeout_s=settings.request_timeout_s,

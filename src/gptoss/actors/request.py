@@ -14,7 +14,6 @@ decider: their journal entry is the executor's ``StepCommitted``.
 import hashlib
 import hmac
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import msgspec
 
@@ -22,9 +21,10 @@ from gptoss.actors.decider import DeciderActor
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
 from gptoss.actors.lifecycle import Lifecycle, RequestState
+from gptoss.actors.rendering import Rendering, prompt_param
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
-from gptoss.engine.port import RenderedPrompt, Renderer, Submit, TokenLogprob
+from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
 from gptoss.errors import EngineError, GptossError, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
@@ -60,7 +60,7 @@ class RequestServices(msgspec.Struct, kw_only=True):
 
     lifecycle: Lifecycle
     directory: Directory
-    renderer: Renderer
+    rendering: Rendering
     served_model: str
     default_max_tokens: int
     request_timeout_s: float
@@ -127,6 +127,10 @@ class RequestActor(DeciderActor[RequestState]):
                 session_id=request.session_id,
                 traceparent=request.traceparent,
                 num_messages=len(request.messages),
+                is_chat=request.prompt is None,
+                parent_id=request.parent_id,
+                user_hmac=_keyed_hash(self._services.hmac_key, request.user) if request.user else "",
+                num_metadata=len(request.metadata),
             ),
             correlation=self._id,
         )
@@ -135,6 +139,9 @@ class RequestActor(DeciderActor[RequestState]):
         """Deliver tokens at once; everything else is a command to the lifecycle."""
         if isinstance(message, TokensProduced):
             self._deliver(message)
+        elif isinstance(message, cmd.CancelRequest) and self.state.phase == "new":
+            # On the control lane it has overtaken the beginning; it is to be heard after it, not lost.
+            self.context.ref.tell(message, correlation=self._id)
         else:
             super().on_receive(message)
 
@@ -157,14 +164,13 @@ class RequestActor(DeciderActor[RequestState]):
 
     async def _render_off_loop(self, cause: int) -> None:
         system, request = self.context.system, self._request
-        seconds = system.clock.wall_ns() / NS_PER_S
-        date = datetime.fromtimestamp(seconds, tz=UTC).date().isoformat()
-
-        def render() -> RenderedPrompt:
-            return self._services.renderer.render_chat(request.messages, tools=request.tools, date=date)
-
+        rendering = self._services.rendering
+        date = rendering.today()
         try:
-            self._prompt = prompt = await system.run_in_thread(render)
+            self._prompt = prompt = await rendering.prompt(request, date=date)
+            if not prompt.token_ids:
+                param = prompt_param(request)
+                raise RequestError(f"{param} is empty; it needs at least one token", param=param)
         except GptossError as error:
             param = error.param if isinstance(error, RequestError) else None
             unusable = cmd.PromptUnusable(
@@ -178,6 +184,7 @@ class RequestActor(DeciderActor[RequestState]):
             prompt_hmac=_keyed_hash(self._services.hmac_key, prompt.token_ids),
             template=prompt.template,
             date=date,
+            param=prompt_param(request),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
 
@@ -202,6 +209,7 @@ class RequestActor(DeciderActor[RequestState]):
             sampling=msgspec.structs.replace(event.sampling, stop=self._request.sampling.stop),
             priority=self._request.priority,
             deadline_ns=self._deadline_ns,
+            cache_salt=self._request.cache_salt,
         )
         if self.directory.tell(executor_name(self.state.executor), submit, cause=self.event_pos):
             return
@@ -278,6 +286,7 @@ CANCEL_ERRORS: dict[str, tuple[str, str]] = {
     "slow_client": ("engine_error", "the client did not read its answer"),
     "deadline": ("deadline_exceeded", "the request ran out of time"),
     "shutdown": ("not_ready", "the server is shutting down"),
+    "sibling_failed": ("engine_error", "another choice of the same call failed"),
 }
 
 
@@ -286,5 +295,5 @@ def _without_text(request: GenerateRequest) -> SamplingParams:
     return msgspec.structs.replace(request.sampling, stop=())
 
 
-def _keyed_hash(key: bytes, token_ids: tuple[int, ...]) -> str:
-    return hmac.new(key, msgspec.msgpack.encode(token_ids), hashlib.sha256).hexdigest()
+def _keyed_hash(key: bytes, value: tuple[int, ...] | str) -> str:
+    return hmac.new(key, msgspec.msgpack.encode(value), hashlib.sha256).hexdigest()
