@@ -319,6 +319,7 @@ class ServingSystem:
             speculation=settings.speculation,
             kernels=settings.kernels,
             quantization=settings.quantization,
+            kv_layout=settings.kv_layout,
             cache_folder=str(settings.cache_path),
             num_threads=settings.num_threads or max(1, (os.cpu_count() or 1) // num_executors),
         )

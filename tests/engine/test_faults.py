@@ -126,6 +126,7 @@ class Storm:
         self.layout = model.runner.layout
         self.is_batched = model.runner.is_batched
         self.is_row_invariant = model.runner.is_row_invariant
+        self.is_batch_invariant = model.runner.is_batch_invariant
         self.geometry = model.runner.geometry
         self._chance = random.Random(seed)
         self._raising = frozenset(raising)
@@ -158,10 +159,10 @@ class Storm:
 
 @pytest.mark.parametrize("seed", range(9))
 def test_in_a_storm_of_faults_every_request_ends_once_and_nobody_gets_a_wrong_token(
-    seed: int, tiny_model: Models
+    seed: int, laid_out: Models
 ) -> None:
     kind = PACKED[seed % len(PACKED)]
-    model = tiny_model(kind, max_batch_size=20)
+    model = laid_out(kind, max_batch_size=20)
     requests = [*targets(priority=1), *strangers(8)]
     bad = [submit(f"bad{i}", length=100 + i, max_tokens=30, temperature=1.0, priority=i % 2) for i in range(6)]
     expected = streams_of(model, [*requests, *bad])
@@ -202,6 +203,7 @@ class Witness:
         self.layout = model.runner.layout
         self.is_batched = True
         self.is_row_invariant = model.runner.is_row_invariant
+        self.is_batch_invariant = model.runner.is_batch_invariant
         self.geometry = model.runner.geometry
         self.slots: list[int] = []
         self.token_ids: set[int] = set()
@@ -229,10 +231,10 @@ class Witness:
     ],
 )
 def test_what_cannot_run_is_refused_before_it_touches_memory_or_a_step(
-    prompt: tuple[int, ...], output: tuple[int, ...], code: str, tiny_model: Models
+    prompt: tuple[int, ...], output: tuple[int, ...], code: str, laid_out: Models
 ) -> None:
-    layout = tiny_model().capabilities.kv_layout
-    model = tiny_model("llama", kv_budget_bytes=kv_bytes(layout, 70))
+    layout = laid_out().capabilities.kv_layout
+    model = laid_out("llama", kv_budget_bytes=kv_bytes(layout, 70))
     witness = Witness(model)
     running = Run(model, witness)
     running.handle(submit("good", max_tokens=4))

@@ -223,7 +223,7 @@ def test_without_a_compiler_torch_computes_and_the_note_says_what_to_do(
 
 def test_a_model_that_they_do_not_know_runs_on_torch_or_is_refused_int8(tiny_folder: Callable[[str], str]) -> None:
     assert isinstance(load(tiny_folder("gpt_oss")).runner, PackedRunner)
-    with pytest.raises(ModelLoadError, match="quantization int8 needs a CPU, bfloat16 and one of"):
+    with pytest.raises(ModelLoadError, match="quantization int8 needs a CPU, bfloat16, KV slots and one of"):
         load(tiny_folder("gpt_oss"), quantization="int8")
 
 

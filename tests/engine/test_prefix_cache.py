@@ -200,8 +200,8 @@ def bits(running: Run, request_id: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gpt_oss"])
-def test_a_hit_gives_the_same_bits_as_computing(kind: str, tiny_model: Models) -> None:
-    model = tiny_model(kind)
+def test_a_hit_gives_the_same_bits_as_computing(kind: str, laid_out: Models) -> None:
+    model = laid_out(kind)
     first, second = ask("first", text(600)), ask("second", [*text(560), 1, 2, 3], temperature=1.0)
     running = started(model)
     running.handle(first)
@@ -217,8 +217,8 @@ def test_a_hit_gives_the_same_bits_as_computing(kind: str, tiny_model: Models) -
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gpt_oss"])
-def test_where_bits_allow_it_answers_are_cached_too_and_hits_are_finer(kind: str, tiny_model: Models) -> None:
-    model = tiny_model(kind)
+def test_where_bits_allow_it_answers_are_cached_too_and_hits_are_finer(kind: str, laid_out: Models) -> None:
+    model = laid_out(kind)
     running = started(model, invariant=True)
     running.handle(ask("first", text(100), max_tokens=80))
     running.finish()
@@ -233,8 +233,8 @@ def test_where_bits_allow_it_answers_are_cached_too_and_hits_are_finer(kind: str
     assert running.tokens("second") == alone.tokens("second")
 
 
-def test_generic_runners_have_no_cache_and_say_so(tiny_model: Models) -> None:
-    running = started(tiny_model("gemma2"))
+def test_generic_runners_have_no_cache_and_say_so(laid_out: Models) -> None:
+    running = started(laid_out("gemma2"))
     assert running.core.capabilities.prefix_cache_bytes == 0
     for request_id in "ab":
         running.handle(ask(request_id, text(520)))
@@ -242,16 +242,16 @@ def test_generic_runners_have_no_cache_and_say_so(tiny_model: Models) -> None:
     assert cached(running, "b") == 0
 
 
-def test_tenants_do_not_share(tiny_model: Models) -> None:
-    running = started(tiny_model())
+def test_tenants_do_not_share(laid_out: Models) -> None:
+    running = started(laid_out())
     for request_id, salt in (("a", "x"), ("b", "y"), ("c", "x")):
         running.handle(ask(request_id, text(300), salt=salt))
         running.finish()
     assert [cached(running, request_id) for request_id in "abc"] == [0, 0, 256]
 
 
-def test_a_request_that_is_here_at_the_same_time_shares_what_is_computed_by_then(tiny_model: Models) -> None:
-    running = started(tiny_model())
+def test_a_request_that_is_here_at_the_same_time_shares_what_is_computed_by_then(laid_out: Models) -> None:
+    running = started(laid_out())
     running.handle(ask("a", text(300)))
     running.step(2)
     running.handle(ask("b", text(290)))
@@ -259,8 +259,8 @@ def test_a_request_that_is_here_at_the_same_time_shares_what_is_computed_by_then
     assert cached(running, "b") == 256
 
 
-def test_of_two_that_come_at_once_one_computes_the_common_part(tiny_model: Models) -> None:
-    model = tiny_model("gpt_oss")
+def test_of_two_that_come_at_once_one_computes_the_common_part(laid_out: Models) -> None:
+    model = laid_out("gpt_oss")
     running = started(model, invariant=True)
     requests = [ask("a", text(600)), ask("b", [*text(580), 3])]
     running.handle(*requests)
@@ -274,10 +274,10 @@ def test_of_two_that_come_at_once_one_computes_the_common_part(tiny_model: Model
         assert running.tokens(request.request_id) == alone.tokens(request.request_id)
 
 
-def test_reservations_come_before_the_cache(tiny_model: Models) -> None:
-    layout = tiny_model().capabilities.kv_layout
+def test_reservations_come_before_the_cache(laid_out: Models) -> None:
+    layout = laid_out().capabilities.kv_layout
     budget = kv_bytes(layout, 900)
-    model = tiny_model("llama", kv_budget_bytes=budget)
+    model = laid_out("llama", kv_budget_bytes=budget)
     running = started(model, cache=budget)
     assert running.core.capabilities.prefix_cache_bytes == budget
     for index in range(4):
@@ -291,9 +291,9 @@ def test_reservations_come_before_the_cache(tiny_model: Models) -> None:
     assert all(isinstance(running.end(request_id), Finished) for request_id in "xy")
 
 
-def test_a_hit_that_would_not_fit_beside_its_copy_is_not_taken(tiny_model: Models) -> None:
-    layout = tiny_model().capabilities.kv_layout
-    model = tiny_model("llama", kv_budget_bytes=kv_bytes(layout, 620))
+def test_a_hit_that_would_not_fit_beside_its_copy_is_not_taken(laid_out: Models) -> None:
+    layout = laid_out().capabilities.kv_layout
+    model = laid_out("llama", kv_budget_bytes=kv_bytes(layout, 620))
     running = started(model, cache=kv_bytes(layout, 600))
     running.handle(ask("a", text(300)))
     running.finish()
@@ -304,9 +304,9 @@ def test_a_hit_that_would_not_fit_beside_its_copy_is_not_taken(tiny_model: Model
         assert step.kv_bytes_in_use + step.prefix_cache_bytes <= kv_bytes(layout, 620)
 
 
-def test_a_preempted_request_finds_its_own_beginning_again(tiny_model: Models) -> None:
-    layout = tiny_model().capabilities.kv_layout
-    model = tiny_model("llama", kv_budget_bytes=kv_bytes(layout, 1000), max_batch_size=1)
+def test_a_preempted_request_finds_its_own_beginning_again(laid_out: Models) -> None:
+    layout = laid_out().capabilities.kv_layout
+    model = laid_out("llama", kv_budget_bytes=kv_bytes(layout, 1000), max_batch_size=1)
     victim = ask("victim", text(400), max_tokens=20)
     running = started(model, cache=kv_bytes(layout, 1000))
     running.handle(victim)
@@ -323,8 +323,8 @@ def test_a_preempted_request_finds_its_own_beginning_again(tiny_model: Models) -
     assert bits(running, "victim") == bits(alone, "victim")
 
 
-def test_a_plan_with_hits_is_followed_without_a_cache(tiny_model: Models) -> None:
-    model = tiny_model("gpt_oss")
+def test_a_plan_with_hits_is_followed_without_a_cache(laid_out: Models) -> None:
+    model = laid_out("gpt_oss")
     running, again = started(model), Run(model)
     for request_id, prompt in (("a", text(600)), ("b", text(560))):
         running.handle(ask(request_id, prompt))
@@ -349,8 +349,8 @@ class Broken(Invariant):
         ]
 
 
-def test_a_prompt_whose_logits_made_no_sense_is_not_kept(tiny_model: Models) -> None:
-    model = tiny_model()
+def test_a_prompt_whose_logits_made_no_sense_is_not_kept(laid_out: Models) -> None:
+    model = laid_out()
     running = Run(model, Broken(model), CoreOptions(prefix_cache_bytes=MB))
     prompt = [token_id % 255 for token_id in text(300)]
     running.handle(ask("bad", [*prompt, 255]))

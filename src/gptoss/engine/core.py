@@ -111,16 +111,17 @@ class EngineCore:
             is_row_invariant=runner.is_row_invariant,
             target_ms=PREFILL_TARGET_MS,
             draft_streams_max=DRAFT_STREAMS_MAX if options.speculates and runner.is_row_invariant else 0,
+            is_batch_invariant=runner.is_batch_invariant,
         )
         cache = None
         cache_bytes_max = min(options.prefix_cache_bytes, capabilities.kv_budget_bytes)
         if cache_bytes_max > 0 and runner.geometry is not None:
-            block_tokens = limits.align_tokens if runner.is_row_invariant else limits.chunk_tokens
+            block_tokens = limits.align_tokens if limits.has_free_cuts else limits.chunk_tokens
             cache = PrefixCache(runner.geometry, block_tokens, options.provenance)
         self.capabilities = msgspec.structs.replace(
             capabilities, limits=limits, prefix_cache_bytes=cache_bytes_max if cache else 0
         )
-        self.notes = _notes(options, self.capabilities)
+        self.notes = _notes(options, limits, has_cache=cache is not None)
         self._batch = Batch(runner, limits, capabilities.kv_budget_bytes, cache, cache_bytes_max)
         self._pace = PrefillPace()
         self._num_steps = 0
@@ -360,12 +361,14 @@ class EngineCore:
         )
 
 
-def _notes(options: CoreOptions, capabilities: EngineCapabilities) -> tuple[str, ...]:
+def _notes(options: CoreOptions, limits: Limits, *, has_cache: bool) -> tuple[str, ...]:
     notes: list[str] = []
-    if options.prefix_cache_bytes > 0 and not capabilities.prefix_cache_bytes:
+    if options.prefix_cache_bytes > 0 and not has_cache:
         notes.append("no prefix cache: this runner's KV memory cannot be copied")
-    if options.speculates and not (capabilities.limits and capabilities.limits.draft_streams_max):
+    if options.speculates and not limits.draft_streams_max:
         notes.append("no speculation: with this runner's kernels it would change the bits of logits")
+    if not limits.is_batch_invariant:
+        notes.append("not batch-invariant: on this device a token may depend on which requests share its steps")
     return tuple(notes)
 
 

@@ -19,9 +19,11 @@ from gptoss.engine.attention import (
     ATTENTION_NAME,
     Chunk,
     GeometryProbe,
-    slot_attention,
+    packed_attention,
 )
 from gptoss.engine.kv_cache import KvGeometry
+from gptoss.engine.kv_pages import PagePool, paged_layout
+from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.native.runner import NativeRunner, UnsupportedModelError
 from gptoss.engine.native.weights import WeightFormat
 from gptoss.engine.packed_linear import pack_linears
@@ -35,6 +37,7 @@ from gptoss.messages.model import KvLayout
 
 PARITY_TOKENS = 20
 PARITY_DECODES = 3
+PARITY_REQUESTS = 2
 PARITY_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest norm of the difference, relative to the norm of the eager logits; more where rounding alone does more."""
 PARITY_TOLERANCE_INT8 = 0.2
@@ -54,14 +57,23 @@ class Native(msgspec.Struct, frozen=True):
     max_model_len: int
 
 
+class KvOptions(msgspec.Struct, frozen=True):
+    """How KV memory is to be laid out. ``budget`` gives the bytes to take, once the weights are in."""
+
+    is_paged: bool
+    budget: Callable[[KvLayout], int]
+
+
 class RunnerChoice(msgspec.Struct, frozen=True):
-    """What runs the model, and what the model was before its weights were packed."""
+    """What runs the model, and what the model was before its weights were packed. ``kv_pages`` 0 are slots."""
 
     runner: Runner
     notes: tuple[str, ...]
     architecture: str
     vocab_size: int
     weights_bytes: int
+    kv_budget_bytes: int
+    kv_pages: int = 0
 
 
 class ParityError(Exception):
@@ -69,7 +81,7 @@ class ParityError(Exception):
 
 
 def choose_runner(
-    load_weights: LoadWeights, layout: KvLayout, device: torch.device, native: Native | None
+    load_weights: LoadWeights, layout: KvLayout, device: torch.device, native: Native | None, kv: KvOptions
 ) -> RunnerChoice:
     """The fastest runner that gives this model's logits.
 
@@ -78,6 +90,7 @@ def choose_runner(
         layout: KV geometry that the model's config states, for the generic runner.
         device: where the model is loaded.
         native: None leaves the kernels out.
+        kv: layout of KV memory; neither the CPU kernels nor the generic runner have pages.
 
     Raises:
         ModelLoadError: int8 weights are wanted and the kernels cannot run this model.
@@ -91,7 +104,9 @@ def choose_runner(
     architecture = type(model).__name__
 
     def choice(runner: Runner, *notes: str, size: int = weights_bytes) -> RunnerChoice:
-        return RunnerChoice(runner, notes, architecture, vocab_size, size)
+        pool = runner.pool if isinstance(runner, PackedRunner) else None
+        budget, pages = (pool.num_bytes, pool.num_pages) if pool else (kv.budget(runner.layout), 0)
+        return RunnerChoice(runner, notes, architecture, vocab_size, size, budget, pages)
 
     notes: list[str] = []
     if native is not None:
@@ -107,12 +122,14 @@ def choose_runner(
         if is_spent:
             model = load_weights()
     try:
-        return choice(_packed_runner(model, _Parity(prompt, expected, noise), device), *notes)
+        geometry = _packed_geometry(model, _Parity(prompt, expected, noise), device, is_paged=kv.is_paged)
     except Exception as error:  # noqa: BLE001 - whatever the model cannot do in slots, it can do in the generic runner
         model.set_attn_implementation("eager")
         cause = " ".join(str(error).split())[:200]
         generic = GenericRunner(model, layout, device)
         return choice(generic, *notes, f"generic runner, one request at a time: {cause}")
+    pool = PagePool(geometry, kv.budget(paged_layout(geometry))) if kv.is_paged else None
+    return choice(PackedRunner(model, geometry, pool), *notes)
 
 
 class _Parity(msgspec.Struct, frozen=True):
@@ -145,14 +162,17 @@ def _native_runner(model: Any, native: Native, parity: _Parity) -> NativeRunner:
     return runner
 
 
-def _packed_runner(model: Any, parity: _Parity, device: torch.device) -> PackedRunner:
+def _packed_geometry(model: Any, parity: _Parity, device: torch.device, *, is_paged: bool) -> KvGeometry:
+    """Make the model attend over this engine's KV memory; its geometry, if its logits are right then."""
     if device.type == "cpu":
         pack_linears(model)
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, cast("Any", slot_attention))
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, cast("Any", packed_attention))
     model.set_attn_implementation(ATTENTION_NAME)
-    runner = PackedRunner(model, _probe_geometry(model, device))
+    geometry = _probe_geometry(model, device)
+    num_bytes = PARITY_REQUESTS * kv_bytes(paged_layout(geometry), len(parity.prompt))
+    runner = PackedRunner(model, geometry, PagePool(geometry, num_bytes) if is_paged else None)
     _check_parity(runner, parity, PARITY_TOLERANCE.get(runner.dtype, max(PARITY_TOLERANCE.values())))
-    return runner
+    return geometry
 
 
 @torch.inference_mode()
