@@ -151,17 +151,18 @@ class PagedKv(RequestKv):
         self.tables = [pool.take(store, count) for store, count in enumerate(blocks)]
         self.num_bytes = sum(table.pages.numel() for table in self.tables) * pool.page_bytes
         self._known_places: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._splits: dict[int, torch.Tensor] = {}
 
-    def splits(self, store: int, num_splits: int) -> torch.Tensor:
-        """The first pages of a store in runs of ``SPLIT_PAGES``, ``[layers / unit, num_splits, SPLIT_PAGES]``.
+    def splits(self, store: int) -> torch.Tensor:
+        """The pages of a store in runs of ``SPLIT_PAGES``, ``[layers / unit, splits, SPLIT_PAGES]``, on the CPU.
 
-        Beyond the end stands the first page again: whoever does not look there must not see another request's numbers.
+        Beyond the end stands the first page again: what is read there counts nothing, but must not be another request's.
         """
-        pages = self.tables[store].pages[:, : num_splits * SPLIT_PAGES]
-        missing = num_splits * SPLIT_PAGES - pages.shape[1]
-        if missing:
-            pages = torch.cat((pages, pages[:, :1].expand(-1, missing)), dim=1)
-        return pages.view(-1, num_splits, SPLIT_PAGES)
+        if store not in self._splits:
+            pages = self.tables[store].pages
+            filling = pages[:, :1].expand(-1, -pages.shape[1] % SPLIT_PAGES)
+            self._splits[store] = torch.cat((pages, filling), dim=1).view(len(pages), -1, SPLIT_PAGES)
+        return self._splits[store]
 
     def ring(self, store: int) -> int:
         """See ``RequestKv``."""
@@ -169,7 +170,7 @@ class PagedKv(RequestKv):
 
     def read(self, store: int, index: int | None, first: int, end: int) -> torch.Tensor:
         """See ``RequestKv``; always a copy."""
-        places = self._device_places(store, first, end)
+        places = self._places(store, first, end)
         if index is None:
             return torch.cat([self._flat()[:, :, row] for row in places]).transpose(2, 3)
         row, layer = divmod(index, self.pool.unit)
@@ -177,7 +178,7 @@ class PagedKv(RequestKv):
 
     def write(self, store: int, index: int | None, first: int, kv: torch.Tensor) -> None:
         """See ``RequestKv``."""
-        places = self._device_places(store, first, first + kv.shape[-2])
+        places = self._places(store, first, first + kv.shape[-2])
         if index is None:
             for row, part in zip(places, kv.transpose(2, 3).split(self.pool.unit), strict=True):
                 self._flat()[:, :, row] = part
@@ -196,17 +197,20 @@ class PagedKv(RequestKv):
     def copy_in(self, end: int, parts: Sequence[PageTable | None]) -> None:
         """See ``RequestKv``."""
         self._known_places.clear()
+        self._splits.clear()
         for store, (part, window) in enumerate(zip(parts, self.geometry.windows, strict=True)):
             if part is None:
                 continue
-            first = end // self.pool.page_tokens - part.pages.shape[1]
+            end_block = end // self.pool.page_tokens
+            first_block = end_block - part.pages.shape[1]
             if window:
-                self._copy(part.pages, self._blocks(store, first, first + part.pages.shape[1]))
+                self._copy(part.pages, self._blocks(store, torch.arange(first_block, end_block)))
             else:
-                self.tables[store].replace(first, part)
+                self.tables[store].replace(first_block, part)
 
     def _keep(self, store: int, first: int, end: int) -> PageTable:
-        pages = self._blocks(store, first // self.pool.page_tokens, end // self.pool.page_tokens)
+        numbers = torch.arange(first // self.pool.page_tokens, end // self.pool.page_tokens)
+        pages = self._blocks(store, numbers)
         if not self.geometry.windows[store]:
             return self.pool.share(pages)
         copy = self.pool.take(store, pages.shape[1])
@@ -217,25 +221,21 @@ class PagedKv(RequestKv):
         storage = self.pool.storage
         storage[:, :, target.flatten().to(storage.device)] = storage[:, :, source.flatten().to(storage.device)]
 
-    def _blocks(self, store: int, first: int, end: int) -> torch.Tensor:
-        """Pages of blocks ``first`` to ``end`` of the text, ``[layers / unit, blocks]``."""
+    def _blocks(self, store: int, numbers: torch.Tensor) -> torch.Tensor:
+        """Pages of blocks of the text, ``[layers / unit, blocks]``."""
         pages = self.tables[store].pages
-        return pages[:, torch.arange(first, end) % pages.shape[1]]
+        return pages[:, numbers % pages.shape[1]]
 
-    def places(self, store: int, first: int, end: int) -> torch.Tensor:
-        """Where positions stand, pages laid end to end, ``[layers / unit, positions]``; on the CPU."""
-        positions = torch.arange(first, end)
-        blocks, offsets = positions // self.pool.page_tokens, positions % self.pool.page_tokens
-        pages = self.tables[store].pages
-        return pages[:, blocks % pages.shape[1]] * self.pool.page_tokens + offsets
-
-    def _device_places(self, store: int, first: int, end: int) -> torch.Tensor:
-        """The same on the device; all layers ask for the same few."""
+    def _places(self, store: int, first: int, end: int) -> torch.Tensor:
+        """Where in ``_flat`` positions stand, ``[layers / unit, positions]``; all layers ask for the same few."""
         key = (store, first, end)
         if key not in self._known_places:
             if len(self._known_places) >= KNOWN_PLACES_MAX:
                 self._known_places.clear()
-            self._known_places[key] = self.places(store, first, end).to(self.pool.storage.device)
+            positions = torch.arange(first, end)
+            pages = self._blocks(store, positions // self.pool.page_tokens)
+            places = pages * self.pool.page_tokens + positions % self.pool.page_tokens
+            self._known_places[key] = places.to(self.pool.storage.device)
         return self._known_places[key]
 
     def _flat(self) -> torch.Tensor:

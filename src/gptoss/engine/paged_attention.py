@@ -73,12 +73,15 @@ class _Splits:
         rings = torch.tensor([slot.ring(store) for slot in slots])
         current = torch.tensor(positions)
         counts = -(-torch.minimum(current + 1, rings) // length)
-        tables = [slot.splits(store, count) for slot, count in zip(slots, counts.tolist(), strict=True)]
-        self.pages = torch.cat(tables, dim=1).to(device)
-        targets = [slot.places(store, at, at + 1) for slot, at in zip(slots, positions, strict=True)]
-        self.targets = torch.cat(targets, dim=1).to(device)
+        pages = torch.cat(
+            [slot.splits(store)[:, :count] for slot, count in zip(slots, counts.tolist(), strict=True)], dim=1
+        )
+        self.pages = pages.to(device)
         owners = torch.repeat_interleave(torch.arange(len(slots)), counts)
         firsts = counts.cumsum(0) - counts  # of each request, the number of its first split
+        blocks, offsets = current % rings // pool.page_tokens, current % pool.page_tokens
+        own_pages = pages.flatten(1)[:, firsts * SPLIT_PAGES + blocks]
+        self.targets = (own_pages * pool.page_tokens + offsets).to(device)
         numbers = torch.arange(len(owners)) - firsts[owners]  # of each split, within its request
         self.owners = owners.to(device)
         seen_from = torch.stack((numbers * length, current[owners], rings[owners])).to(device)
