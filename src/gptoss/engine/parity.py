@@ -13,7 +13,7 @@ Rules:
 
 Measured on random gpt-oss of 12 layers and 16 experts in bfloat16, four scales of weights: the logits of a right runner
 differ by 0.14 to 0.76 of their norm, those of one without sinks by 0.39 to 1.25, so a bound on logits alone cannot tell
-them apart. In a layer, a right attention differs by at most 0.02.
+them apart. Part by part it can: a right attention differs by at most 0.03, one without sinks by 1.7 or more.
 """
 
 from collections.abc import Callable, Generator
@@ -38,7 +38,7 @@ REQUESTS = 2
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest norm of a difference, relative to the norm of what the model gives, by dtype."""
 TOLERANCE_INT8 = 0.2
-NOISES = 3
+NOISES = 5
 TOLERANCE_MAX = 0.7
 
 
@@ -102,7 +102,7 @@ class Reference:
 
     def bound(self, model: Any) -> float:
         """By how much logits may differ at a second look. The model is run with eager attention, as it is now."""
-        noise = rounding_noise(model, lambda: self._eager_logits(model), self._logits)
+        noise = rounding_noise(model, lambda: self._eager_logits(model), self._eager_logits(model))
         return min(NOISES * noise, TOLERANCE_MAX)
 
     def check_parts(self, runner: Runner, tolerance: float) -> None:
