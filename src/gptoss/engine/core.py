@@ -9,7 +9,7 @@ Rules:
 - A row that found no memory is run again once, after the worst other request gave its own back.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import psutil
@@ -245,17 +245,12 @@ class EngineCore:
             sequence.learn(row.num_draft, num_right)
         if sequence.end:
             ends.append(self._finish(sequence, sequence.end))
-        return StepRow(
-            request_id=row.request_id,
-            attempt=row.attempt,
+        return _came_of(
+            row,
             token_ids=tuple(draw.token_id for draw in draws if draw.token_id is not None),
             text="".join(texts),
             prefilled=max(0, min(row.start + row.num_tokens, sequence.num_prompt) - row.start),
             logprobs=tuple(self._token_logprob(draw) for draw in draws if draw.logprob is not None),
-            start=row.start,
-            num_tokens=row.num_tokens,
-            num_logits=row.num_logits,
-            num_draft=row.num_draft,
             failure=failure,
             ended=bool(failure or sequence.end),
         )
@@ -267,16 +262,7 @@ class EngineCore:
             ends.append(self._fail(sequence, EngineError(f"the model failed on this request: {fault.message}")))
         elif sequence.num_memory_faults >= MEMORY_FAULTS_MAX:
             ends.append(self._fail(sequence, _no_memory(fault.message)))
-        return StepRow(
-            request_id=row.request_id,
-            attempt=row.attempt,
-            start=row.start,
-            num_tokens=row.num_tokens,
-            num_logits=row.num_logits,
-            num_draft=row.num_draft,
-            failure=fault.failure,
-            ended=row.request_id not in self._batch.sequences,
-        )
+        return _came_of(row, failure=fault.failure, ended=row.request_id not in self._batch.sequences)
 
     def _token_logprob(self, draw: Draw) -> TokenLogprob:
         assert draw.token_id is not None
@@ -359,6 +345,11 @@ class EngineCore:
             memory_bytes=used,
             device_memory_total_bytes=total,
         )
+
+
+def _came_of(row: PlannedRow, **outcome: Any) -> StepRow:
+    """What the log keeps of a planned row: the row and its outcome."""
+    return StepRow(**msgspec.structs.asdict(row), **outcome)
 
 
 def _notes(options: CoreOptions, limits: Limits, *, has_cache: bool) -> tuple[str, ...]:
