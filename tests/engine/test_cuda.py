@@ -35,7 +35,7 @@ pytestmark = [
 Models = Callable[..., LoadedModel]
 Folders = Callable[[str], str]
 KINDS = ["llama", "qwen3", "mistral", "gpt_oss", "gpt_oss_yarn"]
-LENGTH = 200
+LENGTH = 90
 CACHING = CoreOptions(prefix_cache_bytes=1 << 28, provenance="tests")
 
 
@@ -78,7 +78,7 @@ def test_logits_are_those_of_eager_attention(
             return plain.eval()(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0].float()
 
     exact = eager(torch.float32)
-    found = run_through(model.runner, token_ids, [60, *[1] * 40, 100])
+    found = run_through(model.runner, token_ids, [40, *[1] * 30, 20])
     if tolerance is None:
         assert (found - exact).norm() < 1.5 * (eager(torch.bfloat16) - exact).norm()
     else:
