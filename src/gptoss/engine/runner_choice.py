@@ -21,7 +21,7 @@ from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.native.runner import NativeRunner, UnsupportedModelError
 from gptoss.engine.native.weights import WeightFormat
 from gptoss.engine.packed_linear import pack_linears
-from gptoss.engine.parity import REQUESTS, TOLERANCE, TOLERANCE_INT8, ParityError, Reference
+from gptoss.engine.parity import REQUESTS, TOLERANCE, TOLERANCE_INT8, TOLERANCE_MAX, ParityError, Reference
 from gptoss.engine.runner import MIN_ROWS, GenericRunner, PackedRunner, Runner
 from gptoss.errors import ModelLoadError
 from gptoss.messages.model import KvLayout
@@ -90,7 +90,7 @@ def choose_runner(
     if native is not None:
         try:
             _check_windows(layout, native.max_model_len)
-            runner = _native_runner(model, load_weights, native, reference)
+            runner = _native_runner(model, native, reference)
             return choice(runner, size=runner.weights_bytes)
         except (UnsupportedModelError, ParityError) as error:
             if native.form == "int8":
@@ -117,25 +117,16 @@ def _check_windows(layout: KvLayout, max_model_len: int) -> None:
         raise UnsupportedModelError(f"the CPU kernels have no windows of {layout.sliding_window} tokens")
 
 
-def _native_runner(model: Any, load_weights: LoadWeights, native: Native, reference: Reference) -> NativeRunner:
-    def build(model: Any) -> NativeRunner:
-        return NativeRunner(
-            native.library,
-            model,
-            form=native.form,
-            max_model_len=native.max_model_len,
-            num_threads=torch.get_num_threads(),
-        )
-
-    runner = build(model)
-    gap = reference.gap(runner)
-    if gap <= (TOLERANCE_INT8 if native.form == "int8" else TOLERANCE[runner.dtype]):
-        return runner
-    del runner
-    anew = load_weights()  # the kernels have the weights of the first
-    if not gap <= reference.bound(anew):
-        raise _too_far(gap)
-    return build(anew)
+def _native_runner(model: Any, native: Native, reference: Reference) -> NativeRunner:
+    runner = NativeRunner(
+        native.library,
+        model,
+        form=native.form,
+        max_model_len=native.max_model_len,
+        num_threads=torch.get_num_threads(),
+    )
+    reference.check_logits(runner, TOLERANCE_INT8 if native.form == "int8" else TOLERANCE[runner.dtype])
+    return runner
 
 
 def _packed_geometry(model: Any, reference: Reference, device: torch.device, *, is_paged: bool) -> KvGeometry:
@@ -148,19 +139,9 @@ def _packed_geometry(model: Any, reference: Reference, device: torch.device, *, 
     num_bytes = REQUESTS * kv_bytes(paged_layout(geometry), reference.length)
     runner = PackedRunner(model, geometry, PagePool(geometry, num_bytes) if is_paged else None)
     tolerance = TOLERANCE.get(runner.dtype, max(TOLERANCE.values()))
-    gap = reference.gap(runner)
-    if not gap <= tolerance:
-        model.set_attn_implementation("eager")
-        bound = reference.bound(model)
-        model.set_attn_implementation(ATTENTION_NAME)
-        if not gap <= bound:
-            raise _too_far(gap)
+    if reference.check_logits(runner, TOLERANCE_MAX) > tolerance:
         reference.check_parts(runner, tolerance)
     return geometry
-
-
-def _too_far(gap: float) -> ParityError:
-    return ParityError(f"logits differ from eager attention by {gap:.1e} of their norm")
 
 
 @torch.inference_mode()
