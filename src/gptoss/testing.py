@@ -177,6 +177,7 @@ class FakeDriver:
                     token_ids=(token,),
                     text=f"t{token} ",
                     prefilled=prefilled,
+                    ended=running.produced >= (submit.sampling.max_tokens or 1),
                 )
             )
         step = port.StepDone(
