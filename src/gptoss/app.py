@@ -10,6 +10,7 @@ the command line. Everything it started is gone when the context ends.
 """
 
 import asyncio
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -337,10 +338,7 @@ class ServingSystem:
         devices = parse_devices(self.settings.devices)
         for device in devices:
             config = self._executor_config(model, device, len(devices))
-
-            def make(config: ExecutorConfig = config) -> ExecutorActor:
-                return ExecutorActor(config, self._drivers, self.directory)
-
+            make = functools.partial(ExecutorActor, config, self._drivers, self.directory)
             name = executor_name(device.executor)
             self.directory.add(name, self.system.spawn(make, name=name, supervisor=supervisor))
 
@@ -358,6 +356,7 @@ class ServingSystem:
             speculation=settings.speculation,
             kernels=settings.kernels,
             quantization=settings.quantization,
+            kv_layout=settings.kv_layout,
             cache_folder=str(settings.cache_path),
             num_threads=settings.num_threads or max(1, (os.cpu_count() or 1) // num_executors),
         )

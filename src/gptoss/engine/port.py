@@ -46,6 +46,7 @@ class Load(_Wire, frozen=True, kw_only=True):
             without a change of bits.
         kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
         quantization: ``int8`` stores weights in 8 bits; only with the CPU kernels.
+        kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         cache_folder: where compiled kernels are kept; empty is the user's cache folder.
     """
 
@@ -62,6 +63,7 @@ class Load(_Wire, frozen=True, kw_only=True):
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["none", "int8"] = "none"
     cache_folder: str = ""
+    kv_layout: Literal["auto", "slots", "paged"] = "auto"
 
 
 class Submit(_Wire, frozen=True, kw_only=True):
