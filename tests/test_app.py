@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
@@ -18,9 +19,10 @@ from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import GptossError, QueueFull
 from gptoss.messages import events as ev
-from gptoss.messages.commands import Command
 from gptoss.messages.envelope import Record
 from gptoss.messages.sampling import SamplingParams
+from gptoss.replay.verify import verify
+from gptoss.telemetry.recording import LiveRecording
 from gptoss.telemetry.timeline import check_complete
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, fake_token
 
@@ -165,36 +167,15 @@ async def test_a_bad_request_is_refused_and_the_next_is_served(bad: GenerateRequ
         assert len(await token_ids(system.submit(request()))) == 5
 
 
-async def test_replaying_the_consumed_commands_gives_the_recorded_events() -> None:
-    from gptoss.actors.admission import Admission, AdmissionPolicy
-    from gptoss.actors.lifecycle import Lifecycle
-    from gptoss.actors.memory_guard import MemoryGuard
-    from gptoss.actors.router import Router
-    from gptoss.messages.codec import decode_command
-
+async def test_what_was_recorded_replays() -> None:
     async with serving(FakeOptions(kv_budget_bytes=300)) as system:
         await asyncio.gather(*(token_ids(system.submit(request(seed=n))) for n in range(20)))
         await settled(system)
-        found = list(system.journal.read())
-    deciders: dict[str, Any] = {
-        "memory": MemoryGuard(),
-        "router": Router(),
-        "admission": Admission(AdmissionPolicy(max_queue=512)),
-    }
-    streams = {r.meta.stream for r in found if isinstance(r.event, ev.CommandConsumed)}
-    assert len(streams) == 23
-    for stream in streams:
-        decider = deciders.get(stream) or Lifecycle()
-        state = decider.initial()
-        mine = [r for r in found if r.meta.stream == stream and r.meta.actor == stream]
-        consumed = [r.event for r in mine if isinstance(r.event, ev.CommandConsumed)]
-        replayed: list[Any] = []
-        for event in consumed:
-            command: Command = decode_command(event.command)
-            for decided in decider.decide(state, command):
-                state = decider.evolve(state, decided)
-                replayed.append(decided)
-        assert replayed == [r.event for r in mine if not isinstance(r.event, ev.CommandConsumed)]
+        result = verify(LiveRecording(system.journal))
+    assert result.same
+    assert result.requests == 20
+    decided = {each.decider: each.decisions for each in result.checked}
+    assert min(decided[name] for name in ("admission", "memory", "router", "request")) >= 20
 
 
 async def test_the_http_application_mounts_under_a_prefix() -> None:
@@ -218,3 +199,39 @@ async def test_a_restarted_server_finds_its_journal(tmp_path: Path) -> None:
         await token_ids(generation)
     async with serving(journal="segments", data_dir=str(tmp_path)) as system:
         assert terminal(await records(system, generation.request_id)) == ["RequestCompleted"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kinds"),
+    [
+        ("none", set[str]()),
+        ("tokens", {"PromptTokens", "StepTokens"}),
+        ("full", {"MessagesReceived", "PromptTokens", "StepTokens", "AnswerDelivered"}),
+    ],
+)
+async def test_content_is_recorded_as_far_as_the_setting_allows(content: str, kinds: set[str]) -> None:
+    async with serving(content=content) as system:
+        asked = msgspec.structs.replace(
+            request("canary words"), sampling=SamplingParams(max_tokens=3, seed=3, stop=("canary stop",))
+        )
+        generation = system.submit(asked)
+        await token_ids(generation)
+        await settled(system)
+        found = {record.meta.type: record.event for record in system.journal.read(family="content")}
+        assert found.keys() == kinds
+        assert not any("canary" in str(record.event) for record in system.journal.read())
+        if content != "none":
+            prompt = ev.PromptTokens(request_id=generation.request_id, token_ids=(6, 5), stop=("canary stop",))
+            assert found["PromptTokens"] == prompt
+        if content == "full":
+            assert "canary words" in str(found["MessagesReceived"])
+            answer = "".join(f"t{fake_token(3, position)} " for position in range(3))
+            assert found["AnswerDelivered"] == ev.AnswerDelivered(request_id=generation.request_id, text=answer)
+
+
+async def test_the_wall_clock_is_anchored_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptoss.app.CLOCK_ANCHOR_PERIOD_S", 0.01)
+    async with serving() as system:
+        async with asyncio.timeout(10.0):
+            while sum(isinstance(r.event, ev.ClockAnchored) for r in system.journal.read(stream="system")) < 2:
+                await asyncio.sleep(0.01)

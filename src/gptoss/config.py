@@ -40,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         num_threads: threads of each CPU executor.
         profile: ``latency_first`` or ``quality_first``; sets the defaults for batch, tokens and temperature.
         max_batch_size, max_model_len, kv_budget_mb: limits of each executor.
+        kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         prefix_cache_mb: the part of its KV memory that cached prefixes may take while no request needs it; -1 is none.
         speculation: ``ngram`` guesses tokens that stood in the request before and verifies several in a step.
         max_queue: requests that may wait for admission.
@@ -48,7 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         drain_timeout_s: how long running requests may go on after SIGTERM.
         client_stall_s: a client that reads nothing for this long is dropped.
         journal: ``segments`` on disk, or ``memory``.
-        content: what the content family keeps: ``tokens`` or ``none``.
+        content: what the content family keeps: ``none``, ``tokens`` (and stop strings), or ``full``, which is text too.
         journal_segment_mb, journal_retention_mb, content_retention_mb: sizes of the embedded store.
         body_limit_mb: largest request body.
         log_format: ``console``, ``json``, or ``auto`` by terminal.
@@ -71,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_batch_size: CountOrAuto = 0
     max_model_len: CountOrAuto = 0
     kv_budget_mb: CountOrAuto = 0
+    kv_layout: Literal["auto", "slots", "paged"] = "auto"
     prefix_cache_mb: CountOrNone = 0
     speculation: Literal["off", "ngram"] = "off"
     max_queue: Count = 512
@@ -80,7 +82,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_timeout_s: Seconds = 30.0
     client_stall_s: Seconds = 30.0
     journal: Literal["segments", "memory"] = "segments"
-    content: Literal["tokens", "none"] = "tokens"
+    content: Literal["full", "tokens", "none"] = "tokens"
     journal_segment_mb: Count = 64
     journal_retention_mb: Count = 2048
     content_retention_mb: Count = 512

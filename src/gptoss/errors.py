@@ -7,10 +7,12 @@ GptossError                    code                     status
 │   ├── ContextLengthExceeded  context_length_exceeded  400
 │   ├── ModelNotFound          model_not_found          404
 │   ├── RequestNotFound        request_not_found        404
+│   ├── ResponseNotFound       response_not_found       404
 │   ├── NotFound               not_found                404
 │   ├── MethodNotAllowed       method_not_allowed       405
 │   ├── BodyTimeout            body_timeout             408
 │   ├── BodyTooLarge           body_too_large           413
+│   ├── BundleTooLarge         bundle_too_large         413
 │   └── UnsupportedMedia       unsupported_media_type   415
 ├── Overloaded                 overloaded               503   try again after ``retry_after_s``
 │   ├── QueueFull              queue_full               429
@@ -28,8 +30,10 @@ GptossError                    code                     status
 ├── JournalError               journal_error            503
 │   ├── JournalCorrupt         journal_corrupt          503
 │   └── JournalWriteFailed     journal_write_failed     503
+├── AbortedByCrash             aborted_by_crash         500   the server process ended before the request did
 └── ReplayError                replay_error
-    └── BundleError            bad_bundle
+    ├── BundleError            bad_bundle
+    └── UnsupportedSchema      unsupported_schema         a newer program wrote it
 
 Each class has a stable ``code``. A journaled failure carries the code and a message written here, never the
 exception, because an exception pins frames and the tensors in them.
@@ -97,6 +101,13 @@ class RequestNotFound(RequestError):
     status = 404
 
 
+class ResponseNotFound(RequestError):
+    """No response with this id is kept."""
+
+    code = "response_not_found"
+    status = 404
+
+
 class NotFound(RequestError):
     """No such path."""
 
@@ -122,6 +133,13 @@ class BodyTooLarge(RequestError):
     """The request body exceeds the limit."""
 
     code = "body_too_large"
+    status = 413
+
+
+class BundleTooLarge(RequestError):
+    """The debug bundle that was asked for would exceed its limit."""
+
+    code = "bundle_too_large"
     status = 413
 
 
@@ -237,6 +255,12 @@ class JournalWriteFailed(JournalError):
     code = "journal_write_failed"
 
 
+class AbortedByCrash(GptossError):
+    """The server process ended before the request did; nobody is left to raise it to, so it is only recorded."""
+
+    code = "aborted_by_crash"
+
+
 class ReplayError(GptossError):
     """A bundle cannot be replayed."""
 
@@ -247,6 +271,12 @@ class BundleError(ReplayError):
     """A bundle is unreadable, incomplete or unsafe."""
 
     code = "bad_bundle"
+
+
+class UnsupportedSchema(ReplayError):
+    """A bundle's format or one of its events is of a version that this program does not know."""
+
+    code = "unsupported_schema"
 
 
 def _classes(base: type[GptossError]) -> dict[str, type[GptossError]]:

@@ -1,22 +1,27 @@
 """A real server on a loopback port in front of a scripted gateway: what a script puts is what a client sees."""
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import msgspec
 import pytest
 
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Notice, Outcome, Usage
+from gptoss.actors.rendering import Rendering
+from gptoss.actors.system import System
 from gptoss.clock import SystemClock
 from gptoss.config import Settings
-from gptoss.errors import GptossError
-from gptoss.http.context import HttpContext, HttpTiming
+from gptoss.errors import GptossError, RequestNotFound
+from gptoss.http.context import EventAsk, HttpContext, HttpTiming, MadeBundle
 from gptoss.http.headers import _NAME
 from gptoss.http.routes import make_app
 from gptoss.http.server import ConnectionBounds, RunningServer, serve
 from gptoss.messages.commands import CancelReason
+from gptoss.telemetry.bundle_order import BundleOrder
+from gptoss.testing import FakeRenderer
 
 Script = Callable[[Generation], Awaitable[None]]
 USAGE = Usage(prompt_tokens=7, completion_tokens=2, cached_tokens=3)
@@ -33,17 +38,27 @@ async def hello(generation: Generation) -> None:
     generation.end(Outcome(finish_reason="stop", usage=USAGE))
 
 
+class Threads:
+    """As much of a system as rendering needs."""
+
+    clock = SystemClock()
+    run_in_thread = staticmethod(asyncio.to_thread)
+
+
 class FakeGateway:
     """Submits to a script instead of actors, and remembers everything it was told."""
 
     served_model = "demo"
+    max_model_len = 4096
 
     def __init__(self) -> None:
+        self.rendering = Rendering(cast("System", Threads()), FakeRenderer())
         self.script: Script = hello
         self.submitted: list[GenerateRequest] = []
         self.rejected: list[tuple[str, str, str]] = []
         self.cancelled: list[tuple[str, CancelReason]] = []
         self.notices: list[Notice] = []
+        self.orders: list[BundleOrder] = []
         self.stalled_ms = 0.0
         self.over = asyncio.Event()
         self.running: dict[str, Generation] = {}
@@ -83,6 +98,13 @@ class FakeGateway:
         self._stop(request_id, "client")
         return True
 
+    async def bundle(self, order: BundleOrder) -> MadeBundle:
+        self.orders.append(order)
+        if order.selection.request_ids not in {(), ("known",)}:
+            raise RequestNotFound("no such request", param="request_id")
+        data = b"bundle!" * 100_000
+        return MadeBundle(io.BytesIO(data), len(data), "all.zip")
+
     async def close(self) -> None:
         for task in tuple(self._tasks):
             task.cancel()
@@ -116,21 +138,30 @@ class House:
         self.server = server
         self.port = server.port
         self.url = server.url
+        self.orders = gateway.orders
         self.session = aiohttp.ClientSession(self.url)
 
     async def chat(self, *, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, dict[str, Any]]:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], **fields}
         return await self.post(msgspec.json.encode(body), headers=headers)
 
-    async def post(self, body: bytes, *, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+    async def ask(self, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+        return await self.post(msgspec.json.encode(fields), path=path)
+
+    async def post(
+        self, body: bytes | io.BytesIO, *, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions"
+    ) -> tuple[int, dict[str, Any]]:
         sent = {"Content-Type": "application/json", **(headers or {})}
-        async with self.session.post("/v1/chat/completions", data=body, headers=sent) as response:
+        async with self.session.post(path, data=body, headers=sent) as response:
             assert response.content_type == "application/json"
             return response.status, await response.json()
 
     async def stream(self, **fields: Any) -> bytes:
-        body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
-        async with self.session.post("/v1/chat/completions", json=body) as response:
+        messages = [{"role": "user", "content": "Hi"}]
+        return await self.stream_of("/v1/chat/completions", model="demo", messages=messages, **fields)
+
+    async def stream_of(self, path: str, **fields: Any) -> bytes:
+        async with self.session.post(path, json={"stream": True, **fields}) as response:
             assert response.status == 200
             assert response.headers["Content-Type"] == "text/event-stream"
             return await response.read()
@@ -184,6 +215,12 @@ def context(gateway: FakeGateway, settings: Settings, timing: HttpTiming) -> Htt
     async def events(request_id: str) -> list[dict[str, Any]]:
         return [{"type": "RequestReceived", "pos": 0}] if request_id == "known" else []
 
+    async def story(request_id: str) -> dict[str, Any] | None:
+        return {"timeline": {"request_id": "known"}} if request_id == "known" else None
+
+    async def event_page(ask: EventAsk) -> dict[str, Any]:
+        return {"ask": msgspec.to_builtins(ask)}
+
     async def snapshot() -> dict[str, Any]:
         return {"stats": {}, "raw": b"\x00\xff"}
 
@@ -198,7 +235,10 @@ def context(gateway: FakeGateway, settings: Settings, timing: HttpTiming) -> Htt
         metrics=metrics,
         recent_requests=lambda limit: [{"request_id": "known"}][:limit],
         events=events,
+        story=story,
+        event_page=event_page,
         snapshot=snapshot,
+        bundle=gateway.bundle,
         draining=lambda: False,
         default_temperature=0.7,
         timing=timing,

@@ -1,21 +1,19 @@
 """One request's actor: carries out what its lifecycle decides, and hands tokens to its consumer.
 
     RequestValidated  -> render the prompt, off the event loop
-    PromptRendered    -> ask the memory guard for an estimate
-    RequestEstimated  -> ask admission
-    RequestAdmitted   -> tell the consumer; ask the router
-    SamplingBound     -> submit to the executor that the router chose
-    AttemptRetried    -> ask the router again; the new attempt goes on after the tokens already delivered
+    PromptRendered    -> keep its token ids as content
+    RequestAdmitted   -> tell the consumer
+    SamplingBound     -> submit to the executor that the router chose, after the tokens already delivered
     CancelRequested   -> tell the executor, if one has the request
-    a terminal event  -> give everything back, tell the consumer, stop
+    a terminal event  -> tell the consumer, stop
 
-Tokens do not pass through the decider: their journal entry is the executor's ``StepCommitted``.
+What the memory guard, admission and the router are told stands in ``Lifecycle.tells``. Tokens do not pass through the
+decider: their journal entry is the executor's ``StepCommitted``.
 """
 
 import hashlib
 import hmac
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import msgspec
 
@@ -23,9 +21,10 @@ from gptoss.actors.decider import DeciderActor
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
 from gptoss.actors.lifecycle import Lifecycle, RequestState
+from gptoss.actors.rendering import Rendering, prompt_param
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
-from gptoss.engine.port import RenderedPrompt, Renderer, Submit, TokenLogprob
+from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
 from gptoss.errors import EngineError, GptossError, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
@@ -53,19 +52,22 @@ class RequestServices(msgspec.Struct, kw_only=True):
 
     Attributes:
         max_model_len: 0 until an executor has loaded the model; the app sets it.
+        lifecycle: decides for each of them.
         hmac_key: keys the prompt hashes in control events.
-        keep_content: record prompt token ids in the content family.
+        keep_content: record prompt token ids and stop strings in the content family; ``keep_text``: the client's
+            messages and the answer too.
     """
 
+    lifecycle: Lifecycle
     directory: Directory
-    renderer: Renderer
+    rendering: Rendering
     served_model: str
     default_max_tokens: int
     request_timeout_s: float
-    queue_timeout_s: float
     hmac_key: bytes
     keep_content: bool
     max_model_len: Callable[[], int]
+    keep_text: bool = False
 
 
 class RequestActor(DeciderActor[RequestState]):
@@ -76,23 +78,21 @@ class RequestActor(DeciderActor[RequestState]):
     def __init__(
         self, request_id: str, request: GenerateRequest, generation: Generation, services: RequestServices
     ) -> None:
-        super().__init__(Lifecycle())
-        self._id = request_id
+        super().__init__(services.lifecycle, services.directory)
+        self._id = self.about = request_id
         self._request = request
         self._generation = generation
         self._services = services
-        self._directory = services.directory
         self._prompt: RenderedPrompt | None = None
         self._delivered: list[int] = []
+        self._text: list[str] = []
         self._deadline: Timer | None = None
         self._deadline_ns = 0
         self.reactions = {
             ev.RequestValidated: self._render,
-            ev.PromptRendered: self._estimate,
-            ev.RequestEstimated: self._admit,
-            ev.RequestAdmitted: self._route,
+            ev.PromptRendered: self._keep_prompt,
+            ev.RequestAdmitted: self._tell_admitted,
             ev.SamplingBound: self._submit,
-            ev.AttemptRetried: self._reroute,
             ev.CancelRequested: self._cancel,
             ev.RequestCompleted: self._completed,
             ev.RequestFailed: self._failed,
@@ -127,6 +127,10 @@ class RequestActor(DeciderActor[RequestState]):
                 session_id=request.session_id,
                 traceparent=request.traceparent,
                 num_messages=len(request.messages),
+                is_chat=request.prompt is None,
+                parent_id=request.parent_id,
+                user_hmac=_keyed_hash(self._services.hmac_key, request.user) if request.user else "",
+                num_metadata=len(request.metadata),
             ),
             correlation=self._id,
         )
@@ -135,6 +139,9 @@ class RequestActor(DeciderActor[RequestState]):
         """Deliver tokens at once; everything else is a command to the lifecycle."""
         if isinstance(message, TokensProduced):
             self._deliver(message)
+        elif isinstance(message, cmd.CancelRequest) and self.state.phase == "new":
+            # On the control lane it has overtaken the beginning; it is to be heard after it, not lost.
+            self.context.ref.tell(message, correlation=self._id)
         else:
             super().on_receive(message)
 
@@ -147,24 +154,29 @@ class RequestActor(DeciderActor[RequestState]):
     # ---- reactions, in the order of a request's life
 
     def _render(self, _: ev.RequestValidated) -> None:
-        self.context.system.run_task(self._render_off_loop(), name=f"render/{self._id}")
+        if self._services.keep_text:
+            messages, tools = (
+                msgspec.json.encode(part).decode() for part in (self._request.messages, self._request.tools)
+            )
+            received = ev.MessagesReceived(request_id=self._id, messages=messages, tools=tools)
+            self.record(received, correlation=self._id)
+        self.context.system.run_task(self._render_off_loop(self.event_pos), name=f"render/{self._id}")
 
-    async def _render_off_loop(self) -> None:
+    async def _render_off_loop(self, cause: int) -> None:
         system, request = self.context.system, self._request
-        seconds = system.clock.wall_ns() / NS_PER_S
-        date = datetime.fromtimestamp(seconds, tz=UTC).date().isoformat()
-
-        def render() -> RenderedPrompt:
-            return self._services.renderer.render_chat(request.messages, tools=request.tools, date=date)
-
+        rendering = self._services.rendering
+        date = rendering.today()
         try:
-            self._prompt = prompt = await system.run_in_thread(render)
+            self._prompt = prompt = await rendering.prompt(request, date=date)
+            if not prompt.token_ids:
+                param = prompt_param(request)
+                raise RequestError(f"{param} is empty; it needs at least one token", param=param)
         except GptossError as error:
             param = error.param if isinstance(error, RequestError) else None
             unusable = cmd.PromptUnusable(
                 now_ns=system.now_ns(), code=error.code, status=error.status, message=error.message, param=param or ""
             )
-            self.context.ref.tell(unusable, correlation=self._id)
+            self.context.ref.tell(unusable, cause=cause, correlation=self._id)
             return
         ready = cmd.PromptReady(
             now_ns=system.now_ns(),
@@ -172,50 +184,20 @@ class RequestActor(DeciderActor[RequestState]):
             prompt_hmac=_keyed_hash(self._services.hmac_key, prompt.token_ids),
             template=prompt.template,
             date=date,
+            param=prompt_param(request),
         )
-        self.context.ref.tell(ready, correlation=self._id)
+        self.context.ref.tell(ready, cause=cause, correlation=self._id)
 
-    def _estimate(self, event: ev.PromptRendered) -> None:
+    def _keep_prompt(self, _: ev.PromptRendered) -> None:
         assert self._prompt is not None
         if self._services.keep_content:
-            self.record(ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids), correlation=self._id)
-        estimate = cmd.EstimateMemory(
-            now_ns=self._now(), request_id=self._id, prompt_tokens=event.prompt_tokens, max_tokens=event.max_tokens
-        )
-        self._directory.tell("memory", estimate)
+            stop = self._request.sampling.stop
+            given = ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids, stop=stop)
+            self.record(given, correlation=self._id)
 
-    def _admit(self, event: ev.RequestEstimated) -> None:
-        now_ns = self._now()
-        queue_deadline_ns = now_ns + int(self._services.queue_timeout_s * NS_PER_S)
-        admit = cmd.AdmitRequest(
-            now_ns=now_ns,
-            request_id=self._id,
-            prompt_tokens=self.state.prompt_tokens,
-            max_tokens=self.state.max_tokens,
-            kv_bytes=event.kv_bytes,
-            kv_bytes_prompt=event.kv_bytes_prompt,
-            priority=self._request.priority,
-            deadline_ns=min(self._deadline_ns, queue_deadline_ns),
-        )
-        self._directory.tell("admission", admit)
-
-    def _route(self, event: ev.RequestAdmitted) -> None:
+    def _tell_admitted(self, event: ev.RequestAdmitted) -> None:
         self._generation.prompt_tokens = self.state.prompt_tokens
         self._generation.put_admitted(event.max_tokens)
-        self._ask_router()
-
-    def _reroute(self, _: ev.AttemptRetried) -> None:
-        # The lost executor's route is forgotten by the router itself when the executor leaves.
-        self._ask_router()
-
-    def _ask_router(self) -> None:
-        route = cmd.RouteRequest(
-            now_ns=self._now(),
-            request_id=self._id,
-            kv_bytes=self.state.kv_bytes,
-            prompt_tokens=self.state.prompt_tokens,
-        )
-        self._directory.tell("router", route)
 
     def _submit(self, event: ev.SamplingBound) -> None:
         assert self._prompt is not None
@@ -227,8 +209,9 @@ class RequestActor(DeciderActor[RequestState]):
             sampling=msgspec.structs.replace(event.sampling, stop=self._request.sampling.stop),
             priority=self._request.priority,
             deadline_ns=self._deadline_ns,
+            cache_salt=self._request.cache_salt,
         )
-        if self._directory.tell(executor_name(self.state.executor), submit):
+        if self.directory.tell(executor_name(self.state.executor), submit, cause=self.event_pos):
             return
         lost = cmd.EngineFailure(
             now_ns=self._now(),
@@ -238,7 +221,7 @@ class RequestActor(DeciderActor[RequestState]):
             lost=True,
             tokens_out=len(self._delivered),
         )
-        self.context.ref.tell(lost, correlation=self._id)
+        self.context.ref.tell(lost, cause=self.event_pos, correlation=self._id)
 
     def _deliver(self, tokens: TokensProduced) -> None:
         if self.state.phase != "running" or tokens.attempt != self.state.attempt:
@@ -247,12 +230,15 @@ class RequestActor(DeciderActor[RequestState]):
             seen = cmd.FirstTokenSeen(now_ns=self._now(), attempt=tokens.attempt)
             super().on_receive(seen)
         self._delivered.extend(tokens.token_ids)
+        if self._services.keep_text:
+            self._text.append(tokens.text)
         self._generation.put(Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs))
 
     def _cancel(self, _: ev.CancelRequested) -> None:
         if self.state.phase == "running":
             # On the same lane as the Submit, so that it cannot overtake it and be lost.
-            self._directory.tell(executor_name(self.state.executor), CancelInEngine(request_id=self._id))
+            cancel = CancelInEngine(request_id=self._id)
+            self.directory.tell(executor_name(self.state.executor), cancel, cause=self.event_pos)
 
     # ---- terminal events
 
@@ -285,10 +271,9 @@ class RequestActor(DeciderActor[RequestState]):
         return Usage(prompt_tokens=self.state.prompt_tokens, completion_tokens=completion_tokens)
 
     def _finish_with(self, outcome: Outcome) -> None:
-        now_ns = self._now()
-        self._directory.tell("router", cmd.ForgetRoute(now_ns=now_ns, request_id=self._id))
-        self._directory.tell("memory", cmd.ReleaseMemory(now_ns=now_ns, request_id=self._id))
-        self._directory.tell("admission", cmd.WithdrawRequest(now_ns=now_ns, request_id=self._id))
+        if self._text:
+            answer = ev.AnswerDelivered(request_id=self._id, text="".join(self._text))
+            self.record(answer, correlation=self._id)
         self._generation.end(outcome)
         self.stop()
 
@@ -301,6 +286,7 @@ CANCEL_ERRORS: dict[str, tuple[str, str]] = {
     "slow_client": ("engine_error", "the client did not read its answer"),
     "deadline": ("deadline_exceeded", "the request ran out of time"),
     "shutdown": ("not_ready", "the server is shutting down"),
+    "sibling_failed": ("engine_error", "another choice of the same call failed"),
 }
 
 
@@ -309,5 +295,5 @@ def _without_text(request: GenerateRequest) -> SamplingParams:
     return msgspec.structs.replace(request.sampling, stop=())
 
 
-def _keyed_hash(key: bytes, token_ids: tuple[int, ...]) -> str:
-    return hmac.new(key, msgspec.msgpack.encode(token_ids), hashlib.sha256).hexdigest()
+def _keyed_hash(key: bytes, value: tuple[int, ...] | str) -> str:
+    return hmac.new(key, msgspec.msgpack.encode(value), hashlib.sha256).hexdigest()

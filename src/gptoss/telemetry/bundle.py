@@ -1,78 +1,102 @@
-"""The system's debug bundle: one JSON document that says what this server is and how it does.
+"""From a recording to a bundle in one call: cut, redact, write.
 
-Everything in it comes from the projection, the metrics and the journal's health; it holds no prompt, no output and no
-secret: settings whose name speaks of one are masked, and credentials inside URLs are cut out.
+    recording -> Slice (what belongs to it) -> Redacted (what may be seen) -> write_bundle
+
+Each of the three is of use alone; each but the last is itself a ``Recording``.
 """
 
-import re
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import IO
 
 import msgspec
 
-from gptoss.actors.journal import JournalHealth
-from gptoss.config import Settings
-from gptoss.telemetry.metrics import Metrics
-from gptoss.telemetry.projection import Projection
-
-FORMAT_VERSION = 1
-REQUESTS_MAX = 50
-MASK = "***"
-
-_SECRET_NAME = re.compile(r"secret|passw|credential|api_?key|(^|_)(key|token)s?$", re.IGNORECASE)
-_URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+from gptoss.errors import RequestError
+from gptoss.telemetry.bundle_format import ContentLevel, Manifest, Redaction, level_of
+from gptoss.telemetry.bundle_order import BundleOrder
+from gptoss.telemetry.bundle_reader import BundleReader
+from gptoss.telemetry.bundle_redact import Redacted
+from gptoss.telemetry.bundle_slice import cut
+from gptoss.telemetry.bundle_writer import Purpose, write_bundle
+from gptoss.telemetry.recording import Recording
 
 
-def system_snapshot(
-    *, projection: Projection, metrics: Metrics, settings: Settings, journal: JournalHealth, now_ns: int
-) -> dict[str, Any]:
-    """The document for ``GET /admin/debug/bundle``; JSON types only.
+class Maker(msgspec.Struct, frozen=True, kw_only=True):
+    """Who makes a bundle, when, and with what.
+
+    Attributes:
+        key: of pseudonyms and hashes; bundles made with the same key compare.
+        created_ns: wall time.
+        created_by: program and version.
+        spool_folder: where its temporary file is made; None is the system's own place.
+    """
+
+    key: bytes
+    created_ns: int
+    created_by: str
+    spool_folder: Path | None = None
+
+
+def make_bundle(file: IO[bytes], recording: Recording, order: BundleOrder, maker: Maker) -> Manifest:
+    """Write the bundle that was ordered into ``file``, which is open for writing, seekable and empty.
+
+    A bundle about chosen requests hides the ids of all others; one about everything hides none.
+
+    Raises:
+        RequestNotFound: nothing is recorded that was asked for.
+        BundleTooLarge: it would be larger than the limit.
+        JournalError: the recording cannot be read.
+    """
+    part = cut(recording, order.selection)
+    keep = frozenset(part.request_ids) if order.selection.is_of_requests else None
+    redacted = Redacted(part, content=order.content, keep=keep, key=maker.key)
+    purpose = Purpose(
+        created_ns=maker.created_ns,
+        created_by=maker.created_by,
+        reason=order.selection.in_words(),
+        requests=part.request_ids,
+        redaction=redacted.policy,
+    )
+    return write_bundle(file, redacted, purpose, limit_bytes=order.limit_bytes, spool_folder=maker.spool_folder)
+
+
+def redact_bundle(
+    file: IO[bytes], bundle: BundleReader, *, content: ContentLevel, everybody: bool, maker: Maker
+) -> Manifest:
+    """Write a bundle that shows less than ``bundle`` does.
 
     Args:
-        projection: folded up to now.
-        metrics: folded up to now.
-        settings: the effective settings.
-        journal: state of the journal.
-        now_ns: monotonic time.
+        file: as for ``make_bundle``.
+        bundle: what to redact; it is not changed.
+        content: the most that is left.
+        everybody: put all requests under pseudonyms.
+        maker: its key need not be that of ``bundle``.
+
+    Raises:
+        RequestError: ``bundle`` holds less content than that already.
+        BundleError: it is bad.
     """
-    node = projection.node
-    health = projection.health(now_ns, journal)
-    return {
-        "format_version": FORMAT_VERSION,
-        "versions": {
-            "gptoss": node.version if node else "",
-            "python": node.python if node else "",
-            "packages": dict(sorted(node.packages.items())) if node else {},
-        },
-        "system": {
-            "os": node.os if node else "",
-            "cpu_count": node.cpu_count if node else 0,
-            "uptime_s": health["uptime_s"],
-        },
-        "health": health,
-        "gpu": projection.executor_details(),
-        "memory": projection.memory_stats(),
-        "configuration": without_secrets(msgspec.to_builtins(settings)),
-        "journal": msgspec.to_builtins(journal),
-        "stats": projection.stats(now_ns),
-        "metrics": metrics.render()[0].decode(),
-        "recent_requests": projection.recent_requests(REQUESTS_MAX),
-        "recent_errors": projection.recent_errors(),
-    }
+    before = bundle.manifest
+    if level_of(content) > level_of(before.redaction.content):
+        raise RequestError(
+            f"content is {content!a}, but {bundle.path} holds only {before.redaction.content}", param="content"
+        )
+    redacted = Redacted(bundle, content=content, keep=frozenset() if everybody else None, key=maker.key)
+    after = redacted.policy
+    policy = Redaction(
+        content=content,
+        pseudonymised="everybody" if everybody else before.redaction.pseudonymised,
+        # Hashes that were there are of the key that made them.
+        key_id=before.redaction.key_id if before.redaction.content == "hash" or not after.key_id else after.key_id,
+    )
+    purpose = Purpose(
+        created_ns=maker.created_ns,
+        created_by=maker.created_by,
+        reason=f"{_count(len(before.requests))} under pseudonyms" if everybody and before.requests else before.reason,
+        requests=tuple(map(redacted.name_of, before.requests)),
+        redaction=policy,
+    )
+    return write_bundle(file, redacted, purpose, spool_folder=maker.spool_folder)
 
 
-def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with secrets masked: by the setting's name, and credentials inside URLs by their form."""
-    return {name: _masked(name, value) for name, value in settings.items()}
-
-
-def _masked(name: str, value: Any) -> Any:
-    if _SECRET_NAME.search(name) and value:
-        return MASK
-    if isinstance(value, str):
-        return _URL_CREDENTIALS.sub(f"{MASK}@", value)
-    if isinstance(value, Mapping):
-        return {str(key): _masked(str(key), inner) for key, inner in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    if isinstance(value, list):
-        return [_masked("", inner) for inner in value]  # pyright: ignore[reportUnknownVariableType]
-    return value
+def _count(requests: int) -> str:
+    return f"{requests} request{'' if requests == 1 else 's'}"
