@@ -16,20 +16,20 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
-from gptoss.actors.admission import AdmissionActor, AdmissionPolicy
+from gptoss.actors.admission import AdmissionActor
+from gptoss.actors.decider import DeciderActor
+from gptoss.actors.deciders import deciders_of
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.dispatcher import Dispatcher, LiveDispatcher
 from gptoss.actors.executor import ExecutorActor, ExecutorConfig
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
-from gptoss.actors.memory_guard import MemoryGuardActor
 from gptoss.actors.request import RequestServices
-from gptoss.actors.router import RouterActor
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
 from gptoss.clock import Clock, IdSource, Rng, SystemClock, SystemIds, SystemRng
@@ -43,18 +43,20 @@ from gptoss.errors import ModelLoadError, NotReady
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin, Record
-from gptoss.telemetry.bundle import without_secrets
 from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.metrics import Metrics
 from gptoss.telemetry.projection import Projection
+from gptoss.telemetry.segment_recovery import record_aborted
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
+from gptoss.telemetry.system_snapshot import without_secrets
 from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
 
 VERSION = importlib.metadata.version("gptoss")
-PACKAGES = ("aiohttp", "msgspec", "pykka", "tokenizers", "torch", "transformers")
+PACKAGES = ("aiohttp", "jinja2", "msgspec", "pykka", "tokenizers", "torch", "transformers")
 BYTES_PER_MB = 1024 * 1024
 CATCH_UP_TIMEOUT_S = 5.0
+CLOCK_ANCHOR_PERIOD_S = 60.0
 # A profile's batch and length; the settings override both.
 PROFILES = {"latency_first": (32, 512), "quality_first": (16, 2048)}
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
@@ -113,6 +115,7 @@ class ServingSystem:
         self.projection = Projection(step_timeout_s=self.settings.step_timeout_s)
         self.metrics = Metrics()
         self.directory = Directory()
+        self.deciders = deciders_of(self.settings)
         self.journal: Journal
         self.system: System
         self.gateway: Gateway
@@ -159,6 +162,7 @@ class ServingSystem:
             # From the first record on, the projections miss nothing.
             await self.caught_up()
             self._announce()
+            self.system.run_task(self._anchor_clock(), name="clock_anchor")
             model = self._model or await self._prepare_model()
             renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)
             self._start_deciders()
@@ -270,9 +274,14 @@ class ServingSystem:
         )
         self.journal.append(started, origin)
         if isinstance(self.journal, SegmentJournal):
-            for boot in self.journal.recovery.aborted:
-                aborted = ev.RunsAborted(boot=boot.boot, request_ids=boot.request_ids)
-                self.journal.append(aborted, origin)
+            record_aborted(self.journal, self.journal.recovery.aborted)
+
+    async def _anchor_clock(self) -> None:
+        """Record now and then what time it is, so that a later step of the wall clock dates only what follows it."""
+        while True:
+            await asyncio.sleep(CLOCK_ANCHOR_PERIOD_S)
+            anchored = ev.ClockAnchored(wall_ns=self.clock.wall_ns())
+            self.journal.append(anchored, Origin(stream="system", actor="app"))
 
     async def _prepare_model(self) -> PreparedModel:
         settings = self.settings
@@ -292,26 +301,27 @@ class ServingSystem:
         )
 
     def _start_deciders(self) -> None:
-        policy = AdmissionPolicy(max_queue=self.settings.max_queue)
-        root = self.system.root
-        spawn = self.system.spawn
-        self.directory.add("memory", spawn(lambda: MemoryGuardActor(self.directory), name="memory", supervisor=root))
-        self.directory.add(
-            "admission", spawn(lambda: AdmissionActor(self.directory, policy), name="admission", supervisor=root)
-        )
-        self.directory.add("router", spawn(lambda: RouterActor(self.directory), name="router", supervisor=root))
+        deciders, directory = self.deciders, self.directory
+        makers: dict[str, Callable[[], DeciderActor[Any]]] = {
+            "memory": lambda: DeciderActor(deciders.memory, directory),
+            "admission": lambda: AdmissionActor(deciders.admission, directory),
+            "router": lambda: DeciderActor(deciders.router, directory),
+        }
+        for name, make in makers.items():
+            directory.add(name, self.system.spawn(make, name=name, supervisor=self.system.root))
 
     def _services(self, model: PreparedModel, renderer: Renderer) -> RequestServices:
         settings = self.settings
         return RequestServices(
+            lifecycle=self.deciders.lifecycle,
             directory=self.directory,
             renderer=renderer,
             served_model=settings.served_model_name or model.model_name,
             default_max_tokens=PROFILES[settings.profile][1],
             request_timeout_s=settings.request_timeout_s,
-            queue_timeout_s=settings.queue_timeout_s,
             hmac_key=_node_key(settings, self.surroundings.ids),
-            keep_content=settings.content == "tokens",
+            keep_content=settings.content != "none",
+            keep_text=settings.content == "full",
             max_model_len=self._max_model_len,
         )
 
@@ -352,7 +362,7 @@ class ServingSystem:
             executor=device.executor,
             load=load,
             step_timeout_s=settings.step_timeout_s,
-            keep_content=settings.content == "tokens",
+            keep_content=settings.content != "none",
         )
 
     async def _idle(self) -> None:
