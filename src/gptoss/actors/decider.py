@@ -65,13 +65,15 @@ class DeciderActor(LoopActor, Generic[S]):
 
     Attributes:
         TAKES_SNAPSHOTS: whether it lives long enough for ``SnapshotTaken``.
+        request_id: the request that it decides about; empty where it decides about many.
         event_pos: position of the event that is being reacted to, the cause of what a reaction sends.
     """
 
     TAKES_SNAPSHOTS: ClassVar[bool] = True
 
-    def __init__(self, decider: Decider[S], directory: Directory) -> None:
+    def __init__(self, decider: Decider[S], directory: Directory, request_id: str = "") -> None:
         super().__init__()
+        self.request_id = request_id
         self.decider = decider
         self.directory = directory
         self.state = decider.initial()
@@ -89,7 +91,7 @@ class DeciderActor(LoopActor, Generic[S]):
 
     def on_receive(self, message: Command) -> None:
         """Consume a command: journal it, decide, evolve, journal the events, tell the others, react."""
-        correlation = getattr(message, "request_id", None) or self.letter.correlation
+        correlation = self.request_id or getattr(message, "request_id", "") or self.letter.correlation
         consumed = CommandConsumed(decider=self.decider.name, command=encode_command(message))
         cause = self.record(consumed, correlation=correlation).meta.pos
         decided: list[Record] = []

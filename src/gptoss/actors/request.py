@@ -78,7 +78,7 @@ class RequestActor(DeciderActor[RequestState]):
     def __init__(
         self, request_id: str, request: GenerateRequest, generation: Generation, services: RequestServices
     ) -> None:
-        super().__init__(services.lifecycle, services.directory)
+        super().__init__(services.lifecycle, services.directory, request_id)
         self._id = request_id
         self._request = request
         self._generation = generation

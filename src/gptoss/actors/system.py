@@ -222,12 +222,11 @@ class System:
         return {name: len(cell.inbox) for name, cell in tuple(self._cells.items())}
 
     def is_idle(self) -> bool:
-        """Whether nothing happens before a timer or someone outside says so: no letter, no handler, no owned task.
+        """Whether nothing happens before a timer or someone outside says so: no letter waits or is being handled.
 
         Short-lived (``quiet``) actors count as work of their own, since each lives for as long as its request runs.
         """
-        cells = tuple(self._cells.values())
-        return not self._bound().tasks and all(cell.inbox.is_at_rest() and not cell.quiet for cell in cells)
+        return all(cell.inbox.is_at_rest() and not cell.quiet for cell in tuple(self._cells.values()))
 
     # ---- work beside actors
 

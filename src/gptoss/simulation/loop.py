@@ -2,7 +2,7 @@
 
 Rules:
 - Nothing sleeps and there is no thread. When nothing is ready, time jumps to the next timer; when there is no timer
-  either, the run can never end and ``Deadlock`` says so.
+  either, the run can never end and ``DeadlockError`` says so.
 - Work for other threads (``run_in_executor``) is done on the loop. It begins at once and its result arrives after as
   long as it took: some latency, and what the work itself says it waited (``block``).
 - Of the actors that may have letters, one drawn at random goes next, for one letter. A turn takes a few microseconds.
@@ -24,9 +24,10 @@ T = TypeVar("T")
 LAG_MAX_S = 0.003
 TURN_NS_MAX = 20_000
 THREAD_LATENCY_S = 0.002
+CLOSING_ROUNDS = 10
 
 
-class Deadlock(Exception):
+class DeadlockError(Exception):
     """Nothing is ready and no timer is set: whoever waits will wait for ever."""
 
 
@@ -38,7 +39,7 @@ class _NoSelector:
 
     def select(self, timeout: float | None) -> list[Any]:
         if timeout is None:
-            raise Deadlock("nothing is ready and no timer is set")
+            raise DeadlockError("nothing is ready and no timer is set")
         if timeout > 0:
             self._clock.advance_ns(max(1, round(timeout * NS_PER_S)))
         return []
@@ -93,6 +94,12 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def _note_failure(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         self.failures.append(f"{context.get('message')}: {type(error).__name__ if error else ''} {error or ''}")
+
+    def run_ready(self) -> None:
+        """Run what is ready, and what that makes ready, for a while; no time passes."""
+        for _ in range(CLOSING_ROUNDS):
+            self.call_soon(self.stop)
+            self.run_forever()
 
     # ---- what a loop without I/O still has to have
 

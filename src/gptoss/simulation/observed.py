@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from gptoss.actors.future import ReplyFuture
 from gptoss.actors.inbox import Inbox
+from gptoss.config import Settings
 from gptoss.messages.envelope import Event, Record
 from gptoss.simulation.clients import Seen
 from gptoss.simulation.journal import SimulatedJournal
@@ -44,8 +45,9 @@ class Observed:
         loop_failures: what reached the event loop's exception handler.
     """
 
-    def __init__(self, scenario: Scenario, journal: SimulatedJournal) -> None:
+    def __init__(self, scenario: Scenario, settings: Settings, journal: SimulatedJournal) -> None:
         self.scenario = scenario
+        self.settings = settings
         self.journal = journal
         self.seen: list[Seen] = []
         self.asks: list[tuple[str, ReplyFuture[Any]]] = []

@@ -1,15 +1,9 @@
 """Invariants of what is held and waited for: memory, slots, places in line, letters, answers."""
 
-from gptoss.actors.admission import Admission, AdmissionPolicy, AdmissionState
-from gptoss.actors.decider import Decider
-from gptoss.actors.lifecycle import Lifecycle
-from gptoss.actors.memory_guard import GuardState, MemoryGuard
-from gptoss.actors.router import Router, RouterState
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.codec import decode_command
-from gptoss.messages.envelope import Event
-from gptoss.simulation.decisions import replay_stream
+from gptoss.simulation.decisions import states_at_the_end
 from gptoss.simulation.observed import Observed, ViolationError
 
 
@@ -43,25 +37,17 @@ def asks_resolve(observed: Observed) -> None:
 
 def nothing_is_held_at_rest(observed: Observed) -> None:
     """Without requests nobody holds memory, a slot, a place in line or a route."""
-    admission = _state(observed, Admission(AdmissionPolicy(max_queue=observed.scenario.shape.max_queue)))
-    memory = _state(observed, MemoryGuard())
-    routes = _state(observed, Router())
-    assert isinstance(admission, AdmissionState)
-    assert isinstance(memory, GuardState)
-    assert isinstance(routes, RouterState)
-    held = {
+    states = states_at_the_end(observed)
+    admission, memory, router = states["admission"], states["memory"], states["router"]
+    held: dict[str, tuple[str, ...]] = {
         "memory": tuple(memory.grants),
         "a slot": (*admission.running, *admission.pending),
         "a place in line": tuple(admission.waiting),
-        "a route": tuple(routes.routes),
+        "a route": tuple(router.routes),
     }
     for what, request_ids in held.items():
         if request_ids:
             raise ViolationError(f"{', '.join(request_ids)} still holds {what} although no request runs")
-
-
-def _state(observed: Observed, decider: Decider[object]) -> object:
-    return replay_stream(decider, observed.streams.get(decider.name, []))
 
 
 def nobody_jumps_the_queue(observed: Observed) -> None:
@@ -69,7 +55,7 @@ def nobody_jumps_the_queue(observed: Observed) -> None:
     waiting: dict[str, tuple[int, int]] = {}
     asked: dict[str, tuple[int, int]] = {}
     for number, record in enumerate(observed.streams.get("admission", [])):
-        event: Event = record.event
+        event = record.event
         match event:
             case ev.CommandConsumed():
                 command = decode_command(event.command)
@@ -92,14 +78,3 @@ def _check_turn(request_id: str, rank: tuple[int, int], waiting: dict[str, tuple
     ahead = [other for other, theirs in waiting.items() if theirs < rank]
     if ahead:
         raise ViolationError(f"{request_id} is let in at {pos} although {', '.join(ahead)} waits and goes first")
-
-
-def deciders(observed: Observed) -> dict[str, Decider[object]]:
-    """The deciders of a run by name."""
-    found: tuple[Decider[object], ...] = (
-        Admission(AdmissionPolicy(max_queue=observed.scenario.shape.max_queue)),
-        MemoryGuard(),
-        Router(),
-        Lifecycle(),
-    )
-    return {decider.name: decider for decider in found}

@@ -1,53 +1,39 @@
-"""One run: the system that ``app`` wires, in surroundings that a scenario decides.
+"""One run of a scenario.
 
-    start the system -> clients come and faults happen -> all clients have their end -> let everything come to rest ->
+    start the system -> clients come and faults happen -> all clients have their end -> everything comes to rest ->
     look at the invariants -> stop the system -> look again
 
-Rules:
-- Everything random is drawn from generators seeded by the scenario's seed, one for each purpose, so that the draws of
-  one do not shift those of another.
-- A run ends early when the process dies, or when an invariant that is watched all along is broken.
+A run ends early when the process dies in it, or when an invariant that is watched with every record is broken.
 """
 
 import asyncio
 import gc
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Coroutine, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
-from gptoss.actors.future import ReplyFuture
-from gptoss.actors.journal import Journal
-from gptoss.app import ServingSystem, Surroundings
-from gptoss.clock import NS_PER_MS, Clock, SeededIds, SeededRng
-from gptoss.config import Settings
-from gptoss.engine.model_source import PreparedModel
-from gptoss.engine.port import ChatMessage, RenderedPrompt
-from gptoss.errors import GptossError, RequestError
-from gptoss.fake_engine import FakeOptions
-from gptoss.messages.envelope import Record
-from gptoss.simulation.clients import CANARY, Client
-from gptoss.simulation.engine import Device, SimulatedDriver
-from gptoss.simulation.invariants import AT_REST, AT_THE_END, Broken, Observed, Watch
-from gptoss.simulation.journal import Disk, SimulatedJournal
-from gptoss.simulation.loop import Deadlock, SeededDispatcher, SimulatedLoop
-from gptoss.simulation.probe import MAILBOX, NAME, ProbeActor, Question
-from gptoss.simulation.scenario import Fault, Scenario
-from gptoss.telemetry.logs import LogWriter
-from gptoss.telemetry.telemetry_actor import CatchUp
-from gptoss.testing import FAKE_MODEL, FakeRenderer, ManualClock
+from gptoss.simulation.clients import Client
+from gptoss.simulation.faults import happen
+from gptoss.simulation.invariants import AFTER_A_CRASH, AT_REST, AT_THE_END
+from gptoss.simulation.journal import SimulatedJournal
+from gptoss.simulation.loop import DeadlockError
+from gptoss.simulation.observed import BrokenInvariant, Invariant, Observed, check
+from gptoss.simulation.probe import MAILBOX, NAME, ProbeActor
+from gptoss.simulation.rebuild import answers_of, rebuilt_answers
+from gptoss.simulation.scenario import Arrival, Fault, Scenario
+from gptoss.simulation.world import MS_PER_S, World
+from gptoss.testing import run_until_idle
 
-MAX_MODEL_LEN = 1024
-REST_S = 60.0
-"""How long a system without requests may take to come to rest, restarts included."""
-REST_POLL_S = 0.05
 GRACE_S = 30.0
 """How much longer than its longest request a run may take."""
-DRAIN_S = 10.0
-PARTIAL_S = 3.0
+REST_S = 60.0
+"""How long a system without requests may take to come to rest, restarts of its actors included."""
+SETTLE_S = 1.5
+"""Longer than any ask waits."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -56,147 +42,156 @@ class Verdict(msgspec.Struct, frozen=True):
     Attributes:
         broken: name of the broken invariant; empty if all hold.
         message: what was wrong.
-        records: control records that were appended.
+        num_records: control records that were appended.
     """
 
     scenario: Scenario
     broken: str
     message: str
-    records: int
+    num_records: int
 
 
 def simulate(scenario: Scenario) -> tuple[Verdict, SimulatedJournal]:
     """Run a scenario; what it recorded comes along."""
-    world = _World(scenario)
+    run = _Run(scenario)
     broken, message = "", ""
-    with _python_log(world.python_log), _no_cycles_collected():
+    with _logged_to(run.python_log), _no_collection():
         try:
-            world.loop.run_until_complete(world.run())
-        except Broken as error:
+            run.world.loop.run_until_complete(run.to_the_end())
+        except BrokenInvariant as error:
             broken, message = error.invariant, error.message
-        except Deadlock as error:
-            broken, message = "somebody_goes_on", f"the run stands still for ever: {error}"
+        except DeadlockError as error:
+            broken, message = "somebody_goes_on", str(error)
         finally:
-            world.close()
-    return Verdict(scenario, broken, message, world.journal.health.last_pos + 1), world.journal
+            run.close()
+    journal = run.world.journal
+    return Verdict(scenario, broken, message, journal.health.last_pos + 1), journal
 
 
-class _Poison:
-    """A message that no actor can handle; a decider cannot even journal it."""
-
-
-class _Renderer(FakeRenderer):
-    """Renders as the fake does, unless a fault says otherwise; on what would be a thread."""
-
-    def __init__(self, loop: SimulatedLoop) -> None:
-        self._loop = loop
-        self.slow_s = 0.0
-        self.fault = ""
-
-    def render_chat(
-        self, messages: tuple[ChatMessage, ...], *, tools: tuple[dict[str, Any], ...], date: str
-    ) -> RenderedPrompt:
-        """See ``engine.port.Renderer``."""
-        self._loop.block(self.slow_s)
-        fault, self.fault = self.fault, ""
-        if fault == "renderer_refuses":
-            raise RequestError("the template refuses these messages", param="messages")
-        if fault == "renderer_crashes":
-            raise ValueError(f"cannot render {messages}")
-        return super().render_chat(messages, tools=tools, date=date)
-
-
-class _World:
-    """Everything around the system, and the system."""
-
+class _Run:
     def __init__(self, scenario: Scenario) -> None:
-        shape = scenario.shape
-        self.scenario = scenario
-        self.clock = ManualClock()
-        self.loop = SimulatedLoop(self.clock, self._rng("threads"))
-        self.dispatcher = SeededDispatcher(self.clock, self._rng("turns"), shape.lag)
-        self.disk = Disk()
-        self.renderer = _Renderer(self.loop)
-        self.log, self.python_log = io.StringIO(), io.StringIO()
-        self.devices = {
-            name: Device(
-                name,
-                FakeOptions(
-                    max_batch_size=shape.slots, kv_budget_bytes=shape.kv_budget_bytes, max_model_len=MAX_MODEL_LEN
-                ),
-                shape.step_ms / 1000,
-            )
-            for name in shape.devices
-        }
-        self.serving = self._system()
-        self.clients: dict[str, Client] = {}
-        self.asks: list[ReplyFuture[Any]] = []
-        self.journal: SimulatedJournal
-        self.watch = Watch()
-        self._is_over = asyncio.Event()
+        self.world = World(scenario)
+        self.python_log = io.StringIO()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def _rng(self, purpose: str) -> SeededRng:
-        return SeededRng(f"{self.scenario.seed}/{purpose}")
-
-    def _system(self) -> ServingSystem:
-        shape, engines = self.scenario.shape, self._rng("engines")
-        settings = Settings(
-            model=FAKE_MODEL,
-            devices=",".join(shape.devices),
-            journal="memory",
-            num_threads=1,
-            max_queue=shape.max_queue,
-            request_timeout_s=shape.request_timeout_s,
-            queue_timeout_s=shape.queue_timeout_s,
-            step_timeout_s=shape.step_timeout_s,
+    async def to_the_end(self) -> None:
+        """See the module's table. Raises ``BrokenInvariant``."""
+        world, serving = self.world, self.world.serving
+        await serving.start()
+        serving.directory.add(
+            NAME, serving.system.spawn(ProbeActor, name=NAME, mailbox=MAILBOX, supervisor=serving.system.root)
         )
-        return ServingSystem(
-            settings,
-            drivers=lambda name: SimulatedDriver(self.devices[name], self.loop, self.clock, engines),
-            renderer=self.renderer,
-            model=PreparedModel(folder="", model_name=FAKE_MODEL, source="simulation", max_model_len=MAX_MODEL_LEN),
-            log=LogWriter(self.log, "json", "debug"),
-            surroundings=Surroundings(
-                clock=self.clock,
-                ids=SeededIds(self._rng("ids")),
-                rng=self._rng("draws"),
-                dispatcher=self.dispatcher,
-                open_journal=self._open_journal,
-            ),
-        )
-
-    def _open_journal(self, settings: Settings, boot: str, clock: Clock) -> Journal:
-        del settings
-        self.journal = SimulatedJournal(
-            boot=boot, clock=clock, loop=self.loop, disk=self.disk, rng=self._rng("disk")
-        )
-        self.journal.subscribe(self._watch)
-        return self.journal
-
-    def _watch(self, record: Record) -> None:
-        self.watch.see(record)
-        if self.watch.broken is not None:
-            self._is_over.set()
-
-    # ---- the run
-
-    async def run(self) -> None:
-        """See the module's table. Raises ``Broken``."""
-        self.started_s = self.loop.time()
-        await self.serving.start()
-        self.probe = self.serving.system.spawn(
-            ProbeActor, name=NAME, mailbox=MAILBOX, supervisor=self.serving.system.root
-        )
-        self._schedule()
-        await self._until_over()
-        self._raise_if_broken()
-        if self.scenario.dies:
-            self._check((*AT_THE_END,) if False else ())
+        await self._live()
+        if world.is_dead:
+            self._check(AFTER_A_CRASH, self._observe())
             return
         await self._rest()
-        observed = await self._observe()
-        self._check_all(AT_REST, observed)
-        await self.serving.stop()
+        observed = self._observe()
+        await serving.caught_up()
+        observed.live = answers_of(
+            serving.projection, serving.metrics, world.clock.monotonic_ns(), world.log.getvalue()
+        )
+        observed.rebuilt = rebuilt_answers(observed, world.clock.monotonic_ns())
+        self._check(AT_REST, observed)
+        await serving.stop()
+        self._check(AT_THE_END, self._observe())
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        for task in asyncio.all_tasks(self.world.loop):
+            task.cancel()
+        self.world.loop.run_ready()
+        self.world.loop.close()
+
+    # ---- parts
+
+    async def _live(self) -> None:
+        world = self.world
+        begin_s = world.now_s()
+        for fault in world.scenario.faults:
+            self._start(self._happen(begin_s, fault))
+        clients = [self._start(self._client(begin_s, arrival)) for arrival in world.scenario.arrivals]
+        longest_s = max(
+            (arrival.timeout_s or world.settings.request_timeout_s for arrival in world.scenario.arrivals), default=0.0
+        )
+        ends_s = longest_s + GRACE_S + max((arrival.at_ms for arrival in world.scenario.arrivals), default=0) / MS_PER_S
+        over = self._start(self._until_over())
+        everyone = self._start(_all(clients))
+        await asyncio.wait({over, everyone}, timeout=ends_s, return_when=asyncio.FIRST_COMPLETED)
+        if everyone.done():
+            everyone.result()
         self._raise_if_broken()
-        self._check_all(AT_THE_END, observed)
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self.world.loop.create_task(coroutine)
+        self._tasks.append(task)
+        return task
+
+    async def _happen(self, begin_s: float, fault: Fault) -> None:
+        await asyncio.sleep(begin_s + fault.at_ms / MS_PER_S - self.world.now_s())
+        await happen(self.world, fault)
+
+    async def _client(self, begin_s: float, arrival: Arrival) -> None:
+        await asyncio.sleep(begin_s + arrival.at_ms / MS_PER_S - self.world.now_s())
+        client = Client(arrival, self.world.serving.gateway, self.world.clock)
+        self.world.clients[arrival.name] = client
+        await client.live()
+
+    async def _until_over(self) -> None:
+        await self.world.over.wait()
+
+    async def _rest(self) -> None:
+        await asyncio.sleep(SETTLE_S)
+        try:
+            await run_until_idle(self.world.serving.system, REST_S)
+        except TimeoutError:
+            return  # an invariant says what does not come to rest
+
+    def _observe(self) -> Observed:
+        world = self.world
+        observed = Observed(world.scenario, world.settings, world.journal)
+        observed.seen = [client.seen for client in world.clients.values()]
+        observed.asks = world.asks
+        observed.inboxes = world.dispatcher.inboxes
+        observed.logs = world.log.getvalue() + self.python_log.getvalue()
+        observed.loop_failures = world.loop.failures
+        return observed
+
+    def _check(self, invariants: tuple[Invariant, ...], observed: Observed) -> None:
+        self._raise_if_broken()
+        check(invariants, observed)
+
+    def _raise_if_broken(self) -> None:
+        if self.world.watch.broken is not None:
+            raise self.world.watch.broken
+
+
+async def _all(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        await task
+
+
+@contextmanager
+def _logged_to(stream: io.StringIO) -> Generator[None]:
+    """Take what the package logs through ``logging`` away from the console, to look at it."""
+    logger = logging.getLogger("gptoss")
+    handler, propagates = logging.StreamHandler(stream), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+@contextmanager
+def _no_collection() -> Generator[None]:
+    """No garbage collection in a run: when it comes, and what it finalises, is no function of the seed."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

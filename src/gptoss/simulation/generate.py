@@ -1,0 +1,146 @@
+"""Scenarios from seeds.
+
+Each seed draws a system, a workload and a few kinds of faults (not all at once: a system on which everything fails at
+once mostly refuses, and hides what goes wrong in the details).
+"""
+
+from collections.abc import Callable
+
+from gptoss.clock import SeededRng
+from gptoss.simulation.probe import KINDS
+from gptoss.simulation.scenario import Arrival, Fault, FaultKind, Scenario, Shape
+
+SPAN_MS = 2000.0
+"""Requests arrive, and faults happen, within this time."""
+MEMORY_FOR_TOKENS = (60, 200, 600, 2000)
+DECIDERS = ("memory", "admission", "router")
+CRASHES_MAX = 2
+"""Of one decider: a third within a minute is one too many for its supervisor, and then nothing more is served."""
+
+
+def generate(seed: int) -> Scenario:
+    """The scenario of a seed."""
+    rng = SeededRng(f"{seed}/scenario")
+    shape = _shape(rng)
+    arrivals = tuple(_arrival(rng, index) for index in range(rng.pick((1, 3, 8, 12, 16))))
+    return Scenario(seed, shape, arrivals, _faults(rng, shape, arrivals))
+
+
+def _shape(rng: SeededRng) -> Shape:
+    return Shape(
+        executors=rng.pick((1, 1, 2, 3)),
+        slots=rng.pick((1, 2, 4, 8)),
+        kv_budget_bytes=2 * rng.pick(MEMORY_FOR_TOKENS),
+        max_queue=rng.pick((1, 4, 64)),
+        request_timeout_s=rng.pick((2.0, 10.0, 20.0)),
+        queue_timeout_s=rng.pick((0.5, 5.0)),
+        step_timeout_s=2.0,
+        step_ms=rng.pick((1.0, 5.0, 20.0)),
+        lag=rng.pick((0.0, 0.05, 0.3)),
+    )
+
+
+def _arrival(rng: SeededRng, index: int) -> Arrival:
+    is_burst = rng.happens(0.3)
+    return Arrival(
+        name=f"r{index}",
+        # Rather early, as a rule while the engines still load, or together with others.
+        at_ms=round(rng.pick((500.0, 600.0, 1000.0)) if is_burst else rng.between(0, SPAN_MS), 3),
+        prompt_tokens=rng.pick((1, 3, 20, 20, 50, 150)) if rng.happens(0.97) else 2000,
+        max_tokens=rng.pick((1, 2, 5, 20, 40)) if rng.happens(0.9) else None,
+        seed=rng.below(1000),
+        priority=rng.pick((0, 0, 0, -1, 1)),
+        timeout_s=rng.between(0.05, 1.5) if rng.happens(0.15) else None,
+        request_id=rng.pick(("mine", "yours")) if rng.happens(0.1) else "",
+        session_id=rng.pick(("", "s1", "s2")),
+        flaw=rng.pick(("empty", "model")) if rng.happens(0.03) else "",
+    )
+
+
+def _faults(rng: SeededRng, shape: Shape, arrivals: tuple[Arrival, ...]) -> tuple[Fault, ...]:
+    faults: list[Fault] = []
+    for kind, (probability, make) in KINDS_OF_FAULTS.items():
+        if rng.happens(probability):
+            faults += make(rng, kind, shape, arrivals)
+    return tuple(sorted(faults, key=lambda fault: fault.at_ms))
+
+
+Maker = Callable[[SeededRng, FaultKind, Shape, tuple[Arrival, ...]], list[Fault]]
+
+
+def _on_devices(most: int, amount_s: float = 0.0) -> Maker:
+    def make(rng: SeededRng, kind: FaultKind, shape: Shape, _: tuple[Arrival, ...]) -> list[Fault]:
+        return [
+            Fault(_when(rng), kind, rng.pick(shape.devices), round(rng.uniform() * amount_s, 3))
+            for _ in range(1 + rng.below(most))
+        ]
+
+    return make
+
+
+def _to_clients(amount_s: float = 0.0) -> Maker:
+    def make(rng: SeededRng, kind: FaultKind, _: Shape, arrivals: tuple[Arrival, ...]) -> list[Fault]:
+        chosen = [arrival for arrival in arrivals if rng.happens(0.4)]
+        # At any stage: before it is admitted, in line, at its prompt, in the middle, after its end.
+        return [
+            Fault(
+                round(arrival.at_ms + rng.pick((0.01, 1.0, 10.0, 100.0, 500.0)) * rng.uniform(), 3),
+                kind,
+                arrival.name,
+                round(rng.uniform() * amount_s, 3),
+            )
+            for arrival in chosen
+        ]
+
+    return make
+
+
+def _somewhen(most: int, amount_s: float = 0.0) -> Maker:
+    def make(rng: SeededRng, kind: FaultKind, _: Shape, __: tuple[Arrival, ...]) -> list[Fault]:
+        return [Fault(_when(rng), kind, "", round(rng.uniform() * amount_s, 3)) for _ in range(1 + rng.below(most))]
+
+    return make
+
+
+def _crashes(rng: SeededRng, kind: FaultKind, shape: Shape, _: tuple[Arrival, ...]) -> list[Fault]:
+    names = [*DECIDERS, *(f"executor/{device}" for device in shape.devices)]
+    chosen = [name for name in names if rng.happens(0.4)]
+    return [Fault(_when(rng), kind, name) for name in chosen for _ in range(1 + rng.below(CRASHES_MAX))]
+
+
+def _asks(rng: SeededRng, kind: FaultKind, _: Shape, __: tuple[Arrival, ...]) -> list[Fault]:
+    begin_ms = _when(rng)
+    return [
+        Fault(round(begin_ms + rng.uniform() * rng.pick((1.0, 300.0)), 3), kind, rng.pick(KINDS), rng.uniform() * 2)
+        for _ in range(4 + rng.below(12))
+    ]
+
+
+def _when(rng: SeededRng) -> float:
+    return round(rng.uniform() * SPAN_MS, 3)
+
+
+KINDS_OF_FAULTS: dict[FaultKind, tuple[float, Maker]] = {
+    "engine_dies": (0.25, _on_devices(2)),
+    "engine_hangs": (0.12, _on_devices(1)),
+    "engine_slow": (0.1, _on_devices(2, 0.5)),
+    "engine_late": (0.1, _on_devices(2, 0.5)),
+    "engine_short_of_memory": (0.15, _on_devices(2, 0.5)),
+    "row_fails": (0.15, _on_devices(3)),
+    "row_without_memory": (0.15, _on_devices(3)),
+    "load_fails": (0.05, _on_devices(1)),
+    "disk_fails": (0.05, _somewhen(1)),
+    "disk_slow": (0.1, _somewhen(2, 0.5)),
+    "renderer_slow": (0.1, _somewhen(3, 0.3)),
+    "renderer_refuses": (0.1, _somewhen(2)),
+    "renderer_crashes": (0.1, _somewhen(2)),
+    "client_cancels": (0.3, _to_clients()),
+    "client_disconnects": (0.25, _to_clients()),
+    "client_stalls": (0.1, _to_clients()),
+    "client_reads_slowly": (0.1, _to_clients(0.2)),
+    "actor_crashes": (0.2, _crashes),
+    "ask": (0.25, _asks),
+    "drain": (0.08, _somewhen(1, 1.0)),
+    "process_dies": (0.1, _somewhen(1)),
+}
+"""How likely a kind is to occur in a scenario, and how its faults are drawn."""
