@@ -10,6 +10,7 @@ the command line. Everything it started is gone when the context ends.
 """
 
 import asyncio
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -267,7 +268,7 @@ class ServingSystem:
             version=VERSION,
             settings=msgspec.json.encode(without_secrets(msgspec.to_builtins(self.settings))).decode(),
             python=platform.python_version(),
-            packages={name: importlib.metadata.version(name) for name in PACKAGES},
+            packages=_package_versions(),
             os=platform.platform(),
             cpu_count=os.cpu_count() or 1,
             wall_ns=self.clock.wall_ns(),
@@ -380,6 +381,11 @@ def _open_journal(settings: Settings, boot: str, clock: Clock) -> Journal:
         content_retention_bytes=settings.content_retention_mb * BYTES_PER_MB,
     )
     return SegmentJournal.open(settings.journal_path, node=node, boot=boot, clock=clock, options=options)
+
+
+@functools.cache
+def _package_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _own_process(_: str) -> EngineDriver:

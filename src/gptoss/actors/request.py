@@ -25,7 +25,7 @@ from gptoss.actors.lifecycle import Lifecycle, RequestState
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
 from gptoss.engine.port import RenderedPrompt, Renderer, Submit, TokenLogprob
-from gptoss.errors import EngineError, GptossError, RequestError, error_from
+from gptoss.errors import ActorError, EngineError, GptossError, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.commands import Command
@@ -144,6 +144,14 @@ class RequestActor(DeciderActor[RequestState]):
             self._deadline.cancel()
         self._generation.end(Outcome(error=EngineError("the request's actor stopped before the request ended")))
 
+    def on_failure(self, *_: object) -> None:
+        """End the request after a crash of this actor, so that it holds nothing and its consumer is told."""
+        if self.state.phase == "running":
+            self._stop_in_engine()
+        failed = cmd.FailRequest(now_ns=self._now(), code=ActorError.code, message="the request's actor failed")
+        super().on_receive(failed)
+        self.on_stop()
+
     # ---- reactions, in the order of a request's life
 
     def _render(self, _: ev.RequestValidated) -> None:
@@ -166,11 +174,11 @@ class RequestActor(DeciderActor[RequestState]):
         try:
             self._prompt = prompt = await system.run_in_thread(render)
         except GptossError as error:
-            param = error.param if isinstance(error, RequestError) else None
-            unusable = cmd.PromptUnusable(
-                now_ns=system.now_ns(), code=error.code, status=error.status, message=error.message, param=param or ""
-            )
-            self.context.ref.tell(unusable, cause=cause, correlation=self._id)
+            self._tell_unusable(error, cause)
+            return
+        except Exception as error:  # noqa: BLE001 - a foreign renderer's edge: its failure must end the request
+            self._fail("render", error)
+            self._tell_unusable(EngineError("the prompt could not be rendered"), cause)
             return
         ready = cmd.PromptReady(
             now_ns=system.now_ns(),
@@ -180,6 +188,16 @@ class RequestActor(DeciderActor[RequestState]):
             date=date,
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
+
+    def _tell_unusable(self, error: GptossError, cause: int) -> None:
+        unusable = cmd.PromptUnusable(
+            now_ns=self._now(),
+            code=error.code,
+            status=error.status,
+            message=error.message,
+            param=(error.param or "") if isinstance(error, RequestError) else "",
+        )
+        self.context.ref.tell(unusable, cause=cause, correlation=self._id)
 
     def _keep_prompt(self, _: ev.PromptRendered) -> None:
         assert self._prompt is not None
@@ -228,9 +246,12 @@ class RequestActor(DeciderActor[RequestState]):
 
     def _cancel(self, _: ev.CancelRequested) -> None:
         if self.state.phase == "running":
-            # On the same lane as the Submit, so that it cannot overtake it and be lost.
-            cancel = CancelInEngine(request_id=self._id)
-            self.directory.tell(executor_name(self.state.executor), cancel, cause=self.event_pos)
+            self._stop_in_engine()
+
+    def _stop_in_engine(self) -> None:
+        # On the same lane as the Submit, so that it cannot overtake it and be lost.
+        cancel = CancelInEngine(request_id=self._id)
+        self.directory.tell(executor_name(self.state.executor), cancel, cause=self.event_pos)
 
     # ---- terminal events
 

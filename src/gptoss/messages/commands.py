@@ -130,6 +130,13 @@ class CancelRequest(Command, frozen=True, kw_only=True):
     reason: CancelReason
 
 
+class FailRequest(Command, frozen=True, kw_only=True):
+    """The request cannot go on, whatever its phase; ``code`` is one of ``gptoss.errors``."""
+
+    code: str
+    message: str
+
+
 class FirstByteWritten(Command, frozen=True, kw_only=True):
     """The first byte of the answer went to the client."""
 
@@ -146,6 +153,7 @@ RequestCommand: TypeAlias = (
     | EngineDone
     | EngineFailure
     | CancelRequest
+    | FailRequest
     | FirstByteWritten
 )
 
@@ -189,7 +197,7 @@ class BindMemory(Command, frozen=True, kw_only=True):
 
 
 class ReleaseMemory(Command, frozen=True, kw_only=True):
-    """Give a request's reservation back; without one it does nothing."""
+    """Give a request's reservation back, from who asked for it; without one it does nothing."""
 
     request_id: str
 

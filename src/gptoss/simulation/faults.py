@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+from gptoss.actors.directory import request_name
 from gptoss.simulation.clients import Client
 from gptoss.simulation.engine import Device, SimulatedDriver
 from gptoss.simulation.probe import NAME, Question
@@ -11,6 +12,11 @@ from gptoss.simulation.world import World
 from gptoss.telemetry.telemetry_actor import CatchUp
 
 ASK_TIMEOUT_S = 1.0
+ANY_REQUEST = "request"
+"""As the target of ``actor_crashes``: the oldest request that runs then."""
+
+
+REQUEST_PREFIX = request_name("")
 
 
 class Poison:
@@ -106,7 +112,9 @@ async def _renderer_crashes(world: World, _: Fault) -> None:
 
 
 async def _actor_crashes(world: World, fault: Fault) -> None:
-    world.serving.directory.tell(fault.target, Poison())
+    directory = world.serving.directory
+    name = next(iter(directory.names(REQUEST_PREFIX)), "") if fault.target == ANY_REQUEST else fault.target
+    directory.tell(name, Poison())
 
 
 async def _ask(world: World, fault: Fault) -> None:

@@ -7,6 +7,7 @@ once mostly refuses, and hides what goes wrong in the details).
 from collections.abc import Callable
 
 from gptoss.clock import SeededRng
+from gptoss.simulation.faults import ANY_REQUEST
 from gptoss.simulation.probe import KINDS
 from gptoss.simulation.scenario import Arrival, Fault, FaultKind, Scenario, Shape
 
@@ -103,7 +104,7 @@ def _somewhen(most: int, amount_s: float = 0.0) -> Maker:
 
 
 def _crashes(rng: SeededRng, kind: FaultKind, shape: Shape, _: tuple[Arrival, ...]) -> list[Fault]:
-    names = [*DECIDERS, *(f"executor/{device}" for device in shape.devices)]
+    names = [ANY_REQUEST, *DECIDERS, *(f"executor/{device}" for device in shape.devices)]
     chosen = [name for name in names if rng.happens(0.4)]
     return [Fault(_when(rng), kind, name) for name in chosen for _ in range(1 + rng.below(CRASHES_MAX))]
 

@@ -18,6 +18,7 @@ from gptoss.simulation.request_invariants import (
 )
 from gptoss.simulation.resource_invariants import (
     asks_resolve,
+    grants_cover_requests,
     letters_balance,
     mailboxes_are_empty,
     nobody_jumps_the_queue,
@@ -35,6 +36,7 @@ AT_REST: tuple[Invariant, ...] = (
     text_is_delivered_whole,
     cancel_frees_memory,
     nobody_jumps_the_queue,
+    grants_cover_requests,
     projections_rebuild,
     nothing_fails_unexpectedly,
     log_recovers,

@@ -105,5 +105,5 @@ def nothing_fails_unexpectedly(observed: Observed) -> None:
             )
 
 
-EXPECTED_FAILURES = {"Poison", "Question", "EngineExited"}
+EXPECTED_FAILURES = {"Poison", "Question", "EngineExited", "render"}
 """What faults are made of; an executor ends with its engine."""

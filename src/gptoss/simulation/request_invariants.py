@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 from gptoss.clock import NS_PER_MS, NS_PER_S
+from gptoss.errors import ActorError
 from gptoss.fake_engine import fake_text, fake_token
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Record
@@ -55,7 +56,10 @@ def tokens_are_contiguous(observed: Observed) -> None:
         if isinstance(record.event, ev.RequestValidated)
     }
     reused = _reused(observed)
-    ended = {record.meta.correlation: record.meta.mono_ns for record in observed.of_type(*ev.TERMINAL_EVENTS)}
+    ended = _times(observed, *ev.TERMINAL_EVENTS)
+    for record in observed.of_type(ev.RequestFailed):
+        if isinstance(record.event, ev.RequestFailed) and record.event.code == ActorError.code:
+            ended.pop(record.meta.correlation, None)  # its actor crashed, and could not wait for the engine's word
     position: dict[str, int] = defaultdict(int)
     for record in observed.content:
         if not isinstance(record.event, ev.StepTokens):

@@ -1,8 +1,11 @@
 """Invariants of what is held and waited for: memory, slots, places in line, letters, answers."""
 
+from gptoss.engine.memory_model import kv_bytes
+from gptoss.fake_engine import FAKE_LAYOUT
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.codec import decode_command
+from gptoss.messages.envelope import Record
 from gptoss.simulation.decisions import states_at_the_end
 from gptoss.simulation.observed import Observed, ViolationError
 
@@ -51,30 +54,49 @@ def nothing_is_held_at_rest(observed: Observed) -> None:
 
 
 def nobody_jumps_the_queue(observed: Observed) -> None:
-    """Who waits goes in order of priority, then arrival; nobody who came later with no better priority goes first."""
-    waiting: dict[str, tuple[int, int]] = {}
-    asked: dict[str, tuple[int, int]] = {}
+    """Who waits goes in order of priority, then arrival; nobody is tried for memory while another goes before him.
+
+    Who was asked for before the other began to wait may still get it: that is the window of one message.
+    """
+    queued: dict[str, tuple[int, int]] = {}
+    tried: dict[str, tuple[int, int]] = {}
     for number, record in enumerate(observed.streams.get("admission", [])):
-        event = record.event
-        match event:
-            case ev.CommandConsumed():
-                command = decode_command(event.command)
-                if isinstance(command, cmd.AdmitRequest):
-                    asked[command.request_id] = (command.priority, number)
-                elif isinstance(command, cmd.WithdrawRequest):
-                    waiting.pop(command.request_id, None)
-            case ev.AdmissionDecided(action="queue", request_id=request_id):
-                waiting[request_id] = asked[request_id]
-            case ev.AdmissionDecided(request_id=request_id):
-                waiting.pop(request_id, None)
-                if event.action != "reject":
-                    _check_turn(request_id, asked[request_id], waiting, record.meta.pos)
+        match record.event:
+            case ev.CommandConsumed(command=raw):
+                command = decode_command(raw)
+                if isinstance(command, cmd.WithdrawRequest):
+                    queued.pop(command.request_id, None)
+            case ev.Enqueued(request_id=request_id, ask=ask):
+                queued.setdefault(request_id, (ask.priority, number))
+            case ev.MemoryRequested(request_id=request_id, ask=ask):
+                tried[request_id] = (ask.priority, number)
+            case ev.AdmissionDecided(request_id=request_id, action="accept" | "shrink"):
+                rank = queued.pop(request_id, tried[request_id])
+                _check_turn(record, rank, tried[request_id][1], queued)
+            case ev.AdmissionDecided(request_id=request_id, action="reject"):
+                queued.pop(request_id, None)
             case _:
                 pass
 
 
-def _check_turn(request_id: str, rank: tuple[int, int], waiting: dict[str, tuple[int, int]], pos: int) -> None:
-    # Who asked before the other was refused for memory may have been on the way: that is one message's window.
-    ahead = [other for other, theirs in waiting.items() if theirs < rank]
-    if ahead:
-        raise ViolationError(f"{request_id} is let in at {pos} although {', '.join(ahead)} waits and goes first")
+def _check_turn(record: Record, rank: tuple[int, int], tried_at: int, queued: dict[str, tuple[int, int]]) -> None:
+    assert isinstance(record.event, ev.AdmissionDecided)
+    for other, theirs in queued.items():
+        if theirs < rank and theirs[1] < tried_at:
+            raise ViolationError(
+                f"{record.event.request_id} was let in at {record.meta.pos}, although {other} waited and goes first"
+            )
+
+
+def grants_cover_requests(observed: Observed) -> None:
+    """A request that was let in has the memory that its prompt and its output need."""
+    prompts: dict[str, int] = {}
+    for record in observed.records:
+        if isinstance(record.event, ev.PromptRendered):
+            prompts[record.meta.correlation] = record.event.prompt_tokens
+        elif isinstance(record.event, ev.RequestAdmitted):
+            tokens = prompts[record.meta.correlation] + record.event.max_tokens
+            if record.event.kv_bytes < kv_bytes(FAKE_LAYOUT, tokens):
+                raise ViolationError(
+                    f"{record.meta.correlation} has {record.event.kv_bytes} bytes for {tokens} tokens at {record.meta.pos}"
+                )

@@ -108,15 +108,14 @@ class _Run:
     async def _live(self) -> None:
         world = self.world
         begin_s = world.now_s()
-        for fault in world.scenario.faults:
-            self._start(self._happen(begin_s, fault))
-        clients = [self._start(self._client(begin_s, arrival)) for arrival in world.scenario.arrivals]
+        tasks = [self._start(self._happen(begin_s, fault)) for fault in world.scenario.faults]
+        tasks += [self._start(self._client(begin_s, arrival)) for arrival in world.scenario.arrivals]
         longest_s = max(
             (arrival.timeout_s or world.settings.request_timeout_s for arrival in world.scenario.arrivals), default=0.0
         )
         ends_s = longest_s + GRACE_S + max((arrival.at_ms for arrival in world.scenario.arrivals), default=0) / MS_PER_S
         over = self._start(self._until_over())
-        everyone = self._start(_all(clients))
+        everyone = self._start(_all(tasks))
         await asyncio.wait({over, everyone}, timeout=ends_s, return_when=asyncio.FIRST_COMPLETED)
         if everyone.done():
             everyone.result()
