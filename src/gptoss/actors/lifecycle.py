@@ -253,7 +253,7 @@ def _cancel(state: RequestState, command: cmd.CancelRequest) -> list[Event]:
 def _give_up(state: RequestState, command: cmd.FailRequest) -> list[Event]:
     if state.phase in {"new", "ended"}:
         return []
-    return [ev.RequestFailed(code=command.code, message=command.message, completion_tokens=state.tokens_out)]
+    return [ev.RequestFailed(code=command.code, message=command.message, completion_tokens=command.tokens_out)]
 
 
 def _cancelled(state: RequestState, completion_tokens: int) -> ev.RequestCancelled:

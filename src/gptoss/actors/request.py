@@ -148,7 +148,12 @@ class RequestActor(DeciderActor[RequestState]):
         """End the request after a crash of this actor, so that it holds nothing and its consumer is told."""
         if self.state.phase == "running":
             self._stop_in_engine()
-        failed = cmd.FailRequest(now_ns=self._now(), code=ActorError.code, message="the request's actor failed")
+        failed = cmd.FailRequest(
+            now_ns=self._now(),
+            code=ActorError.code,
+            message="the request's actor failed",
+            tokens_out=len(self._delivered),
+        )
         super().on_receive(failed)
         self.on_stop()
 

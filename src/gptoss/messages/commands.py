@@ -131,10 +131,11 @@ class CancelRequest(Command, frozen=True, kw_only=True):
 
 
 class FailRequest(Command, frozen=True, kw_only=True):
-    """The request cannot go on, whatever its phase; ``code`` is one of ``gptoss.errors``."""
+    """The request cannot go on, whatever its phase; ``code`` is one of ``gptoss.errors``. See ``EngineFailure``."""
 
     code: str
     message: str
+    tokens_out: int = 0
 
 
 class FirstByteWritten(Command, frozen=True, kw_only=True):
