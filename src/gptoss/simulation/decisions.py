@@ -18,7 +18,8 @@ def states_at_the_end(observed: Observed) -> dict[str, Any]:
         ViolationError: a decision comes out otherwise than it was recorded.
     """
     deciders = deciders_of(observed.settings)
-    states: dict[str, Any] = {}
+    named = {"admission": deciders.admission, "memory": deciders.memory, "router": deciders.router}
+    states: dict[str, Any] = {name: decider.initial() for name, decider in named.items()}
     for stream, records in observed.streams.items():
         decider = deciders.of(stream)
         if decider is not None:

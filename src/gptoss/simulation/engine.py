@@ -34,6 +34,7 @@ class Device(msgspec.Struct):
         memory_share: of the KV budget, what is really there.
         row_failure: what becomes of the first row of the next step.
         fails_to_load: the next engine cannot load the model.
+        lives_s: every engine dies so long after it has loaded, until its executor is given up; negative for none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Device(msgspec.Struct):
     memory_share: float = 1.0
     row_failure: RowFailure = ""
     fails_to_load: bool = False
+    lives_s: float = -1.0
     engine: "SimulatedDriver | None" = None
 
 
@@ -106,6 +108,8 @@ class SimulatedDriver:
         if self._hangs or self._is_gone:
             return
         self._emit(port.LoadProgressed(stage="weights", done=1, total=1))
+        if self._device.lives_s >= 0:
+            self._loop.call_later(self._device.lives_s, self.die)
         if self._device.fails_to_load:
             self._device.fails_to_load = False
             self._emit(port.LoadFailed(code="model_load_failed", message="the device has a fault"))

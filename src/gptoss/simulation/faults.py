@@ -58,6 +58,12 @@ def _engine(act: Callable[[SimulatedDriver], None]) -> Callable[[Device, Fault],
     return on_engine
 
 
+def _break(device: Device, fault: Fault) -> None:
+    device.lives_s = fault.amount
+    if device.engine is not None:
+        device.engine.die()
+
+
 Change = Callable[[Device, Fault], None]
 DEVICE_FAULTS: dict[FaultKind, tuple[Change, Change | None]] = {
     "engine_dies": (_engine(SimulatedDriver.die), None),
@@ -67,6 +73,7 @@ DEVICE_FAULTS: dict[FaultKind, tuple[Change, Change | None]] = {
     "engine_short_of_memory": (_set("memory_share", 0.4), _set("memory_share", 1.0)),
     "row_fails": (_set("row_failure", "not_finite"), None),
     "row_without_memory": (_set("row_failure", "memory"), None),
+    "device_breaks": (_break, None),
     "load_fails": (_set("fails_to_load", True), None),
 }
 

@@ -129,6 +129,7 @@ KINDS_OF_FAULTS: dict[FaultKind, tuple[float, Maker]] = {
     "engine_short_of_memory": (0.15, _on_devices(2, 0.5)),
     "row_fails": (0.15, _on_devices(3)),
     "row_without_memory": (0.15, _on_devices(3)),
+    "device_breaks": (0.08, _on_devices(1, 0.1)),
     "load_fails": (0.05, _on_devices(1)),
     "disk_fails": (0.05, _somewhen(1)),
     "disk_slow": (0.1, _somewhen(2, 0.5)),

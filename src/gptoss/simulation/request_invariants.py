@@ -13,7 +13,9 @@ from gptoss.simulation.observed import Observed, ViolationError
 DEADLINE_SLACK_NS = NS_PER_S
 """How late a deadline may be noticed, and its consequences drawn."""
 HOPS_NS = NS_PER_S // 2
-"""How long the letters of a cancellation may take through the actors, restarts of deciders included."""
+"""How long letters may take through the deciders, restarts of these included."""
+LETTERS_NS = NS_PER_S // 20
+"""How long letters may take where nothing has to be restarted."""
 STEPS_TO_CANCEL = 2
 
 
@@ -98,17 +100,37 @@ def text_is_delivered_whole(observed: Observed) -> None:
 
 
 def deadlines_fire(observed: Observed) -> None:
-    """No request outlives its deadline, but by the time that the watchdog of a silent engine takes."""
-    watchdog_ns = int((observed.scenario.shape.step_timeout_s + 1.0) * NS_PER_S)
+    """Nobody waits in line beyond the deadline there; what still lives at its own deadline is cancelled, and ends.
+
+    The end may take as long as the watchdog of a silent engine.
+    """
     deadlines: dict[str, int] = {}
+    in_line: dict[str, int] = {}
+    cancelled: set[str] = set()
     for record in observed.records:
-        event, request_id = record.event, record.meta.correlation
-        if isinstance(event, ev.RequestReceived):
-            deadlines[request_id] = event.deadline_ns
-        elif isinstance(event, ev.TERMINAL_EVENTS):
-            late_ns = record.meta.mono_ns - deadlines.pop(request_id, record.meta.mono_ns)
-            if late_ns > watchdog_ns + DEADLINE_SLACK_NS:
-                raise ViolationError(f"{request_id} ended {late_ns / NS_PER_MS:.0f} ms after its deadline")
+        event, request_id, now_ns = record.event, record.meta.correlation, record.meta.mono_ns
+        match event:
+            case ev.RequestReceived():
+                deadlines[request_id] = event.deadline_ns
+                cancelled.discard(request_id)
+            case ev.CancelRequested():
+                cancelled.add(request_id)
+            case ev.Enqueued():
+                in_line[request_id] = event.ask.deadline_ns
+            case ev.Dequeued():
+                _check_late("left the line", request_id, now_ns - in_line.pop(request_id), DEADLINE_SLACK_NS)
+            case _ if isinstance(event, ev.TERMINAL_EVENTS):
+                late_ns = now_ns - deadlines.pop(request_id, now_ns)
+                watchdog_ns = int((observed.scenario.shape.step_timeout_s + 1.0) * NS_PER_S)
+                slack_ns = DEADLINE_SLACK_NS + (watchdog_ns if request_id in cancelled else 0)
+                _check_late("ended", request_id, late_ns, slack_ns)
+            case _:
+                pass
+
+
+def _check_late(what: str, request_id: str, late_ns: int, slack_ns: int) -> None:
+    if late_ns > slack_ns:
+        raise ViolationError(f"{request_id} {what} {late_ns / NS_PER_MS:.0f} ms after its deadline")
 
 
 def cancel_frees_memory(observed: Observed) -> None:
@@ -119,7 +141,7 @@ def cancel_frees_memory(observed: Observed) -> None:
     for record in observed.of_type(ev.StepCommitted):
         assert isinstance(record.event, ev.StepCommitted)
         for row in record.event.rows:
-            if record.event.started_ns > asked_ns.get(row.request_id, record.event.started_ns) + HOPS_NS:
+            if record.event.started_ns > asked_ns.get(row.request_id, record.event.started_ns) + LETTERS_NS:
                 rows[row.request_id] += 1
                 if rows[row.request_id] > STEPS_TO_CANCEL and row.request_id not in reused:
                     raise ViolationError(f"{row.request_id} was cancelled and still runs in step {record.event.step}")

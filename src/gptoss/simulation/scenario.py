@@ -20,6 +20,7 @@ FaultKind = Literal[
     "row_fails",
     "row_without_memory",
     "load_fails",
+    "device_breaks",
     "disk_fails",
     "disk_slow",
     "renderer_slow",
@@ -44,7 +45,7 @@ class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
         kind: what happens.
         target: a device for ``engine_``, ``row_`` and ``load_`` faults; an arrival's name for ``client_`` and
             ``renderer_`` faults; an actor's name; for ``ask`` what is asked for, see ``probe``.
-        amount: seconds that it lasts or waits; for ``engine_slow`` how many times slower.
+        amount: seconds that it lasts or waits; for ``device_breaks`` how long each engine lives.
     """
 
     at_ms: float
