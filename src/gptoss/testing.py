@@ -29,7 +29,6 @@ __all__ = [
 
 FAKE_MODEL = "fake"
 IDLE_WAIT_S = 0.5
-IDLE_POLL_S = 0.002
 
 
 class ManualClock:
@@ -54,7 +53,7 @@ class ManualClock:
         self._monotonic_ns += duration_ns
 
 
-async def run_until_idle(system: System, timeout_s: float = 10.0) -> None:
+async def run_until_idle(system: System, timeout_s: float = 10.0, *, poll_s: float = 0.002) -> None:
     """Wait until no request runs, no letter waits and nothing is being handled.
 
     Raises:
@@ -62,7 +61,7 @@ async def run_until_idle(system: System, timeout_s: float = 10.0) -> None:
     """
     async with asyncio.timeout(timeout_s):
         while not system.is_idle():  # noqa: ASYNC110 - idleness has no single moment at which to tell
-            await asyncio.sleep(IDLE_POLL_S)
+            await asyncio.sleep(poll_s)
 
 
 class FakeRenderer:

@@ -12,7 +12,11 @@ from gptoss.simulation.probe import KINDS
 from gptoss.simulation.scenario import Arrival, Fault, FaultKind, Scenario, Shape
 
 SPAN_MS = 2000.0
-"""Requests arrive, and faults happen, within this time."""
+"""Faults happen within this time, and so do most arrivals."""
+RUSH_MS = (700.0, 702.0)
+"""When everyone comes at once: the engines have loaded by then."""
+VIEWS_EVERY = 4
+"""In one of so many seeds the projections are rebuilt."""
 MEMORY_FOR_TOKENS = (60, 200, 600, 2000)
 DECIDERS = ("memory", "admission", "router")
 CRASHES_MAX = 2
@@ -22,33 +26,34 @@ CRASHES_MAX = 2
 def generate(seed: int) -> Scenario:
     """The scenario of a seed."""
     rng = SeededRng(f"{seed}/scenario")
-    shape = _shape(rng)
-    arrivals = tuple(_arrival(rng, index) for index in range(rng.pick((1, 3, 8, 12, 16))))
-    return Scenario(seed, shape, arrivals, _faults(rng, shape, arrivals))
+    is_crowded = rng.happens(0.25)
+    shape = _shape(rng, is_crowded=is_crowded)
+    span_ms = RUSH_MS if rng.happens(0.3) else (0.0, SPAN_MS)
+    number = rng.pick((12, 16) if is_crowded else (1, 4, 8, 12))
+    arrivals = tuple(_arrival(rng, index, span_ms, is_long=is_crowded) for index in range(number))
+    return Scenario(seed, shape, arrivals, _faults(rng, shape, arrivals), rebuilds_views=seed % VIEWS_EVERY == 0)
 
 
-def _shape(rng: SeededRng) -> Shape:
+def _shape(rng: SeededRng, *, is_crowded: bool) -> Shape:
     return Shape(
         executors=rng.pick((1, 1, 2, 3)),
-        slots=rng.pick((1, 2, 4, 8)),
+        slots=rng.pick((1, 2) if is_crowded else (1, 2, 4, 8)),
         kv_budget_bytes=2 * rng.pick(MEMORY_FOR_TOKENS),
-        max_queue=rng.pick((1, 4, 64)),
+        max_queue=64 if is_crowded else rng.pick((1, 4, 64)),
         request_timeout_s=rng.pick((2.0, 10.0, 20.0)),
-        queue_timeout_s=rng.pick((0.5, 5.0)),
+        queue_timeout_s=rng.pick((0.3, 5.0)),
         step_timeout_s=2.0,
         step_ms=rng.pick((1.0, 5.0, 20.0)),
-        lag=rng.pick((0.0, 0.05, 0.3)),
+        lag=rng.pick((0.0, 0.05, 0.5)),
     )
 
 
-def _arrival(rng: SeededRng, index: int) -> Arrival:
-    is_burst = rng.happens(0.3)
+def _arrival(rng: SeededRng, index: int, span_ms: tuple[float, float], *, is_long: bool) -> Arrival:
     return Arrival(
         name=f"r{index}",
-        # Rather early, as a rule while the engines still load, or together with others.
-        at_ms=round(rng.pick((500.0, 600.0, 1000.0)) if is_burst else rng.between(0, SPAN_MS), 3),
+        at_ms=round(rng.between(*span_ms), 3),
         prompt_tokens=rng.pick((1, 3, 20, 20, 50, 150)) if rng.happens(0.97) else 2000,
-        max_tokens=rng.pick((1, 2, 5, 20, 40)) if rng.happens(0.9) else None,
+        max_tokens=rng.pick((60, 80) if is_long else (1, 2, 5, 20, 40)) if rng.happens(0.95) else None,
         seed=rng.below(1000),
         priority=rng.pick((0, 0, 0, -1, 1)),
         timeout_s=rng.between(0.05, 1.5) if rng.happens(0.15) else None,
@@ -81,11 +86,11 @@ def _on_devices(most: int, amount_s: float = 0.0) -> Maker:
 
 def _to_clients(amount_s: float = 0.0) -> Maker:
     def make(rng: SeededRng, kind: FaultKind, _: Shape, arrivals: tuple[Arrival, ...]) -> list[Fault]:
-        chosen = [arrival for arrival in arrivals if rng.happens(0.4)]
+        chosen = [arrival for arrival in arrivals if rng.happens(0.5)]
         # At any stage: before it is admitted, in line, at its prompt, in the middle, after its end.
         return [
             Fault(
-                round(arrival.at_ms + rng.pick((0.01, 1.0, 10.0, 100.0, 500.0)) * rng.uniform(), 3),
+                round(arrival.at_ms + rng.pick((0.01, 5.0, 5.0, 100.0, 500.0)) * rng.uniform(), 3),
                 kind,
                 arrival.name,
                 round(rng.uniform() * amount_s, 3),
@@ -122,7 +127,7 @@ def _when(rng: SeededRng) -> float:
 
 
 KINDS_OF_FAULTS: dict[FaultKind, tuple[float, Maker]] = {
-    "engine_dies": (0.25, _on_devices(2)),
+    "engine_dies": (0.3, _on_devices(3)),
     "engine_hangs": (0.12, _on_devices(1)),
     "engine_slow": (0.1, _on_devices(2, 0.5)),
     "engine_late": (0.1, _on_devices(2, 0.5)),
@@ -136,13 +141,13 @@ KINDS_OF_FAULTS: dict[FaultKind, tuple[float, Maker]] = {
     "renderer_slow": (0.1, _somewhen(3, 0.3)),
     "renderer_refuses": (0.1, _somewhen(2)),
     "renderer_crashes": (0.1, _somewhen(2)),
-    "client_cancels": (0.3, _to_clients()),
+    "client_cancels": (0.4, _to_clients()),
     "client_disconnects": (0.25, _to_clients()),
     "client_stalls": (0.1, _to_clients()),
     "client_reads_slowly": (0.1, _to_clients(0.2)),
     "actor_crashes": (0.2, _crashes),
-    "ask": (0.25, _asks),
+    "ask": (0.35, _asks),
     "drain": (0.08, _somewhen(1, 1.0)),
-    "process_dies": (0.1, _somewhen(1)),
+    "process_dies": (0.15, _somewhen(1)),
 }
 """How likely a kind is to occur in a scenario, and how its faults are drawn."""

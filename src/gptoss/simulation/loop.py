@@ -21,7 +21,7 @@ from gptoss.testing import ManualClock
 
 T = TypeVar("T")
 
-LAG_MAX_S = 0.003
+LAG_MAX_S = 0.006
 TURN_NS_MAX = 20_000
 THREAD_LATENCY_S = 0.002
 CLOSING_ROUNDS = 10

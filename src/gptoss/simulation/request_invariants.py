@@ -10,8 +10,8 @@ from gptoss.messages.envelope import Event, Record
 from gptoss.simulation.clients import Seen
 from gptoss.simulation.observed import Observed, ViolationError
 
-DEADLINE_SLACK_NS = NS_PER_S
-"""How late a deadline may be noticed, and its consequences drawn."""
+IN_LINE_NS = NS_PER_S * 3 // 4
+"""How late a deadline in the line may be noticed: admission looks four times a second, and may have to be restarted."""
 HOPS_NS = NS_PER_S // 2
 """How long letters may take through the deciders, restarts of these included."""
 LETTERS_NS = NS_PER_S // 20
@@ -118,11 +118,11 @@ def deadlines_fire(observed: Observed) -> None:
             case ev.Enqueued():
                 in_line[request_id] = event.ask.deadline_ns
             case ev.Dequeued():
-                _check_late("left the line", request_id, now_ns - in_line.pop(request_id), DEADLINE_SLACK_NS)
+                _check_late("left the line", request_id, now_ns - in_line.pop(request_id), IN_LINE_NS)
             case _ if isinstance(event, ev.TERMINAL_EVENTS):
                 late_ns = now_ns - deadlines.pop(request_id, now_ns)
                 watchdog_ns = int((observed.scenario.shape.step_timeout_s + 1.0) * NS_PER_S)
-                slack_ns = DEADLINE_SLACK_NS + (watchdog_ns if request_id in cancelled else 0)
+                slack_ns = LETTERS_NS + (watchdog_ns if request_id in cancelled else 0)
                 _check_late("ended", request_id, late_ns, slack_ns)
             case _:
                 pass

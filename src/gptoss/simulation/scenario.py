@@ -100,12 +100,17 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scenario(msgspec.Struct, frozen=True):
-    """One run."""
+    """One run.
+
+    Attributes:
+        rebuilds_views: whether the projections are folded again and compared, which takes a quarter of the time.
+    """
 
     seed: int
     shape: Shape
     arrivals: tuple[Arrival, ...]
     faults: tuple[Fault, ...] = ()
+    rebuilds_views: bool = True
 
     @property
     def dies(self) -> bool:

@@ -35,15 +35,22 @@ class Shrinker:
     Args:
         verdict: of the scenario as it was found.
         runs_max: simulations that may be spent on it.
+        seeds_tried: for each candidate.
         progress: called with the smallest scenario so far whenever there is a smaller one.
     """
 
     def __init__(
-        self, verdict: Verdict, *, runs_max: int = RUNS_MAX, progress: Callable[[Scenario], object] | None = None
+        self,
+        verdict: Verdict,
+        *,
+        runs_max: int = RUNS_MAX,
+        seeds_tried: int = SEEDS_TRIED,
+        progress: Callable[[Scenario], object] | None = None,
     ) -> None:
         self.smallest = verdict
         self.runs = 0
         self._runs_max = runs_max
+        self._seeds_tried = seeds_tried
         self._progress = progress
 
     def shrink(self) -> Verdict:
@@ -103,7 +110,7 @@ class Shrinker:
 
     def _fails(self, scenario: Scenario) -> bool:
         """Whether the candidate breaks the same invariant; then it is the smallest so far."""
-        for seed in range(scenario.seed, scenario.seed + SEEDS_TRIED):
+        for seed in range(scenario.seed, scenario.seed + self._seeds_tried):
             if self.runs >= self._runs_max:
                 return False
             self.runs += 1
