@@ -192,6 +192,19 @@ def jumped_queue() -> Any:
     return patched(AdmissionState, "has_line", returns(False))
 
 
+def unheard_cancel() -> Any:
+    """A cancellation that comes before the prompt is rendered is lost."""
+
+    def make(decide: Any) -> Any:
+        def wrong(self: Lifecycle, state: RequestState, command: Command) -> list[Event]:
+            is_lost = isinstance(command, cmd.CancelRequest) and state.phase == "rendering"
+            return [] if is_lost else decide(self, state, command)
+
+        return wrong
+
+    return patched(Lifecycle, "decide", make)
+
+
 def late_cancel() -> Any:
     """The executor does not pass on that a request is cancelled."""
     return patched(ExecutorActor, "_cancel", returns(None))
@@ -253,6 +266,7 @@ PLANTED: dict[str, tuple[Plant, str]] = {
     "a dropped dead letter": (dropped_dead_letter, "letters_balance"),
     "a forgotten ask": (forgotten_ask, "asks_resolve"),
     "a jumped queue": (jumped_queue, "nobody_jumps_the_queue"),
+    "an unheard cancel": (unheard_cancel, "cancels_are_heeded"),
     "a late cancel": (late_cancel, "cancel_frees_memory"),
     "an impure decision": (impure_decision, "decisions_replay"),
     "a record that the live view misses": (missed_record, "projections_rebuild"),

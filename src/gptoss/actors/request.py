@@ -101,7 +101,7 @@ class RequestActor(DeciderActor[RequestState]):
         }
 
     def on_start(self) -> None:
-        """Begin at once."""
+        """Begin at once, before any letter: a cancellation that is there already must find a request that has begun."""
         system, request = self.context.system, self._request
         now_ns = system.now_ns()
         timeout_s = request.timeout_s if request.timeout_s is not None else self._services.request_timeout_s
@@ -109,7 +109,7 @@ class RequestActor(DeciderActor[RequestState]):
         self._deadline = system.send_after(
             timeout_s, self.context.ref, lambda: cmd.CancelRequest(now_ns=system.now_ns(), reason="deadline")
         )
-        self.context.ref.tell(
+        super().on_receive(
             cmd.BeginRequest(
                 now_ns=now_ns,
                 request_id=self._id,
@@ -127,8 +127,7 @@ class RequestActor(DeciderActor[RequestState]):
                 session_id=request.session_id,
                 traceparent=request.traceparent,
                 num_messages=len(request.messages),
-            ),
-            correlation=self._id,
+            )
         )
 
     def on_receive(self, message: Command | TokensProduced) -> None:

@@ -32,6 +32,7 @@ class Seen(msgspec.Struct):
         request_id: empty until it was submitted.
         is_whole: it read to the end.
         error: code of the error that ended it.
+        left_ns: when it told that it wants no more; 0 if it never did.
     """
 
     arrival: Arrival
@@ -40,6 +41,7 @@ class Seen(msgspec.Struct):
     text: str = ""
     is_whole: bool = False
     error: str = ""
+    left_ns: int = 0
     generation: Generation | None = None
 
     @property
@@ -68,6 +70,7 @@ class Client:
     def cancel(self) -> None:
         """Ask for the end of the request."""
         if self.seen.generation is not None:
+            self._leave()
             self.seen.generation.cancel()
 
     def disconnect(self) -> None:
@@ -93,14 +96,19 @@ class Client:
                 await self._take(delta.token_ids, delta.text)
             self.seen.is_whole = True
         except TimeoutError:
+            self._leave()
             generation.client_slow(STALL_S * MS_PER_S)
         except ConnectionError:
+            self._leave()
             generation.client_disconnected()
         except GptossError as error:
             self.seen.error = error.code
             self.seen.is_whole = True
         while generation.outcome is None:  # noqa: ASYNC110 - nobody reads any more, so nobody is told
             await asyncio.sleep(LOOK_S)
+
+    def _leave(self) -> None:
+        self.seen.left_ns = self.seen.left_ns or self._clock.monotonic_ns()
 
     async def _take(self, token_ids: tuple[int, ...], text: str) -> None:
         """As a handler writes to a socket: waits while the client does not read, and looks at it."""

@@ -89,12 +89,7 @@ def _to_clients(amount_s: float = 0.0) -> Maker:
         chosen = [arrival for arrival in arrivals if rng.happens(0.5)]
         # At any stage: before it is admitted, in line, at its prompt, in the middle, after its end.
         return [
-            Fault(
-                round(arrival.at_ms + rng.pick((0.01, 5.0, 5.0, 100.0, 500.0)) * rng.uniform(), 3),
-                kind,
-                arrival.name,
-                round(rng.uniform() * amount_s, 3),
-            )
+            Fault(_soon_after(rng, arrival), kind, arrival.name, round(rng.uniform() * amount_s, 3))
             for arrival in chosen
         ]
 
@@ -106,6 +101,10 @@ def _somewhen(most: int, amount_s: float = 0.0) -> Maker:
         return [Fault(_when(rng), kind, "", round(rng.uniform() * amount_s, 3)) for _ in range(1 + rng.below(most))]
 
     return make
+
+
+def _in_the_middle(rng: SeededRng, kind: FaultKind, _: Shape, arrivals: tuple[Arrival, ...]) -> list[Fault]:
+    return [Fault(_soon_after(rng, rng.pick(arrivals)), kind)]
 
 
 def _crashes(rng: SeededRng, kind: FaultKind, shape: Shape, _: tuple[Arrival, ...]) -> list[Fault]:
@@ -120,6 +119,10 @@ def _asks(rng: SeededRng, kind: FaultKind, _: Shape, __: tuple[Arrival, ...]) ->
         Fault(round(begin_ms + rng.uniform() * rng.pick((1.0, 300.0)), 3), kind, rng.pick(KINDS), rng.uniform() * 2)
         for _ in range(4 + rng.below(12))
     ]
+
+
+def _soon_after(rng: SeededRng, arrival: Arrival) -> float:
+    return round(arrival.at_ms + rng.pick((0.01, 5.0, 5.0, 100.0, 500.0)) * rng.uniform(), 3)
 
 
 def _when(rng: SeededRng) -> float:
@@ -146,8 +149,8 @@ KINDS_OF_FAULTS: dict[FaultKind, tuple[float, Maker]] = {
     "client_stalls": (0.1, _to_clients()),
     "client_reads_slowly": (0.1, _to_clients(0.2)),
     "actor_crashes": (0.2, _crashes),
-    "ask": (0.35, _asks),
+    "ask": (0.4, _asks),
     "drain": (0.08, _somewhen(1, 1.0)),
-    "process_dies": (0.15, _somewhen(1)),
+    "process_dies": (0.12, _in_the_middle),
 }
 """How likely a kind is to occur in a scenario, and how its faults are drawn."""

@@ -11,6 +11,7 @@ from gptoss.simulation.log_invariants import (
 from gptoss.simulation.observed import Invariant
 from gptoss.simulation.request_invariants import (
     cancel_frees_memory,
+    cancels_are_heeded,
     deadlines_fire,
     every_request_ends,
     text_is_delivered_whole,
@@ -34,6 +35,7 @@ AT_REST: tuple[Invariant, ...] = (
     deadlines_fire,
     tokens_are_contiguous,
     text_is_delivered_whole,
+    cancels_are_heeded,
     cancel_frees_memory,
     nobody_jumps_the_queue,
     grants_cover_requests,

@@ -133,6 +133,18 @@ def _check_late(what: str, request_id: str, late_ns: int, slack_ns: int) -> None
         raise ViolationError(f"{request_id} {what} {late_ns / NS_PER_MS:.0f} ms after its deadline")
 
 
+def cancels_are_heeded(observed: Observed) -> None:
+    """Who wants no more is not served on: the request is cancelled, unless it ended just then."""
+    reused = _reused(observed)
+    ended_ns, cancelled_ns = _times(observed, *ev.TERMINAL_EVENTS), _times(observed, ev.CancelRequested)
+    for seen in observed.seen:
+        request_id, left_ns = seen.request_id, seen.left_ns
+        if not left_ns or request_id in reused:
+            continue
+        if request_id not in cancelled_ns and ended_ns.get(request_id, left_ns) > left_ns + LETTERS_NS:
+            raise ViolationError(f"{request_id} was served on although its client wanted no more")
+
+
 def cancel_frees_memory(observed: Observed) -> None:
     """A cancelled request has at most two rows once the engine can know, and what ended gives its memory back at once."""
     reused = _reused(observed)
