@@ -18,6 +18,7 @@ from rich.console import Console
 
 from gptoss.cli.events import events
 from gptoss.cli.serve import serve
+from gptoss.cli.simulate import simulate
 from gptoss.config import load_settings
 from gptoss.errors import ConfigError, GptossError, JournalWriteFailed
 
@@ -73,6 +74,7 @@ def main() -> None:
 
 main.add_command(serve)
 main.add_command(events)
+main.add_command(simulate)
 
 
 @main.command()
