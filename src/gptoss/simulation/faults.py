@@ -70,7 +70,7 @@ DEVICE_FAULTS: dict[FaultKind, tuple[Change, Change | None]] = {
     "engine_hangs": (_engine(SimulatedDriver.hang), None),
     "engine_slow": (_set("slow", 20.0), _set("slow", 1.0)),
     "engine_late": (_set("late_s", 0.05), _set("late_s", 0.0)),
-    "engine_short_of_memory": (_set("memory_share", 0.1), _set("memory_share", 1.0)),
+    "engine_short_of_memory": (_set("memory_share", 0.05), _set("memory_share", 1.0)),
     "row_fails": (_set("row_failure", "not_finite"), None),
     "row_without_memory": (_set("row_failure", "memory"), None),
     "device_breaks": (_break, None),

@@ -36,15 +36,15 @@ def generate(seed: int) -> Scenario:
 
 def _shape(rng: SeededRng, *, is_crowded: bool) -> Shape:
     return Shape(
-        executors=rng.pick((1, 1, 2, 3)),
+        executors=1 if is_crowded else rng.pick((1, 1, 2, 3)),
         slots=rng.pick((1, 2) if is_crowded else (1, 2, 4, 8)),
-        kv_budget_bytes=2 * rng.pick(MEMORY_FOR_TOKENS),
+        kv_budget_bytes=2 * rng.pick((200, 600) if is_crowded else MEMORY_FOR_TOKENS),
         max_queue=64 if is_crowded else rng.pick((1, 4, 64)),
         request_timeout_s=rng.pick((2.0, 10.0, 20.0)),
         queue_timeout_s=rng.pick((0.3, 5.0)),
         step_timeout_s=2.0,
-        step_ms=rng.pick((1.0, 5.0, 20.0)),
-        lag=rng.pick((0.0, 0.05, 0.5)),
+        step_ms=rng.pick((5.0, 20.0) if is_crowded else (1.0, 5.0, 20.0)),
+        lag=rng.pick((0.0, 0.2, 0.6)),
     )
 
 
@@ -75,9 +75,15 @@ Maker = Callable[[SeededRng, FaultKind, Shape, tuple[Arrival, ...]], list[Fault]
 
 
 def _on_devices(most: int, amount_s: float = 0.0) -> Maker:
-    def make(rng: SeededRng, kind: FaultKind, shape: Shape, _: tuple[Arrival, ...]) -> list[Fault]:
+    def make(rng: SeededRng, kind: FaultKind, shape: Shape, arrivals: tuple[Arrival, ...]) -> list[Fault]:
+        # Mostly while something runs; else while the engines load, or rest.
         return [
-            Fault(_when(rng), kind, rng.pick(shape.devices), round(rng.uniform() * amount_s, 3))
+            Fault(
+                _soon_after(rng, rng.pick(arrivals)) if rng.happens(0.7) else _when(rng),
+                kind,
+                rng.pick(shape.devices),
+                round(rng.uniform() * amount_s, 3),
+            )
             for _ in range(1 + rng.below(most))
         ]
 
@@ -122,7 +128,7 @@ def _asks(rng: SeededRng, kind: FaultKind, _: Shape, __: tuple[Arrival, ...]) ->
 
 
 def _soon_after(rng: SeededRng, arrival: Arrival) -> float:
-    return round(arrival.at_ms + rng.pick((0.01, 5.0, 5.0, 100.0, 500.0)) * rng.uniform(), 3)
+    return round(arrival.at_ms + rng.pick((0.01, 5.0, 12.0, 12.0, 100.0, 500.0)) * rng.uniform(), 3)
 
 
 def _when(rng: SeededRng) -> float:
@@ -144,7 +150,7 @@ KINDS_OF_FAULTS: dict[FaultKind, tuple[float, Maker]] = {
     "renderer_slow": (0.1, _somewhen(3, 0.3)),
     "renderer_refuses": (0.1, _somewhen(2)),
     "renderer_crashes": (0.1, _somewhen(2)),
-    "client_cancels": (0.4, _to_clients()),
+    "client_cancels": (0.5, _to_clients()),
     "client_disconnects": (0.25, _to_clients()),
     "client_stalls": (0.1, _to_clients()),
     "client_reads_slowly": (0.1, _to_clients(0.2)),
