@@ -78,8 +78,8 @@ class RequestActor(DeciderActor[RequestState]):
     def __init__(
         self, request_id: str, request: GenerateRequest, generation: Generation, services: RequestServices
     ) -> None:
-        super().__init__(services.lifecycle, services.directory, request_id)
-        self._id = request_id
+        super().__init__(services.lifecycle, services.directory)
+        self._id = self.about = request_id
         self._request = request
         self._generation = generation
         self._services = services

@@ -101,7 +101,7 @@ def _report(finding: "Finding") -> str:
         f"seed {finding.found.scenario.seed} breaks {finding.smallest.broken}: {finding.smallest.message}",
         f"shrunk in {finding.runs} runs to {len(scenario.faults)} faults and {len(scenario.arrivals)} requests:",
     ]
-    lines += [f"  {fault.at_ms:10.3f} ms  {fault.kind} {fault.target}".rstrip() for fault in scenario.faults]
+    lines += [f"  {fault.at_ms:10.3f} ms  {fault.kind} {fault.target} {fault.on}".rstrip() for fault in scenario.faults]
     lines += [
         f"  {arrival.at_ms:10.3f} ms  request {arrival.name}: {arrival.prompt_tokens} tokens in, "
         f"at most {arrival.max_tokens or 'the default'} out"

@@ -18,6 +18,19 @@ RUSH_MS = (700.0, 702.0)
 VIEWS_EVERY = 4
 """In one of so many seeds the projections are rebuilt."""
 MEMORY_FOR_TOKENS = (60, 200, 600, 2000)
+STAGES = (
+    "RequestReceived",
+    "PromptRendered",
+    "MemoryRequested",
+    "ReservationGranted",
+    "Enqueued",
+    "RequestAdmitted",
+    "RouteDecided",
+    "ExecutorAccepted",
+    "FirstTokenProduced",
+    "AttemptRetried",
+)
+"""Events of a request at which its client may do something, where a time would seldom hit the moment."""
 DECIDERS = ("memory", "admission", "router")
 CRASHES_MAX = 2
 """Of one decider: a third within a minute is one too many for its supervisor, and then nothing more is served."""
@@ -95,7 +108,13 @@ def _to_clients(amount_s: float = 0.0) -> Maker:
         chosen = [arrival for arrival in arrivals if rng.happens(0.5)]
         # At any stage: before it is admitted, in line, at its prompt, in the middle, after its end.
         return [
-            Fault(_soon_after(rng, arrival), kind, arrival.name, round(rng.uniform() * amount_s, 3))
+            Fault(
+                _soon_after(rng, arrival),
+                kind,
+                arrival.name,
+                round(rng.uniform() * amount_s, 3),
+                rng.pick(STAGES) if rng.happens(0.4) else "",
+            )
             for arrival in chosen
         ]
 

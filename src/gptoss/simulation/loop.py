@@ -6,7 +6,8 @@ Rules:
 - Work for other threads (``run_in_executor``) is done on the loop. It begins at once and its result arrives after as
   long as it took: some latency, and what the work itself says it waited (``block``).
 - Of the actors that may have letters, one drawn at random goes next, for one letter. A turn takes a few microseconds.
-  Now and then an actor's turn is put off by up to ``LAG_MAX_S``, so that timers and other actors overtake it.
+  Now and then an actor's turn is put off by up to ``LAG_MAX_S``, so that timers and other actors overtake it; not again
+  within ``LAG_EVERY_S``, for it must be able to keep up with its letters.
 - Order within a mailbox is the mailbox's own; no draw changes it.
 """
 
@@ -22,6 +23,7 @@ from gptoss.testing import ManualClock
 T = TypeVar("T")
 
 LAG_MAX_S = 0.006
+LAG_EVERY_S = 0.02
 TURN_NS_MAX = 20_000
 THREAD_LATENCY_S = 0.002
 CLOSING_ROUNDS = 10
@@ -130,6 +132,7 @@ class SeededDispatcher:
         self._lag = lag
         self._runnable: list[tuple[Callable[[], object], contextvars.Context | None]] = []
         self._is_picking = False
+        self._lagged_s: dict[object, float] = {}
         self._loop: asyncio.AbstractEventLoop
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> Callable[..., None]:
@@ -144,10 +147,17 @@ class SeededDispatcher:
         return inbox
 
     def _call_turn(self, turn: Callable[[], object], /, *, context: contextvars.Context | None = None) -> None:
-        if self._lag and self._rng.happens(self._lag):
+        if self._lag and self._lags(turn):
             self._loop.call_later(self._rng.uniform() * LAG_MAX_S, self._enlist, turn, context)
         else:
             self._enlist(turn, context)
+
+    def _lags(self, turn: Callable[[], object]) -> bool:
+        actor, now_s = getattr(turn, "__self__", turn), self._loop.time()
+        if now_s < self._lagged_s.get(actor, 0.0) or not self._rng.happens(self._lag):
+            return False
+        self._lagged_s[actor] = now_s + LAG_EVERY_S
+        return True
 
     def _enlist(self, turn: Callable[[], object], context: contextvars.Context | None) -> None:
         self._runnable.append((turn, context))

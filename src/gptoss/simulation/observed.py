@@ -38,6 +38,7 @@ class Observed:
     Attributes:
         seen: what each client saw.
         asks: the reply of each ask of the probe, with what was asked.
+        stuck: mailboxes where letters waited when nothing happened any more, with their number.
         inboxes: each mailbox that was ever opened, with its owner's name.
         live: what the live projections answered when all was at rest: name of the query -> answer.
         rebuilt: the same queries of projections that were folded from the journal's bytes.
@@ -51,6 +52,7 @@ class Observed:
         self.journal = journal
         self.seen: list[Seen] = []
         self.asks: list[tuple[str, ReplyFuture[Any]]] = []
+        self.stuck: list[tuple[str, int]] = []
         self.inboxes: list[tuple[str, Inbox]] = []
         self.live: dict[str, Any] = {}
         self.rebuilt: dict[str, Any] = {}

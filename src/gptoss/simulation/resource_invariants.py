@@ -12,9 +12,8 @@ from gptoss.simulation.observed import Observed, ViolationError
 
 def mailboxes_are_empty(observed: Observed) -> None:
     """Once nothing happens any more no letter waits: every actor that has letters got its turn."""
-    for owner, inbox in observed.inboxes:
-        if not inbox.empty():
-            raise ViolationError(f"{len(inbox)} letters wait for {owner}, which was not woken")
+    for owner, letters in observed.stuck:
+        raise ViolationError(f"{letters} letters wait for {owner}, which was not woken")
 
 
 def letters_balance(observed: Observed) -> None:

@@ -94,8 +94,9 @@ class _Run:
         if world.is_dead:
             self._check(AFTER_A_CRASH, self._observe())
             return
-        await self._rest()
+        stuck = await self._rest()
         observed = self._observe()
+        observed.stuck = stuck
         with contextlib.suppress(ActorError):  # a telemetry actor that does not answer breaks an invariant below
             await serving.caught_up()
         if world.scenario.rebuilds_views:
@@ -138,6 +139,9 @@ class _Run:
         return task
 
     async def _happen(self, begin_s: float, fault: Fault) -> None:
+        if fault.on:
+            self.world.triggers[fault.on, fault.target] = lambda: self._start(happen(self.world, fault))
+            return
         await asyncio.sleep(begin_s + fault.at_ms / MS_PER_S - self.world.now_s())
         await happen(self.world, fault)
 
@@ -150,12 +154,15 @@ class _Run:
     async def _until_over(self) -> None:
         await self.world.over.wait()
 
-    async def _rest(self) -> None:
+    async def _rest(self) -> list[tuple[str, int]]:
+        """Wait until nothing happens any more. Returns the mailboxes where letters wait nevertheless."""
         await asyncio.sleep(SETTLE_S)
         try:
             await run_until_idle(self.world.serving.system, REST_S, poll_s=REST_POLL_S)
         except TimeoutError:
-            return  # an invariant says what does not come to rest
+            inboxes = self.world.dispatcher.inboxes
+            return [(owner, len(inbox)) for owner, inbox in inboxes if not inbox.empty()]
+        return []
 
     def _observe(self) -> Observed:
         world = self.world

@@ -46,12 +46,14 @@ class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
         target: a device for ``engine_``, ``row_`` and ``load_`` faults; an arrival's name for ``client_`` and
             ``renderer_`` faults; an actor's name; for ``ask`` what is asked for, see ``probe``.
         amount: seconds that it lasts or waits; for ``device_breaks`` how long each engine lives.
+        on: of a ``client_`` fault: it happens right after the first event of this type of its request, whenever that is.
     """
 
     at_ms: float
     kind: FaultKind
     target: str = ""
     amount: float = 0.0
+    on: str = ""
 
 
 class Arrival(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -6,6 +6,7 @@ do not shift those of another.
 
 import asyncio
 import io
+from collections.abc import Callable
 from typing import Any
 
 from gptoss.actors.future import ReplyFuture
@@ -64,6 +65,7 @@ class World:
         over: set when there is nothing more to wait for: the process died, or a watched invariant broke.
         is_dead: the process died.
         asks: each ask of the probe, with what was asked.
+        triggers: what to do, once, at an event of this type of the request of this arrival.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -84,6 +86,7 @@ class World:
         self.asks: list[tuple[str, ReplyFuture[Any]]] = []
         self.over = asyncio.Event()
         self.is_dead = False
+        self.triggers: dict[tuple[str, str], Callable[[], object]] = {}
         self.journal: SimulatedJournal
         self.settings = Settings(
             model=FAKE_MODEL,
@@ -132,3 +135,13 @@ class World:
         self.watch.see(record)
         if self.watch.broken is not None:
             self.over.set()
+        if self.triggers and record.meta.correlation:
+            self._pull_triggers(record)
+
+    def _pull_triggers(self, record: Record) -> None:
+        for key in tuple(self.triggers):
+            kind, name = key
+            client = self.clients.get(name)
+            is_it = client is not None and client.seen.request_id == record.meta.correlation
+            if is_it and kind == record.meta.type:
+                self.loop.call_soon(self.triggers.pop(key))
