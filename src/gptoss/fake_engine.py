@@ -143,8 +143,8 @@ class FakeEngine:
         for start in plan.starts:
             self._sequences[start.request_id].is_running = True
         rows = [self._run(row, (failures or {}).get(row.request_id, "")) for row in plan.rows]
-        done = self._step_done(plan, tuple(rows), started_ns, duration_ns)
         ends = [self._end(row) for row in rows if row.ended]
+        done = self._step_done(plan, tuple(rows), started_ns, duration_ns)
         return [done, *ends, *self._drained()]
 
     # ---- parts
