@@ -11,7 +11,7 @@ from typing import Any
 
 from gptoss.actors.future import ReplyFuture
 from gptoss.actors.journal import Journal
-from gptoss.app import ServingSystem, Surroundings
+from gptoss.app import ServingSystem
 from gptoss.clock import NS_PER_S, Clock, SeededIds, SeededRng
 from gptoss.config import Settings
 from gptoss.engine.model_source import PreparedModel
@@ -25,6 +25,7 @@ from gptoss.simulation.journal import Disk, SimulatedJournal
 from gptoss.simulation.loop import SeededDispatcher, SimulatedLoop
 from gptoss.simulation.scenario import Scenario
 from gptoss.simulation.watched import Watch
+from gptoss.surroundings import Surroundings
 from gptoss.telemetry.logs import LogWriter
 from gptoss.testing import FAKE_MODEL, FakeRenderer, ManualClock
 
