@@ -46,7 +46,13 @@ def ends(system: ServingSystem) -> list[Record]:
 
 class Broken(FakeRenderer):
     def render_chat(
-        self, messages: tuple[ChatMessage, ...], *, tools: tuple[dict[str, Any], ...], date: str
+        self,
+        messages: tuple[ChatMessage, ...],
+        *,
+        tools: tuple[dict[str, Any], ...],
+        date: str,
+        reasoning_effort: str = "",
+        add_generation_prompt: bool = True,
     ) -> RenderedPrompt:
         raise ValueError(f"cannot render {messages}")
 

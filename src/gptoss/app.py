@@ -29,6 +29,7 @@ from gptoss.actors.executor import ExecutorActor, ExecutorConfig
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
+from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
@@ -290,7 +291,7 @@ class ServingSystem:
         return RequestServices(
             lifecycle=self.deciders.lifecycle,
             directory=self.directory,
-            renderer=renderer,
+            rendering=Rendering(self.system, renderer),
             served_model=settings.served_model_name or model.model_name,
             default_max_tokens=PROFILES[settings.profile][1],
             request_timeout_s=settings.request_timeout_s,
@@ -309,10 +310,7 @@ class ServingSystem:
         devices = parse_devices(self.settings.devices)
         for device in devices:
             config = self._executor_config(model, device, len(devices))
-
-            def make(config: ExecutorConfig = config) -> ExecutorActor:
-                return ExecutorActor(config, self._drivers, self.directory)
-
+            make = functools.partial(ExecutorActor, config, self._drivers, self.directory)
             name = executor_name(device.executor)
             self.directory.add(name, self.system.spawn(make, name=name, supervisor=supervisor))
 
@@ -330,6 +328,7 @@ class ServingSystem:
             speculation=settings.speculation,
             kernels=settings.kernels,
             quantization=settings.quantization,
+            kv_layout=settings.kv_layout,
             cache_folder=str(settings.cache_path),
             num_threads=settings.num_threads or max(1, (os.cpu_count() or 1) // num_executors),
         )

@@ -67,21 +67,36 @@ async def run_until_idle(system: System, timeout_s: float = 10.0, *, poll_s: flo
 class FakeRenderer:
     """One token for each word; token ids come back as ``t<id>`` and a space."""
 
+    vocab_size = FAKE_VOCAB
+    takes_reasoning_effort = False
+
     def render_chat(
-        self, messages: tuple[port.ChatMessage, ...], *, tools: tuple[dict[str, Any], ...], date: str
+        self,
+        messages: tuple[port.ChatMessage, ...],
+        *,
+        tools: tuple[dict[str, Any], ...],
+        date: str,
+        reasoning_effort: str = "",
+        add_generation_prompt: bool = True,
     ) -> port.RenderedPrompt:
         """See ``engine.port.Renderer``."""
-        del tools, date
+        del tools, date, reasoning_effort, add_generation_prompt
         words = " ".join(message.content or "" for message in messages)
         return port.RenderedPrompt(token_ids=self.encode(words) or (0,), template="fake")
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """See ``engine.port.Renderer``."""
+        del add_special_tokens
         return tuple(len(word) % FAKE_VOCAB for word in text.split())
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
+    def decode(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool = True) -> str:
         """See ``engine.port.Renderer``."""
-        return "".join(map(fake_text, token_ids))
+        del skip_special_tokens
+        return "".join(self.pieces(token_ids))
+
+    def pieces(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        """See ``engine.port.Renderer``."""
+        return tuple(map(fake_text, token_ids))
 
 
 class FakeDriver:

@@ -3,6 +3,9 @@
 A ``Generation`` is written by its request actor and read by one consumer, both on the event loop. Text waits in one
 growing delta, not in a queue of them: a slow reader gets fewer, larger deltas, and memory stays bounded by the
 request's own ``max_tokens``.
+
+Several choices for one caller are several requests: each has a ``Generation``, an actor, a seed and a stream of events
+of its own, and all but the first name that first one as their parent.
 """
 
 import asyncio
@@ -13,6 +16,7 @@ import msgspec
 
 from gptoss.engine.port import ChatMessage, TokenLogprob
 from gptoss.errors import GptossError
+from gptoss.messages.answer import Part, TextPart
 from gptoss.messages.commands import CancelReason
 from gptoss.messages.model import FinishReason
 from gptoss.messages.sampling import SamplingParams
@@ -23,23 +27,37 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         messages: the conversation; its bounds and the sampling bounds are checked by the request actor.
+        prompt: text or token ids to go on from, instead of a conversation.
         model: the name the client asked for; empty means whatever is served.
+        reasoning_effort: how much the model is to think, where its chat template takes that; empty is its own default.
+        add_special_tokens: whether ``prompt`` as text begins with the tokens that the tokenizer puts first.
         priority: lower runs first.
         timeout_s: bound on the request's whole life; None takes the server's setting.
         request_id: the caller's id; empty or already in use gets a fresh one.
+        parent_id: the first choice of the call that this is a further choice of.
+        cache_salt: requests share cached prefixes only with those of the same salt.
+        user: whom the caller acts for; recorded as a keyed hash.
+        metadata: the caller's own notes; only their number is recorded.
     """
 
-    messages: tuple[ChatMessage, ...]
+    messages: tuple[ChatMessage, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
     sampling: SamplingParams = SamplingParams()
     model: str = ""
     endpoint: str = "embedded"
     stream: bool = True
     tools: tuple[dict[str, Any], ...] = ()
+    reasoning_effort: str = ""
+    add_special_tokens: bool = True
     priority: int = 0
     timeout_s: float | None = None
     session_id: str = ""
     traceparent: str = ""
     request_id: str = ""
+    parent_id: str = ""
+    cache_salt: str = ""
+    user: str = ""
+    metadata: dict[str, str] = {}
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +66,11 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The text as the parts of an answer."""
+        return (TextPart("content", self.text),) if self.text else ()
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,13 +139,29 @@ class Generation:
         while True:
             await self._news.wait()
             self._news.clear()
-            delta = self._take()
+            delta = self.take()
             if delta is not None:
                 yield delta
             if self.outcome is not None and not self._token_ids and not self._texts:
                 if self.outcome.error is not None:
                     raise self.outcome.error
                 return
+
+    def take(self) -> Delta | None:
+        """What has become available, without waiting; None when nothing has."""
+        if not self._texts and not self._token_ids:
+            return None
+        delta = Delta(text="".join(self._texts), token_ids=tuple(self._token_ids), logprobs=tuple(self._logprobs))
+        self._texts.clear()
+        self._token_ids.clear()
+        self._logprobs.clear()
+        return delta
+
+    def announce(self, news: asyncio.Event) -> None:
+        """From now on set ``news`` when there is something to take, so that one consumer can wait for several."""
+        if self._news.is_set():
+            news.set()
+        self._news = news
 
     async def text(self) -> str:
         """The whole answer. Raises as iteration does."""
@@ -166,12 +205,3 @@ class Generation:
             self.outcome = outcome
             self._admitted.set()
             self._news.set()
-
-    def _take(self) -> Delta | None:
-        if not self._texts and not self._token_ids:
-            return None
-        delta = Delta(text="".join(self._texts), token_ids=tuple(self._token_ids), logprobs=tuple(self._logprobs))
-        self._texts.clear()
-        self._token_ids.clear()
-        self._logprobs.clear()
-        return delta

@@ -14,7 +14,6 @@ decider: their journal entry is the executor's ``StepCommitted``.
 import hashlib
 import hmac
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import msgspec
 
@@ -22,9 +21,10 @@ from gptoss.actors.decider import DeciderActor
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
 from gptoss.actors.lifecycle import Lifecycle, RequestState
+from gptoss.actors.rendering import Rendering, prompt_param
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
-from gptoss.engine.port import RenderedPrompt, Renderer, Submit, TokenLogprob
+from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
 from gptoss.errors import ActorError, EngineError, GptossError, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
@@ -60,7 +60,7 @@ class RequestServices(msgspec.Struct, kw_only=True):
 
     lifecycle: Lifecycle
     directory: Directory
-    renderer: Renderer
+    rendering: Rendering
     served_model: str
     default_max_tokens: int
     request_timeout_s: float
@@ -127,6 +127,10 @@ class RequestActor(DeciderActor[RequestState]):
                 session_id=request.session_id,
                 traceparent=request.traceparent,
                 num_messages=len(request.messages),
+                is_chat=request.prompt is None,
+                parent_id=request.parent_id,
+                user_hmac=_keyed_hash(self._services.hmac_key, request.user) if request.user else "",
+                num_metadata=len(request.metadata),
             )
         )
 
@@ -169,14 +173,10 @@ class RequestActor(DeciderActor[RequestState]):
 
     async def _render_off_loop(self, cause: int) -> None:
         system, request = self.context.system, self._request
-        seconds = system.clock.wall_ns() / NS_PER_S
-        date = datetime.fromtimestamp(seconds, tz=UTC).date().isoformat()
-
-        def render() -> RenderedPrompt:
-            return self._services.renderer.render_chat(request.messages, tools=request.tools, date=date)
-
+        rendering = self._services.rendering
+        date = rendering.today()
         try:
-            self._prompt = prompt = await system.run_in_thread(render)
+            self._prompt = prompt = await rendering.prompt(request, date=date)
         except GptossError as error:
             self._tell_unusable(error, cause)
             return
@@ -184,12 +184,17 @@ class RequestActor(DeciderActor[RequestState]):
             self._fail("render", error)
             self._tell_unusable(EngineError("the prompt could not be rendered"), cause)
             return
+        if not prompt.token_ids:
+            param = prompt_param(request)
+            self._tell_unusable(RequestError(f"{param} is empty; it needs at least one token", param=param), cause)
+            return
         ready = cmd.PromptReady(
             now_ns=system.now_ns(),
             prompt_tokens=len(prompt.token_ids),
             prompt_hmac=_keyed_hash(self._services.hmac_key, prompt.token_ids),
             template=prompt.template,
             date=date,
+            param=prompt_param(request),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
 
@@ -224,6 +229,7 @@ class RequestActor(DeciderActor[RequestState]):
             sampling=msgspec.structs.replace(event.sampling, stop=self._request.sampling.stop),
             priority=self._request.priority,
             deadline_ns=self._deadline_ns,
+            cache_salt=self._request.cache_salt,
         )
         if self.directory.tell(executor_name(self.state.executor), submit, cause=self.event_pos):
             return
@@ -303,6 +309,7 @@ CANCEL_ERRORS: dict[str, tuple[str, str]] = {
     "slow_client": ("engine_error", "the client did not read its answer"),
     "deadline": ("deadline_exceeded", "the request ran out of time"),
     "shutdown": ("not_ready", "the server is shutting down"),
+    "sibling_failed": ("engine_error", "another choice of the same call failed"),
 }
 
 
@@ -311,5 +318,5 @@ def _without_text(request: GenerateRequest) -> SamplingParams:
     return msgspec.structs.replace(request.sampling, stop=())
 
 
-def _keyed_hash(key: bytes, token_ids: tuple[int, ...]) -> str:
-    return hmac.new(key, msgspec.msgpack.encode(token_ids), hashlib.sha256).hexdigest()
+def _keyed_hash(key: bytes, value: tuple[int, ...] | str) -> str:
+    return hmac.new(key, msgspec.msgpack.encode(value), hashlib.sha256).hexdigest()

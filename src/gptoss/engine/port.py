@@ -46,6 +46,7 @@ class Load(_Wire, frozen=True, kw_only=True):
             without a change of bits.
         kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
         quantization: ``int8`` stores weights in 8 bits; only with the CPU kernels.
+        kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         cache_folder: where compiled kernels are kept; empty is the user's cache folder.
     """
 
@@ -62,6 +63,7 @@ class Load(_Wire, frozen=True, kw_only=True):
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["none", "int8"] = "none"
     cache_folder: str = ""
+    kv_layout: Literal["auto", "slots", "paged"] = "auto"
 
 
 class Submit(_Wire, frozen=True, kw_only=True):
@@ -318,8 +320,24 @@ class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
 class Renderer(Protocol):
     """Turns messages into token ids. Pure and thread-safe: the same input gives the same ids, on every machine."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        ...
+
+    @property
+    def takes_reasoning_effort(self) -> bool:
+        """Whether ``reasoning_effort`` changes anything."""
+        ...
+
     def render_chat(
-        self, messages: tuple[ChatMessage, ...], *, tools: tuple[dict[str, Any], ...], date: str
+        self,
+        messages: tuple[ChatMessage, ...],
+        *,
+        tools: tuple[dict[str, Any], ...],
+        date: str,
+        reasoning_effort: str = "",
+        add_generation_prompt: bool = True,
     ) -> RenderedPrompt:
         """Apply the model's chat template.
 
@@ -327,16 +345,30 @@ class Renderer(Protocol):
             messages: the conversation.
             tools: OpenAI tool definitions, may be empty.
             date: today as ``YYYY-MM-DD``; templates that print a date get this one.
+            reasoning_effort: how much to think, for templates that take it; empty leaves it to the template.
+            add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
             RequestError: the template refuses these messages.
         """
         ...
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of plain text; special tokens written in it are ordinary text."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of plain text; special tokens written in it are ordinary text.
+
+        Args:
+            text: any text.
+            add_special_tokens: begin with the tokens that the tokenizer itself puts first, such as BOS.
+
+        Raises:
+            RequestError: the text is not valid Unicode.
+        """
         ...
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
-        """Text of token ids, special tokens left out."""
+    def decode(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Raises ``RequestError`` for an id that no vocabulary has."""
+        ...
+
+    def pieces(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        """Each token as the tokenizer's vocabulary writes it."""
         ...

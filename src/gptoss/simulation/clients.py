@@ -1,7 +1,7 @@
 """HTTP clients without HTTP: what a chat completions handler does for them, with clients that are slow or go away.
 
-A client waits for its admission and takes deltas as ``http.chat`` does, by the same ``http.delivery``, and tells the
-gateway what that tells. What it saw is kept, to be compared with what the fake engine must have produced.
+A client waits for its admission and takes deltas as the HTTP handlers do, by the same ``http.choices``, and tells the
+gateway what they tell. What it saw is kept, to be compared with what the fake engine must have produced.
 """
 
 import asyncio
@@ -9,11 +9,11 @@ import asyncio
 import msgspec
 
 from gptoss.actors.gateway import Gateway
-from gptoss.actors.generation import GenerateRequest, Generation, Outcome
+from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome
 from gptoss.clock import Clock
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import GptossError
-from gptoss.http.delivery import Deltas, wait_admitted
+from gptoss.http.choices import Choices
 from gptoss.messages.sampling import SamplingParams
 from gptoss.simulation.scenario import Arrival
 
@@ -89,11 +89,12 @@ class Client:
         self.seen.generation = generation
         self.seen.request_id = generation.request_id
         try:
-            await wait_admitted(generation, TICK_S, self._look)
+            choices = Choices([generation], TICK_S)
+            await choices.admitted(self._look)
             generation.first_byte_sent()
-            deltas = Deltas(generation, TICK_S, self._look)
-            while (delta := await deltas.next()) is not None:
-                await self._take(delta.token_ids, delta.text)
+            while (found := await choices.next(self._look)) is not None:
+                if isinstance(found[1], Delta):
+                    await self._take(found[1].token_ids, found[1].text)
             self.seen.is_whole = True
         except TimeoutError:
             self._leave()

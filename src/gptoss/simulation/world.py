@@ -47,7 +47,13 @@ class FaultyRenderer(FakeRenderer):
         self._loop = loop
 
     def render_chat(
-        self, messages: tuple[ChatMessage, ...], *, tools: tuple[dict[str, Any], ...], date: str
+        self,
+        messages: tuple[ChatMessage, ...],
+        *,
+        tools: tuple[dict[str, Any], ...],
+        date: str,
+        reasoning_effort: str = "",
+        add_generation_prompt: bool = True,
     ) -> RenderedPrompt:
         """See ``engine.port.Renderer``."""
         self._loop.block(self.slow_s)
@@ -56,7 +62,13 @@ class FaultyRenderer(FakeRenderer):
             raise RequestError("the template refuses these messages", param="messages")
         if fault == "crashes":
             raise ValueError(f"cannot render {messages}")
-        return super().render_chat(messages, tools=tools, date=date)
+        return super().render_chat(
+            messages,
+            tools=tools,
+            date=date,
+            reasoning_effort=reasoning_effort,
+            add_generation_prompt=add_generation_prompt,
+        )
 
 
 class World:
