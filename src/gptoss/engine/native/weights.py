@@ -17,12 +17,15 @@ from torch import nn
 
 from gptoss.engine.native.memory import Arena, round_up
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# torch is only partly typed.
+
 LANES = 16
 DEPTH = 32
 INT8_MAX = 127
 INT4_MAX = 15
-SCALE_MIN = 2.0**-14
-"""The least that float16 holds in full."""
+SCALE_MIN = 2.0**-20
+"""Below this float16 is too coarse for a scale."""
 QUANTISE_AT_ONCE = 1 << 20
 """Weights; bounds what quantising takes besides."""
 
@@ -131,7 +134,7 @@ def quantise(weight: torch.Tensor, form: WeightFormat) -> tuple[torch.Tensor, to
     whole = torch.round((blocks - least) / ((most - least) / INT4_MAX).clamp_min(SCALE_MIN))
     middle, blocks_middle = whole.mean(-1, keepdim=True), blocks.mean(-1, keepdim=True)
     centred = whole - middle
-    fitted = (centred * blocks).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp_min(SCALE_MIN)
+    fitted = (centred * blocks).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp_min(0.5)
     scale = fitted.clamp_min(SCALE_MIN).half()
     minimum = (blocks_middle - scale.float() * middle).half()
     return whole.to(torch.int8).view_as(weight), torch.cat([scale, minimum], dim=-1)
