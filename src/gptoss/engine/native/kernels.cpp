@@ -10,7 +10,7 @@
 //   bits and a power of two, made of each row alone. Their sum of products is a whole number, so any instruction gives the
 //   same; the blocks' sums are added in order by fused multiply-add.
 // - Denormals are zero, as in AMX.
-// - All threads run the same program, `Engine::run`. Work is handed out by a counter, phases are parted by a barrier.
+// - All threads run the same program, `Engine::run`, phase by phase; work is handed out by a counter (`Team`).
 // - Weights: blocks of 32 (inner) x 16 (outer): 16 pairs of rows, each 16 columns x 2. An outer column is an output.
 //   Packed ones stand so that 16 bits hold one weight of each of 2 (4) successive pairs, the first in the low bits.
 //
@@ -176,73 +176,112 @@ inline void relax() {
 #endif
 }
 
+// Threads that run one program together. Its phases come one after the other; within a phase, whoever is free takes the
+// next item. A phase is over when its items are done, not when all threads have come: one that the machine gives no time
+// holds up nobody, and finds itself in the phase that the others are at by then.
 class Team {
    public:
+    // What a thread knows of the run that it takes part in.
+    class Member {
+       public:
+        Member(Team& team, int index) : index(index), team_(team) {}
+
+        // One phase: calls `work(item)` for each item on whichever thread is free; returns when all are done. Every
+        // thread of the team calls `each` in the same order, with the same number of items.
+        template <class Work> void each(int items, Work work) {
+            const uint32_t phase = phase_++;
+            for (int spins = 0;;) {
+                uint64_t claim = team_.claim_.load(std::memory_order_acquire);
+                if (phase_of(claim) != phase) return;
+                const int item = int(uint32_t(claim));
+                if (item < items) {
+                    if (!team_.claim_.compare_exchange_weak(claim, claim + 1, std::memory_order_relaxed)) continue;
+                    work(item);
+                    if (team_.done_.fetch_add(1, std::memory_order_acq_rel) + 1 == items) return team_.end(phase);
+                } else if (items == 0) {
+                    if (team_.claim_.compare_exchange_strong(claim, first_of(phase + 1), std::memory_order_acq_rel)) return;
+                } else {
+                    wait(spins);
+                }
+            }
+        }
+
+        const int index;
+
+       private:
+        Team& team_;
+        uint32_t phase_ = 0;
+    };
+
     explicit Team(int size) : size_(size) {}
     ~Team() {
         is_over_ = true;
-        start();
+        wake();
         for (auto& thread : threads_) thread.join();
     }
 
-    int size() const { return size_; }
-
-    // Runs `program(arg, index)` on all threads, this one included.
-    void run(void (*program)(void*, int), void* arg) {
+    // Runs `program(arg, member)` on this thread, and on the others as far as they come in time.
+    void run(void (*program)(void*, Member&), void* arg) {
         program_ = program;
         arg_ = arg;
         while (static_cast<int>(threads_.size()) < size_ - 1) {
             int index = static_cast<int>(threads_.size()) + 1;
             threads_.emplace_back([this, index, seen = round_.load()] { serve(index, seen); });
         }
-        start();
-        program(arg, 0);
-    }
-
-    // All threads have come here before any goes on. The last one resets the work counter.
-    void barrier() {
-        uint32_t phase = phase_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            next_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
-            return;
-        }
-        // Others may need this core, the thread that is waited for among them: spin for some microseconds only.
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
-            if (spins < 4096) relax();
-            else sched_yield();
-    }
-
-    // Calls `work(item)` for each item on whichever thread is free, then waits for all.
-    template <class Work> void each(int items, Work work) {
-        for (int item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items;) work(item);
-        barrier();
+        claim_.store(first_of(0), std::memory_order_relaxed);
+        inside_.fetch_and(~CLOSED, std::memory_order_release);
+        wake();
+        Member member(*this, 0);
+        program(arg, member);
+        // What the program works on is the caller's again once all who came in have left.
+        inside_.fetch_or(CLOSED, std::memory_order_acq_rel);
+        for (int spins = 0; inside_.load(std::memory_order_acquire) != CLOSED;) wait(spins);
     }
 
    private:
-    void start() {
+    static constexpr uint32_t CLOSED = 1u << 31;
+
+    static uint64_t first_of(uint32_t phase) { return uint64_t(phase) << 32; }
+    static uint32_t phase_of(uint64_t claim) { return uint32_t(claim >> 32); }
+
+    // Others may need this core, the thread that is waited for among them: spin for some microseconds only.
+    static void wait(int& spins) {
+        if (spins++ < 4096) relax();
+        else sched_yield();
+    }
+
+    void end(uint32_t phase) {
+        done_.store(0, std::memory_order_relaxed);
+        claim_.store(first_of(phase + 1), std::memory_order_release);
+    }
+
+    void wake() {
         round_.fetch_add(1);
         round_.notify_all();
     }
+
     void serve(int index, uint32_t seen) {
         for (;;) {
             round_.wait(seen);
             seen = round_.load();
             if (is_over_) return;
-            program_(arg_, index);
+            if (!(inside_.fetch_add(1, std::memory_order_acq_rel) & CLOSED)) {
+                Member member(*this, index);
+                program_(arg_, member);
+            }
+            inside_.fetch_sub(1, std::memory_order_release);
         }
     }
 
     const int size_;
     std::vector<std::thread> threads_;
-    void (*program_)(void*, int) = nullptr;
+    void (*program_)(void*, Member&) = nullptr;
     void* arg_ = nullptr;
     std::atomic<bool> is_over_{false};
     alignas(64) std::atomic<uint32_t> round_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> phase_{0};
-    alignas(64) std::atomic<int> next_{0};
+    alignas(64) std::atomic<uint32_t> inside_{CLOSED};  // other threads that are in the program; `CLOSED`: nobody may enter
+    alignas(64) std::atomic<uint64_t> claim_{0};        // the phase, and the next item of it
+    alignas(64) std::atomic<int> done_{0};              // items of the phase
 };
 
 // Denormals are zero while a thread computes.
@@ -575,7 +614,7 @@ void multiply_packed(const Activations& a, int rows, const Weights& w, int first
 }
 
 // All outputs of `rows` rows: `emit(row, block, sums)` gets 16 of one row.
-template <class Emit> void multiply(Team& team, const Activations& a, int rows, const Weights& w, Emit emit) {
+template <class Emit> void multiply(Team::Member& team, const Activations& a, int rows, const Weights& w, Emit emit) {
     const int num_blocks = blocks_of(w.outputs, LANES);
     auto finish = [&](int row, int block, f32x16 v) { emit(row, block, w.bias ? v + load<f32x16>(w.bias + block * LANES) : v); };
     team.each(blocks_of(num_blocks, UNIT_BLOCKS), [&](int unit) {
@@ -652,7 +691,7 @@ class Engine {
                 !mine.queries.reserve(size_t(GROUP_ROWS) * c_.head_dim) || !mine.tail.reserve(size_t(DEPTH) * c_.head_dim) ||
                 !mine.gate.reserve(size_t(step.rows) * (UNIT_BLOCKS / 2) * LANES))
                 return false;
-        team_.run([](void* engine, int thread) { static_cast<Engine*>(engine)->run(thread); }, this);
+        team_.run([](void* engine, Team::Member& team) { static_cast<Engine*>(engine)->run(team); }, this);
         return true;
     }
 
@@ -673,39 +712,38 @@ class Engine {
     }
 
     // The whole step, run by every thread.
-    void run(int thread) {
+    void run(Team::Member& team) {
         FlushDenormals flush;
-        Private& mine = private_[thread];
-        // A copy: once the last barrier has opened, the caller may set the next step while others still leave this one.
-        const Step step = step_;
+        Private& mine = private_[team.index];
+        const Step& step = step_;
         const int rows = step.rows;
-        team_.each(rows, [&](int row) { embed(row); });
+        team.each(rows, [&](int row) { embed(row); });
         for (int index = 0; index < c_.layers; index++) {
             const Layer& layer = layers_[index];
-            team_.each(rows, [&](int row) { normalise(row, layer.attention_norm, row); });
-            multiply(team_, normed_, rows, layer.qkv, [&](int row, int block, f32x16 v) {
+            team.each(rows, [&](int row) { normalise(row, layer.attention_norm, row); });
+            multiply(team, normed_, rows, layer.qkv, [&](int row, int block, f32x16 v) {
                 store(qkv_.get() + size_t(row) * qkv_width() + block * LANES, v);
             });
             const int items = int(blocks_.size()) * c_.kv_heads;
-            team_.each(items, [&](int item) { place(blocks_[item / c_.kv_heads], item % c_.kv_heads, index); });
-            team_.each(items, [&](int item) {
+            team.each(items, [&](int item) { place(blocks_[item / c_.kv_heads], item % c_.kv_heads, index); });
+            team.each(items, [&](int item) {
                 // The longest blocks are the last ones: take them first, so that no thread ends alone with one.
                 attend(blocks_[blocks_.size() - 1 - item / c_.kv_heads], item % c_.kv_heads, index, mine);
             });
-            multiply(team_, attended_, rows, layer.output, [&](int row, int block, f32x16 v) { add(row, block, v); });
-            team_.each(rows, [&](int row) { normalise(row, layer.mlp_norm, row); });
-            multiply(team_, normed_, rows, layer.gate_up, [&](int row, int block, f32x16 v) {
+            multiply(team, attended_, rows, layer.output, [&](int row, int block, f32x16 v) { add(row, block, v); });
+            team.each(rows, [&](int row) { normalise(row, layer.mlp_norm, row); });
+            multiply(team, normed_, rows, layer.gate_up, [&](int row, int block, f32x16 v) {
                 float* gate = mine.gate.get() + (size_t(row) * (UNIT_BLOCKS / 2) + block / 2 % (UNIT_BLOCKS / 2)) * LANES;
                 if (block % 2 == 0) return store(gate, v);
                 const f32x16 g = load<f32x16>(gate);
                 narrow(gated_.floats(row) + block / 2 * LANES, g / (exponential(-g) + splat(1.0f)) * v);
                 if (is_packed_ && block % 4 == 3) gated_.round(row, block / 4, 1);
             });
-            multiply(team_, gated_, rows, layer.down, [&](int row, int block, f32x16 v) { add(row, block, v); });
+            multiply(team, gated_, rows, layer.down, [&](int row, int block, f32x16 v) { add(row, block, v); });
         }
-        team_.each(step.num_logits, [&](int i) { normalise(step.logit_rows[i], c_.final_norm, i); });
+        team.each(step.num_logits, [&](int i) { normalise(step.logit_rows[i], c_.final_norm, i); });
         if (step.num_logits)
-            multiply(team_, normed_, step.num_logits, c_.head, [&](int row, int block, f32x16 v) {
+            multiply(team, normed_, step.num_logits, c_.head, [&](int row, int block, f32x16 v) {
                 store(step.logits + row * step.logits_stride + block * LANES, v);
             });
     }
