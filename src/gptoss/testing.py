@@ -14,6 +14,9 @@ import msgspec
 
 from gptoss.clock import SystemClock
 from gptoss.engine import port
+from gptoss.engine.answer_port import Dialect
+from gptoss.engine.dialect import TaggedDialect
+from gptoss.engine.tagged_output import TagFormat
 from gptoss.messages.model import EngineCapabilities, FinishReason, KvLayout, ModelFingerprint
 
 FAKE_MODEL = "fake"
@@ -45,11 +48,18 @@ def fake_token(seed: int, position: int) -> int:
 class FakeRenderer:
     """One token for each word; token ids come back as ``t<id>`` and a space."""
 
+    dialect: Dialect = TaggedDialect(TagFormat(), {})
+
     def render_chat(
-        self, messages: tuple[port.ChatMessage, ...], *, tools: tuple[dict[str, Any], ...], date: str
+        self,
+        messages: tuple[port.ChatMessage, ...],
+        *,
+        tools: tuple[dict[str, Any], ...],
+        date: str,
+        reasoning_effort: str = "",
     ) -> port.RenderedPrompt:
         """See ``engine.port.Renderer``."""
-        del tools, date
+        del tools, date, reasoning_effort
         words = " ".join(message.content or "" for message in messages)
         return port.RenderedPrompt(token_ids=self.encode(words) or (0,), template="fake")
 

@@ -13,6 +13,7 @@ import msgspec
 
 from gptoss.engine.port import ChatMessage, TokenLogprob
 from gptoss.errors import GptossError
+from gptoss.messages.answer import AnswerShape, Part, TextPart, content_of, joined
 from gptoss.messages.commands import CancelReason
 from gptoss.messages.model import FinishReason
 from gptoss.messages.sampling import SamplingParams
@@ -24,6 +25,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         messages: the conversation; its bounds and the sampling bounds are checked by the request actor.
         model: the name the client asked for; empty means whatever is served.
+        reasoning_effort: how much the model is to think, where it takes that; empty is its own default.
+        shape: what the answer may be made of.
         priority: lower runs first.
         timeout_s: bound on the request's whole life; None takes the server's setting.
         request_id: the caller's id; empty or already in use gets a fresh one.
@@ -35,6 +38,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str = "embedded"
     stream: bool = True
     tools: tuple[dict[str, Any], ...] = ()
+    reasoning_effort: str = ""
+    shape: AnswerShape = AnswerShape()
     priority: int = 0
     timeout_s: float | None = None
     session_id: str = ""
@@ -43,11 +48,24 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
-    """What has become available since the last delta."""
+    """What has become available since the last delta.
+
+    Attributes:
+        text: as the engine decoded it, tags and thoughts and all.
+        parts: the same as typed parts: thoughts, visible text, tool calls. Who puts a delta without them says that all of
+            its text is visible; a delta that is taken has them.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    parts: tuple[Part, ...] | None = None
+
+    def read(self) -> tuple[Part, ...]:
+        """The parts of this delta."""
+        if self.parts is not None:
+            return self.parts
+        return (TextPart("content", self.text),) if self.text else ()
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,12 +74,16 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a request ended; exactly one of ``finish_reason`` and ``error`` is set."""
+    """How a request ended; exactly one of ``finish_reason`` and ``error`` is set.
 
-    finish_reason: FinishReason | None = None
+    ``tool_calls`` is a stop after which somebody has to call tools.
+    """
+
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     usage: Usage = Usage()
     stop_reason: str | int | None = None
     error: GptossError | None = None
@@ -97,6 +119,7 @@ class Generation:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self._parts: list[Part] = []
         self._admitted = asyncio.Event()
         self._news = asyncio.Event()
 
@@ -119,14 +142,14 @@ class Generation:
             delta = self._take()
             if delta is not None:
                 yield delta
-            if self.outcome is not None and not self._token_ids and not self._texts:
+            if self.outcome is not None and not self._has_more():
                 if self.outcome.error is not None:
                     raise self.outcome.error
                 return
 
     async def text(self) -> str:
-        """The whole answer. Raises as iteration does."""
-        return "".join([delta.text async for delta in self])
+        """The visible text of the whole answer. Raises as iteration does."""
+        return "".join([content_of(delta.read()) async for delta in self])
 
     def cancel(self, reason: CancelReason = "client") -> None:
         """Stop the request; without effect once it has ended."""
@@ -158,6 +181,7 @@ class Generation:
             self._texts.append(delta.text)
         self._token_ids.extend(delta.token_ids)
         self._logprobs.extend(delta.logprobs)
+        self._parts.extend(delta.read())
         self._news.set()
 
     def end(self, outcome: Outcome) -> None:
@@ -168,10 +192,19 @@ class Generation:
             self._news.set()
 
     def _take(self) -> Delta | None:
-        if not self._texts and not self._token_ids:
+        if not self._has_more():
             return None
-        delta = Delta(text="".join(self._texts), token_ids=tuple(self._token_ids), logprobs=tuple(self._logprobs))
+        delta = Delta(
+            text="".join(self._texts),
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            parts=tuple(joined(self._parts)),
+        )
         self._texts.clear()
         self._token_ids.clear()
         self._logprobs.clear()
+        self._parts.clear()
         return delta
+
+    def _has_more(self) -> bool:
+        return bool(self._texts or self._token_ids or self._parts)

@@ -14,7 +14,7 @@ Tokens do not pass through the decider: their journal entry is the executor's ``
 
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 import msgspec
@@ -25,12 +25,14 @@ from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome
 from gptoss.actors.lifecycle import Lifecycle, RequestState
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
+from gptoss.engine.answer_port import OutputParser
 from gptoss.engine.port import RenderedPrompt, Renderer, Submit, TokenLogprob
 from gptoss.errors import EngineError, GptossError, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
+from gptoss.messages.answer import Part
 from gptoss.messages.commands import Command
-from gptoss.messages.sampling import SamplingParams
+from gptoss.messages.sampling import SamplingParams, check_bound_sampling
 
 
 class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +42,21 @@ class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    text_lengths: tuple[int, ...] = ()
+
+    def pieces(self) -> Iterator[tuple[int | None, str]]:
+        """Each token with the text that came with it; text without a token last."""
+        if len(self.token_ids) == 1:
+            yield self.token_ids[0], self.text
+            return
+        at = 0
+        for token_id, length in zip(self.token_ids, self.text_lengths, strict=False):
+            yield token_id, self.text[at : at + length]
+            at += length
+        for token_id in self.token_ids[len(self.text_lengths) :]:
+            yield token_id, ""
+        if at < len(self.text):
+            yield None, self.text[at:]
 
 
 class CancelInEngine(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +100,8 @@ class RequestActor(DeciderActor[RequestState]):
         self._services = services
         self._directory = services.directory
         self._prompt: RenderedPrompt | None = None
+        self._grammar = ""
+        self._parser: OutputParser | None = None
         self._delivered: list[int] = []
         self._deadline: Timer | None = None
         self._deadline_ns = 0
@@ -135,6 +154,8 @@ class RequestActor(DeciderActor[RequestState]):
         """Deliver tokens at once; everything else is a command to the lifecycle."""
         if isinstance(message, TokensProduced):
             self._deliver(message)
+        elif isinstance(message, cmd.EngineDone):
+            super().on_receive(self._read_to_end(message))
         else:
             super().on_receive(message)
 
@@ -154,11 +175,20 @@ class RequestActor(DeciderActor[RequestState]):
         seconds = system.clock.wall_ns() / NS_PER_S
         date = datetime.fromtimestamp(seconds, tz=UTC).date().isoformat()
 
-        def render() -> RenderedPrompt:
-            return self._services.renderer.render_chat(request.messages, tools=request.tools, date=date)
+        renderer = self._services.renderer
+        tools = request.tools if request.shape.tool_choice != "none" else ()
+
+        def render() -> tuple[RenderedPrompt, str]:
+            prompt = renderer.render_chat(
+                request.messages, tools=tools, date=date, reasoning_effort=request.reasoning_effort
+            )
+            grammar = renderer.dialect.grammar(tools, request.shape, opens_reasoning=prompt.opens_reasoning)
+            if grammar:
+                check_bound_sampling(request.sampling)
+            return prompt, grammar
 
         try:
-            self._prompt = prompt = await system.run_in_thread(render)
+            prompt, self._grammar = await system.run_in_thread(render)
         except GptossError as error:
             param = error.param if isinstance(error, RequestError) else None
             unusable = cmd.PromptUnusable(
@@ -166,19 +196,25 @@ class RequestActor(DeciderActor[RequestState]):
             )
             self.context.ref.tell(unusable, correlation=self._id)
             return
+        self._prompt = prompt
+        self._parser = renderer.dialect.parser(
+            tools, request.shape, opens_reasoning=prompt.opens_reasoning, request_id=self._id
+        )
         ready = cmd.PromptReady(
             now_ns=system.now_ns(),
             prompt_tokens=len(prompt.token_ids),
             prompt_hmac=_keyed_hash(self._services.hmac_key, prompt.token_ids),
             template=prompt.template,
             date=date,
+            grammar_hmac=_keyed_hash(self._services.hmac_key, self._grammar) if self._grammar else "",
         )
         self.context.ref.tell(ready, correlation=self._id)
 
     def _estimate(self, event: ev.PromptRendered) -> None:
         assert self._prompt is not None
         if self._services.keep_content:
-            self.record(ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids), correlation=self._id)
+            tokens = ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids, grammar=self._grammar)
+            self.record(tokens, correlation=self._id)
         estimate = cmd.EstimateMemory(
             now_ns=self._now(), request_id=self._id, prompt_tokens=event.prompt_tokens, max_tokens=event.max_tokens
         )
@@ -227,6 +263,7 @@ class RequestActor(DeciderActor[RequestState]):
             sampling=msgspec.structs.replace(event.sampling, stop=self._request.sampling.stop),
             priority=self._request.priority,
             deadline_ns=self._deadline_ns,
+            grammar=self._grammar,
         )
         if self._directory.tell(executor_name(self.state.executor), submit):
             return
@@ -247,7 +284,21 @@ class RequestActor(DeciderActor[RequestState]):
             seen = cmd.FirstTokenSeen(now_ns=self._now(), attempt=tokens.attempt)
             super().on_receive(seen)
         self._delivered.extend(tokens.token_ids)
-        self._generation.put(Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs))
+        parts: list[Part] = []
+        if self._parser:
+            for token_id, text in tokens.pieces():
+                parts += self._parser.push(token_id, text)
+        delta = Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs, parts=tuple(parts))
+        self._generation.put(delta)
+
+    def _read_to_end(self, done: cmd.EngineDone) -> cmd.EngineDone:
+        """Hand over what the parser still holds back; returns ``done`` with what was counted in the output."""
+        if self._parser is None or self.state.phase != "running" or done.attempt != self.state.attempt:
+            return done
+        self._generation.put(Delta(parts=tuple(self._parser.finish())))
+        return msgspec.structs.replace(
+            done, reasoning_tokens=self._parser.reasoning_tokens, num_calls=self._parser.num_calls
+        )
 
     def _cancel(self, _: ev.CancelRequested) -> None:
         if self.state.phase == "running":
@@ -261,8 +312,10 @@ class RequestActor(DeciderActor[RequestState]):
             prompt_tokens=event.prompt_tokens,
             completion_tokens=event.completion_tokens,
             cached_tokens=event.cached_tokens,
+            reasoning_tokens=event.reasoning_tokens,
         )
-        self._finish_with(Outcome(finish_reason=event.finish_reason, usage=usage, stop_reason=event.stop_reason))
+        reason = "tool_calls" if event.num_calls and event.finish_reason == "stop" else event.finish_reason
+        self._finish_with(Outcome(finish_reason=reason, usage=usage, stop_reason=event.stop_reason))
 
     def _failed(self, event: ev.RequestFailed) -> None:
         self._finish_with(
@@ -309,5 +362,5 @@ def _without_text(request: GenerateRequest) -> SamplingParams:
     return msgspec.structs.replace(request.sampling, stop=())
 
 
-def _keyed_hash(key: bytes, token_ids: tuple[int, ...]) -> str:
-    return hmac.new(key, msgspec.msgpack.encode(token_ids), hashlib.sha256).hexdigest()
+def _keyed_hash(key: bytes, value: tuple[int, ...] | str) -> str:
+    return hmac.new(key, msgspec.msgpack.encode(value), hashlib.sha256).hexdigest()

@@ -257,6 +257,7 @@ class EngineCore:
             num_draft=row.num_draft,
             failure=failure,
             ended=bool(failure or sequence.end),
+            text_lengths=tuple(map(len, texts)) if len(texts) > 1 else (),
         )
 
     def _fault(self, sequence: Sequence, row: PlannedRow, fault: Fault, ends: list[EngineEvent]) -> StepRow:

@@ -121,7 +121,7 @@ class Sequence:
         self.sampler.push(token_id)
         if token_id in self._end_ids:
             self.end = End("stop", token_id)
-            return ""
+            return self._detokenizer.finish()
         piece = self._detokenizer.push(token_id)
         if piece.stopped is not None:
             self.end = End("stop", piece.stopped)

@@ -22,6 +22,7 @@ from gptoss.http.errors import json_response
 from gptoss.http.headers import session_id, traceparent, wanted_request_id
 from gptoss.http.schema import decode_chat
 from gptoss.http.sse import ClientConnection, SseStream
+from gptoss.messages.answer import Part
 
 NAMED_FIELDS_MAX = 256
 NAMED_FIELDS: web.AppKey[set[str]] = web.AppKey("named_fields", set)
@@ -106,15 +107,15 @@ class _Delivery:
     async def whole(self, *, has_logprobs: bool) -> web.StreamResponse:
         """Answer once the request has ended."""
         generation = self._generation
-        texts: list[str] = []
+        parts: list[Part] = []
         logprobs: list[TokenLogprob] = []
         await wait_admitted(generation, self._tick_s, self._look)
         deltas = Deltas(generation, self._tick_s, self._look)
         while (delta := await deltas.next()) is not None:
-            texts.append(delta.text)
+            parts.extend(delta.read())
             logprobs.extend(delta.logprobs)
         outcome = generation.outcome or Outcome()
-        return json_response(completion(generation, "".join(texts), logprobs if has_logprobs else None, outcome))
+        return json_response(completion(generation, parts, logprobs if has_logprobs else None, outcome))
 
     async def stream(self, shape: StreamShape, *, has_logprobs: bool) -> web.StreamResponse:
         """Answer with the text as it comes."""

@@ -14,6 +14,7 @@ import msgspec
 from gptoss.actors.generation import GenerateRequest
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import RequestError
+from gptoss.http.answer_shape import answer_shape, wanted_tools
 from gptoss.http.schema import ChatCompletionRequest, ContentPart, Message
 from gptoss.messages.sampling import SamplingParams, check_sampling
 
@@ -46,6 +47,9 @@ def generate_request(wire: ChatCompletionRequest, *, default_temperature: float)
         model=wire.model or "",
         endpoint=ENDPOINT,
         stream=bool(wire.stream),
+        tools=wanted_tools(wire),
+        reasoning_effort=wire.reasoning_effort or "",
+        shape=answer_shape(wire),
         priority=wire.priority or 0,
         timeout_s=wire.timeout,
     )
@@ -61,7 +65,7 @@ def stream_shape(wire: ChatCompletionRequest) -> StreamShape:
 
 def without_effect(wire: ChatCompletionRequest) -> tuple[str, ...]:
     """Names of known fields that this request sets and that change nothing yet."""
-    return tuple(name for name in ("reasoning_effort", "metadata", "user", "store") if getattr(wire, name))
+    return tuple(name for name in ("metadata", "user", "store") if getattr(wire, name))
 
 
 # ---------------------------------------------------------------- messages
@@ -157,26 +161,7 @@ def _refuse_choices(wire: ChatCompletionRequest) -> None:
         raise RequestError(f"n is {wire.n}; more than one choice is not supported yet", param="n")
 
 
-def _refuse_formats(wire: ChatCompletionRequest) -> None:
-    if wire.response_format is not None and wire.response_format.type != "text":
-        raise RequestError(
-            f"response_format {wire.response_format.type[:64]!r} is not supported yet; leave it out or use 'text'",
-            param="response_format",
-        )
-
-
-def _refuse_tools(wire: ChatCompletionRequest) -> None:
-    for name in ("tools", "functions"):
-        if getattr(wire, name):
-            raise RequestError(f"{name}: calling tools is not supported yet", param=name)
-    for name in ("tool_choice", "function_call"):
-        if getattr(wire, name) not in (None, "none", "auto"):
-            raise RequestError(f"{name} asks for a tool; calling tools is not supported yet", param=name)
-
-
 _REFUSALS: tuple[Callable[[ChatCompletionRequest], None], ...] = (
     _refuse_conflicts,
     _refuse_choices,
-    _refuse_formats,
-    _refuse_tools,
 )

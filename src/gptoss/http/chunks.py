@@ -2,11 +2,12 @@
 
 Rules:
 - ``id`` is ``chatcmpl-`` and the request's id. Counts in ``usage`` are the engine's own.
-- A chunk is cut out of constant bytes: only the text, and logprobs where asked for, are encoded for each delta.
+- A chunk is cut out of constant bytes: only its part, and logprobs where asked for, are encoded for each delta.
 - A request that somebody cancelled ends with ``finish_reason`` ``abort``, as in vLLM: ``stop`` would pass a cut answer
   off as a whole one.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -17,31 +18,33 @@ from gptoss.errors import GptossError
 from gptoss.http.chat_request import StreamShape
 from gptoss.http.errors import error_body
 from gptoss.http.headers import COMPLETION_PREFIX
-from gptoss.messages.model import FinishReason
+from gptoss.http.parts import delta_body, message_body
+from gptoss.messages.answer import Part
 
 DONE = b"data: [DONE]\n\n"
-FINISH_REASONS: dict[FinishReason, str] = {"stop": "stop", "length": "length", "cancelled": "abort"}
+FINISH_REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "cancelled": "abort"}
 MIN_LOGPROB = -9999.0
 """JSON has no minus infinity; this is what OpenAI writes for it."""
 
 _encode = msgspec.json.encode
 _NO_LOGPROBS = b"null"
+_NO_TEXT = b'{"content":""}'
 
 
 def completion(
-    generation: Generation, text: str, logprobs: list[TokenLogprob] | None, outcome: Outcome
+    generation: Generation, parts: Sequence[Part], logprobs: list[TokenLogprob] | None, outcome: Outcome
 ) -> dict[str, Any]:
     """The answer to a request without ``stream``.
 
     Args:
         generation: the request that has ended.
-        text: its whole text.
+        parts: its whole answer.
         logprobs: of every token, None when not asked for.
         outcome: how it ended.
     """
     choice = {
         "index": 0,
-        "message": {"role": "assistant", "content": text, "refusal": None},
+        "message": message_body(parts),
         "logprobs": None if logprobs is None else logprobs_body(logprobs),
         "finish_reason": FINISH_REASONS[outcome.finish_reason or "stop"],
     }
@@ -62,7 +65,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     return {
         **_running_usage(usage.prompt_tokens, usage.completion_tokens),
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 
@@ -97,9 +100,9 @@ class ChunkFrames:
             "model": generation.model,
         }
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
-        self._text_head = self._head + b'{"index":0,"delta":{"content":'
-        self._text_mid = b'},"logprobs":'
-        self._text_tail = b',"finish_reason":null}]'
+        self._delta_head = self._head + b'{"index":0,"delta":'
+        self._delta_mid = b',"logprobs":'
+        self._delta_tail = b',"finish_reason":null}]'
 
     def role(self) -> bytes:
         """The first frame: who speaks."""
@@ -107,15 +110,19 @@ class ChunkFrames:
         return self._head + choice + b"]" + self._usage_field() + b"}\n\n"
 
     def delta(self, delta: Delta) -> bytes:
-        """The frame of what a step brought; empty when it brought nothing to show."""
+        """The frames of what a step brought, one for each part; empty when it brought nothing to show."""
         self._completion_tokens += len(delta.token_ids)
+        bodies = [delta_body(part) for part in delta.read()]
         logprobs = _NO_LOGPROBS
         if self._has_logprobs and delta.logprobs:
             logprobs = _encode(logprobs_body(delta.logprobs))
-        elif not delta.text:
-            return b""
-        parts = (self._text_head, _encode(delta.text), self._text_mid, logprobs, self._text_tail)
-        return b"".join((*parts, self._usage_field(), b"}\n\n"))
+            bodies = bodies or [_NO_TEXT]
+        usage = self._usage_field()
+        frames: list[bytes] = []
+        for body in bodies:
+            frames += (self._delta_head, body, self._delta_mid, logprobs, self._delta_tail, usage, b"}\n\n")
+            logprobs = _NO_LOGPROBS  # once, with the first
+        return b"".join(frames)
 
     def last(self, outcome: Outcome) -> bytes:
         """The frames that end a stream: finish reason, usage where asked for, ``[DONE]``."""

@@ -46,12 +46,13 @@ class BeginRequest(Command, frozen=True, kw_only=True):
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
-    """The prompt was rendered. ``prompt_hmac`` is a keyed hash of the token ids."""
+    """The prompt was rendered. ``prompt_hmac`` and ``grammar_hmac`` are keyed hashes of the token ids and the grammar."""
 
     prompt_tokens: int
     prompt_hmac: str
     template: str
     date: str
+    grammar_hmac: str = ""
 
 
 class PromptUnusable(Command, frozen=True, kw_only=True):
@@ -99,7 +100,10 @@ class FirstTokenSeen(Command, frozen=True, kw_only=True):
 
 
 class EngineDone(Command, frozen=True, kw_only=True):
-    """The engine ended the request as it should."""
+    """The engine ended the request as it should.
+
+    ``reasoning_tokens`` and ``num_calls`` are what the request's actor read in its output.
+    """
 
     attempt: int
     reason: FinishReason
@@ -107,6 +111,8 @@ class EngineDone(Command, frozen=True, kw_only=True):
     completion_tokens: int
     cached_tokens: int = 0
     stop_reason: str | int | None = None
+    reasoning_tokens: int = 0
+    num_calls: int = 0
 
 
 class EngineFailure(Command, frozen=True, kw_only=True):

@@ -206,13 +206,17 @@ class RequestValidated(Event, frozen=True, kw_only=True):
 
 
 class PromptRendered(Event, frozen=True, kw_only=True):
-    """The prompt became token ids. ``prompt_hmac`` is their keyed hash, ``date`` what the template saw."""
+    """The prompt became token ids. ``prompt_hmac`` is their keyed hash, ``date`` what the template saw.
+
+    ``grammar_hmac`` is the keyed hash of the grammar that binds the answer, empty without one.
+    """
 
     prompt_tokens: int
     prompt_hmac: str
     template: str
     date: str
     max_tokens: int
+    grammar_hmac: str = ""
 
 
 class RequestEstimated(Event, frozen=True, kw_only=True):
@@ -270,13 +274,15 @@ class AttemptRetried(Event, frozen=True, kw_only=True):
 
 
 class RequestCompleted(Event, frozen=True, kw_only=True):
-    """Terminal: served to the end."""
+    """Terminal: served to the end. ``num_calls`` are the tool calls in the answer."""
 
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     stop_reason: str | int | None = None
+    reasoning_tokens: int = 0
+    num_calls: int = 0
 
 
 class RequestFailed(Event, frozen=True, kw_only=True):
@@ -621,12 +627,13 @@ class ClientDisconnected(Event, frozen=True, kw_only=True):
 
 
 class PromptTokens(Event, frozen=True, kw_only=True):
-    """Content: the token ids of a prompt."""
+    """Content: the token ids of a prompt, and the grammar that binds its answer."""
 
     FAMILY: ClassVar[Family] = "content"
 
     request_id: str
     token_ids: tuple[int, ...]
+    grammar: str = ""
 
 
 class ProducedRow(msgspec.Struct, frozen=True, array_like=True):
