@@ -1,20 +1,22 @@
-"""Public fakes for tests and load tests: an engine without a model, a renderer without a tokenizer.
+"""Public fakes for tests and load tests: engines without a model, a renderer without a tokenizer.
 
 ``FakeDriver`` keeps every rule of ``engine.port``: one terminal event a request, tokens only in steps, cancel within a
 step, resumption after delivered tokens. Token ``i`` of a request is a function of its seed and position, so a resumed
-stream goes on as it would have.
+stream goes on as it would have. ``ScriptedDriver`` is the same engine saying given tokens of a real tokenizer.
 """
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+from tokenizers import Tokenizer
 
 from gptoss.clock import SystemClock
 from gptoss.engine import port
 from gptoss.engine.answer_port import Dialect
+from gptoss.engine.detokenizer import Detokenizer
 from gptoss.engine.dialect import TaggedDialect
 from gptoss.engine.tagged_output import TagFormat
 from gptoss.messages.model import EngineCapabilities, FinishReason, KvLayout, ModelFingerprint
@@ -38,6 +40,8 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int = 8
     max_model_len: int = 4096
     kv_budget_bytes: int = 1_000_000
+    vocab_size: int = FAKE_VOCAB
+    eos_token_ids: tuple[int, ...] = (0,)
 
 
 def fake_token(seed: int, position: int) -> int:
@@ -77,6 +81,9 @@ class _Running:
         self.submit = submit
         self.produced = len(submit.output_token_ids)
         self.prefilled = False
+        self.end: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.rest = ""
 
 
 class FakeDriver:
@@ -176,8 +183,10 @@ class FakeDriver:
         rows: list[port.StepRow] = []
         for running in self._running.values():
             submit = running.submit
-            token = fake_token(submit.sampling.seed or 0, running.produced)
+            token, text = self._produce(running)
             running.produced += 1
+            if running.end is None and running.produced >= (submit.sampling.max_tokens or 1):
+                running.end = "length"
             prefilled = 0 if running.prefilled else len(submit.prompt_token_ids)
             running.prefilled = True
             rows.append(
@@ -185,7 +194,7 @@ class FakeDriver:
                     request_id=submit.request_id,
                     attempt=submit.attempt,
                     token_ids=(token,),
-                    text=f"t{token} ",
+                    text=text,
                     prefilled=prefilled,
                 )
             )
@@ -200,9 +209,14 @@ class FakeDriver:
         )
         self._sink(step)
         for request_id, running in list(self._running.items()):
-            if running.produced >= (running.submit.sampling.max_tokens or 1):
+            if running.end is not None:
                 del self._running[request_id]
-                self._finish(running, "length")
+                self._finish(running, running.end)
+
+    def _produce(self, running: _Running) -> tuple[int, str]:
+        """The next token of a request, and its text."""
+        token = fake_token(running.submit.sampling.seed or 0, running.produced)
+        return token, f"t{token} "
 
     def _finish(self, running: _Running, reason: FinishReason) -> None:
         submit = running.submit
@@ -210,8 +224,10 @@ class FakeDriver:
             request_id=submit.request_id,
             attempt=submit.attempt,
             reason=reason,
+            text=running.rest,
             prompt_tokens=len(submit.prompt_token_ids),
             completion_tokens=running.produced,
+            stop_reason=running.stop_reason,
         )
         self._sink(finished)
 
@@ -220,7 +236,7 @@ class FakeDriver:
         capabilities = EngineCapabilities(
             model_name=load.model_name,
             architecture="Fake",
-            vocab_size=FAKE_VOCAB,
+            vocab_size=options.vocab_size,
             max_model_len=options.max_model_len,
             max_batch_size=options.max_batch_size,
             kv_budget_bytes=options.kv_budget_bytes,
@@ -231,7 +247,48 @@ class FakeDriver:
             device=load.device,
             dtype="float32",
             num_threads=1,
-            eos_token_ids=(0,),
+            eos_token_ids=options.eos_token_ids,
         )
         fingerprint = ModelFingerprint(weights="", tokenizer="", chat_template="", config="")
         return port.Loaded(capabilities=capabilities, fingerprint=fingerprint, load_ms=0.0, pid=0)
+
+
+class ScriptedDriver(FakeDriver):
+    """An engine that says what it is given, one token a step, through the detokenizer of a real engine.
+
+    What follows the script's end, should the script not end with an end token, is the first end token.
+
+    Args:
+        tokenizer: spells the tokens.
+        script: the tokens of the answer to a submit.
+        options: with the end tokens and the vocabulary of the model that is played.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        script: Callable[[port.Submit], Sequence[int]],
+        options: FakeOptions,
+    ) -> None:
+        super().__init__(options)
+        self._tokenizer = tokenizer
+        self._script = script
+        self._texts: dict[str, Detokenizer] = {}
+
+    def _produce(self, running: _Running) -> tuple[int, str]:
+        submit = running.submit
+        if not running.prefilled:
+            self._texts[submit.request_id] = Detokenizer(self._tokenizer, submit.sampling.stop, submit.prompt_token_ids)
+            self._texts[submit.request_id].replay(submit.output_token_ids)
+        detokenizer = self._texts[submit.request_id]
+        script = self._script(submit)
+        token = script[running.produced] if running.produced < len(script) else self.options.eos_token_ids[0]
+        if token in self.options.eos_token_ids and not submit.sampling.ignore_eos:
+            running.end, running.stop_reason = "stop", token
+            return token, detokenizer.finish()
+        piece = detokenizer.push(token)
+        if piece.stopped is not None:
+            running.end, running.stop_reason = "stop", piece.stopped
+        elif running.produced + 1 >= (submit.sampling.max_tokens or 1):
+            running.rest = detokenizer.finish()
+        return token, piece.text

@@ -103,7 +103,7 @@ WELL_FORMED: list[tuple[str, str, Answer]] = [
     ("recipient on analysis", '<|channel|>analysis to=functions.f code<|message|>{"a":1}<|call|>', ("", "", F)),
     (
         "several calls",
-        CALL.replace("<|call|>", "<|end|>") + '<|start|>assistant<|channel|>commentary to=functions.g-2<|message|>{}<|call|>',
+        CALL.replace("<|call|>", "<|end|>") + "<|start|>assistant<|channel|>commentary to=functions.g-2<|message|>{}<|call|>",
         ("", "", [*F, ["g-2", "{}"]]),
     ),
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gptoss.engine.call_ids import CallIds
 from gptoss.engine.dialect import HERMES, LLAMA, MISTRAL
-from gptoss.engine.tagged_output import TaggedParser, TagFormat
+from gptoss.engine.tagged_output import TagFormat, TaggedParser
 from gptoss.messages.answer import CallPart, Part, TextPart, content_of, joined
 
 THINK = ("<think>", "</think>")

@@ -101,8 +101,11 @@ class TaggedDialect:
 
     def grammar(self, tools: Tools, shape: AnswerShape, *, opens_reasoning: bool) -> str:
         """See ``engine.port.Dialect``."""
-        if not needs_grammar(tools, shape):
+        if not needs_grammar(tools, shape, has_calls=self._tags.calls is not None):
             return ""
+        must_call = shape.tool_choice in ("required", "named")
+        if must_call and self._tags.calls is None:
+            raise RequestError("this model has no form for tool calls that could be enforced", param="tool_choice")
         has_calls = self._tags.calls is not None and shape.tool_choice != "none" and bool(tools)
         rules = [f"SPACE: {_SPACE}", r"TEXT: /(.|\n)*/"]
         start = ""
@@ -112,7 +115,7 @@ class TaggedDialect:
             start = "thought SPACE " if opens_reasoning else f"({self._tag(opening)} thought SPACE)? "
         if has_calls:
             rules += self._call_rules(tools, shape)
-        if shape.tool_choice in ("required", "named"):
+        if must_call:
             start += "calls"
         elif shape.format:
             rules.append(f"formatted: {format_rule(shape.format)}")
@@ -126,8 +129,7 @@ class TaggedDialect:
     def _call_rules(self, tools: Tools, shape: AnswerShape) -> list[str]:
         """``calls``: the calls of an answer; ``rest``: the same without the tag that opens them."""
         tags = self._tags.calls
-        if tags is None:
-            raise RequestError("the chat template of this model has no place for tools", param="tools")
+        assert tags is not None
         is_bare = tags is MISTRAL and ARGS in self._special
         key = "parameters" if tags is LLAMA else "arguments"
         rules: list[str] = []
@@ -218,11 +220,11 @@ class HarmonyDialect:
 # ---------------------------------------------------------------- what a request's tools ask of a grammar
 
 
-def needs_grammar(tools: Tools, shape: AnswerShape) -> bool:
-    """Whether anything of the answer is bound."""
+def needs_grammar(tools: Tools, shape: AnswerShape, *, has_calls: bool = True) -> bool:
+    """Whether anything of the answer is bound. Without a form for calls, a strict tool binds nothing."""
     if shape.format or shape.tool_choice in ("required", "named"):
         return True
-    return shape.tool_choice == "auto" and any(_function(tool).get("strict") for tool in tools)
+    return has_calls and shape.tool_choice == "auto" and any(_function(tool).get("strict") for tool in tools)
 
 
 def wanted_tools(tools: Tools, shape: AnswerShape) -> list[tuple[str, Any]]:

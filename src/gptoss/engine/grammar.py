@@ -115,7 +115,7 @@ def literal(text: str) -> str:
 
 def lazy_until(text: str) -> str:
     """The pattern of anything up to the first ``text``, with it; for a rule that is marked ``[lazy]``."""
-    special = r"\/[](){}.*+?|^$<>-"
+    special = r"\/[](){}.*+?|^$"
     return r"/(.|\n)*" + "".join(f"\\{char}" if char in special else char for char in text) + "/"
 
 

@@ -8,33 +8,32 @@ Rules:
 - Special tokens that a message, a name or a schema spells are ordinary text: the library encodes all content as such.
 - Thoughts of the assistant are kept only as long as no final answer follows them: they belong to the tool calls of the turn
   that is going on. The library would keep those of the second turn.
-- Nothing is downloaded. The library wants the vocabulary as OpenAI's own file, which it checks by hash: the file is
-  rebuilt from the model's tokenizer, read once, and gone.
+- Nothing is downloaded: oss-harmony carries the vocabulary in itself, where openai-harmony would fetch it. It is held
+  against the model's own tokenizer once, at load.
 - Imported only for such models: the library takes half a second.
 """
 
-import base64
 import importlib.metadata
-import os
 import re
-import tempfile
-import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import openai_harmony as harmony
 from tokenizers import Tokenizer
 
 from gptoss.engine.port import ChatMessage
-from gptoss.engine.token_text import byte_alphabet
 from gptoss.errors import ModelLoadError, RequestError
 
 Json = dict[str, Any]
 
 LIBRARY = f"oss-harmony {importlib.metadata.version('oss-harmony')}"
-VOCABULARY_FILE = "o200k_base.tiktoken"
-VOCABULARY_FOLDER = "TIKTOKEN_ENCODINGS_BASE"
+PROBE = (
+    "<|start|>system<|message|>Straße 12345 naïve 日本語の文章 привет \U0001f5fc\r\n\t  def f(x):\n    return {'a': [x]}<|end|>"
+    "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|call|><|return|><|endoftext|>"
+)
+"""Of many scripts and all of the structure: two vocabularies that agree on this are one."""
+REFERENCES_MAX = 200
+DEFINITIONS = ("$defs", "definitions")
 CALL_TYPE = "<|constrain|>json"
 HarmonyError = cast("type[Exception]", harmony.HarmonyError)  # pyright: ignore[reportUnknownMemberType] - the library's extension has no types
 EFFORTS = {
@@ -45,40 +44,22 @@ EFFORTS = {
 }
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_environment = threading.Lock()
-
-
-def vocabulary(tokenizer: Tokenizer) -> bytes:
-    """The ordinary tokens of ``tokenizer`` as a tiktoken file: token in base64, rank; ascending."""
-    alphabet = byte_alphabet()
-    ranks = sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
-    lines = (b"%s %d\n" % (base64.b64encode(bytes(map(alphabet.__getitem__, token))), rank) for token, rank in ranks)
-    try:
-        return b"".join(lines)
-    except KeyError:
-        raise ModelLoadError("the tokenizer has harmony's special tokens but is no byte-level tokenizer") from None
 
 
 def load_encoding(tokenizer: Tokenizer) -> harmony.HarmonyEncoding:
-    """The library's encoding, with the vocabulary of ``tokenizer``.
+    """The library's encoding.
 
     Raises:
-        ModelLoadError: the vocabulary is not the one of gpt-oss.
+        ModelLoadError: ``tokenizer`` gives other ids to text than the library does.
     """
-    with tempfile.TemporaryDirectory(prefix="gptoss-") as folder, _environment:
-        (Path(folder) / VOCABULARY_FILE).write_bytes(vocabulary(tokenizer))
-        # The library takes the folder from the environment and from nowhere else.
-        before = os.environ.get(VOCABULARY_FOLDER)  # noqa: TID251
-        os.environ[VOCABULARY_FOLDER] = folder  # noqa: TID251
-        try:
-            return harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
-        except HarmonyError as error:
-            raise ModelLoadError(f"the tokenizer's vocabulary is not the one of gpt-oss: {error}") from None
-        finally:
-            if before is None:
-                del os.environ[VOCABULARY_FOLDER]  # noqa: TID251
-            else:
-                os.environ[VOCABULARY_FOLDER] = before  # noqa: TID251
+    try:
+        encoding = harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+    except HarmonyError as error:
+        raise ModelLoadError(f"the harmony library cannot load its vocabulary: {error}") from None
+    theirs = encoding.encode(PROBE, allowed_special="all")
+    if tokenizer.encode(PROBE, add_special_tokens=False).ids != theirs:
+        raise ModelLoadError("the tokenizer has harmony's special tokens, but its vocabulary is not the one of gpt-oss")
+    return encoding
 
 
 class HarmonyPrompt:
@@ -201,9 +182,6 @@ def _checked_name(name: str) -> str:
     return name
 
 
-REFERENCES_MAX = 200
-
-
 def inlined(schema: Json) -> Json:
     """``schema`` with its local references replaced by what they name, because the library shows them as ``any``.
 
@@ -212,7 +190,7 @@ def inlined(schema: Json) -> Json:
     left = [REFERENCES_MAX]
     definitions = {
         f"#/{key}/{name}": value
-        for key in ("$defs", "definitions")
+        for key in DEFINITIONS
         if isinstance(schema.get(key), dict)
         for name, value in cast("Json", schema[key]).items()
     }
@@ -226,9 +204,9 @@ def inlined(schema: Json) -> Json:
         target = fields.get("$ref")
         if isinstance(target, str) and target in definitions and target not in inside and left[0] > 0:
             left[0] -= 1
-            others = {key: item for key, item in fields.items() if key != "$ref"}
+            others = {key: item for key, item in fields.items() if key not in ("$ref", *DEFINITIONS)}
             found = walk(definitions[target], inside | {target})
             return {**cast("Json", found), **others} if isinstance(found, dict) else found
-        return {key: walk(item, inside) for key, item in fields.items() if key not in ("$defs", "definitions")}
+        return {key: walk(item, inside) for key, item in fields.items() if key not in DEFINITIONS}
 
     return cast("Json", walk(schema, frozenset()))

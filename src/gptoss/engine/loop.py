@@ -10,6 +10,7 @@ Rules:
 
 import os
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +72,8 @@ def serve(
             notes=(*model.notes, *core.notes),
         )
     )
+    # Seconds for a large vocabulary: not before the first request is served, and not when the first grammar comes.
+    threading.Thread(target=core.grammars.prepare, name="grammars", daemon=True).start()
     _run(core, commands, emit)
     return 0
 
