@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
@@ -218,3 +219,39 @@ async def test_a_restarted_server_finds_its_journal(tmp_path: Path) -> None:
         await token_ids(generation)
     async with serving(journal="segments", data_dir=str(tmp_path)) as system:
         assert terminal(await records(system, generation.request_id)) == ["RequestCompleted"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kinds"),
+    [
+        ("none", set[str]()),
+        ("tokens", {"PromptTokens", "StepTokens"}),
+        ("full", {"MessagesReceived", "PromptTokens", "StepTokens", "AnswerDelivered"}),
+    ],
+)
+async def test_content_is_recorded_as_far_as_the_setting_allows(content: str, kinds: set[str]) -> None:
+    async with serving(content=content) as system:
+        asked = msgspec.structs.replace(
+            request("canary words"), sampling=SamplingParams(max_tokens=3, seed=3, stop=("canary stop",))
+        )
+        generation = system.submit(asked)
+        await token_ids(generation)
+        await settled(system)
+        found = {record.meta.type: record.event for record in system.journal.read(family="content")}
+        assert found.keys() == kinds
+        assert not any("canary" in str(record.event) for record in system.journal.read())
+        if content != "none":
+            prompt = ev.PromptTokens(request_id=generation.request_id, token_ids=(6, 5), stop=("canary stop",))
+            assert found["PromptTokens"] == prompt
+        if content == "full":
+            assert "canary words" in str(found["MessagesReceived"])
+            answer = "".join(f"t{fake_token(3, position)} " for position in range(3))
+            assert found["AnswerDelivered"] == ev.AnswerDelivered(request_id=generation.request_id, text=answer)
+
+
+async def test_the_wall_clock_is_anchored_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptoss.app.CLOCK_ANCHOR_PERIOD_S", 0.01)
+    async with serving() as system:
+        async with asyncio.timeout(10.0):
+            while sum(isinstance(r.event, ev.ClockAnchored) for r in system.journal.read(stream="system")) < 2:
+                await asyncio.sleep(0.01)

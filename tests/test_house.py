@@ -10,7 +10,7 @@ SRC = ROOT / "src" / "gptoss"
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 70
 # The catalogue of events is one list of declarations, read as one document.
-CATALOGUES = {SRC / "messages" / "events.py": 700}
+CATALOGUES = {SRC / "messages" / "events.py": 800}
 BANNED_WORDS = {"utils", "util", "helper", "helpers", "manager", "managers", "misc", "common"}
 
 

@@ -10,24 +10,26 @@ the command line. Everything it started is gone when the context ends.
 """
 
 import asyncio
+import hashlib
 import importlib.metadata
 import os
 import platform
-import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
-from gptoss.actors.admission import AdmissionActor, AdmissionPolicy
+from gptoss.actors.admission import AdmissionActor
+from gptoss.actors.decider import DeciderActor
+from gptoss.actors.deciders import deciders_of
 from gptoss.actors.directory import Directory, executor_name
+from gptoss.actors.dispatcher import Dispatcher, LiveDispatcher
 from gptoss.actors.executor import ExecutorActor, ExecutorConfig
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
-from gptoss.actors.memory_guard import MemoryGuardActor
 from gptoss.actors.request import RequestServices
-from gptoss.actors.router import RouterActor
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
 from gptoss.clock import Clock, IdSource, Rng, SystemClock, SystemIds, SystemRng
@@ -41,21 +43,49 @@ from gptoss.errors import ModelLoadError, NotReady
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin, Record
-from gptoss.telemetry.bundle import without_secrets
 from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.metrics import Metrics
 from gptoss.telemetry.projection import Projection
+from gptoss.telemetry.segment_recovery import record_aborted
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
+from gptoss.telemetry.system_snapshot import without_secrets
 from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
 
 VERSION = importlib.metadata.version("gptoss")
-PACKAGES = ("aiohttp", "msgspec", "pykka", "tokenizers", "torch", "transformers")
+PACKAGES = ("aiohttp", "jinja2", "msgspec", "pykka", "tokenizers", "torch", "transformers")
 BYTES_PER_MB = 1024 * 1024
 CATCH_UP_TIMEOUT_S = 5.0
+CLOCK_ANCHOR_PERIOD_S = 60.0
 # A profile's batch and length; the settings override both.
 PROFILES = {"latency_first": (32, 512), "quality_first": (16, 2048)}
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
+
+
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a serving system takes from the world: a simulation has other ones than a server.
+
+    Attributes:
+        open_journal: opens the journal that the settings ask for, for a boot of this name.
+        dispatcher: chooses which actor goes next, and says whether threaded actors have threads.
+    """
+
+    clock: Clock
+    ids: IdSource
+    rng: Rng
+    dispatcher: Dispatcher
+    open_journal: Callable[[Settings, str, Clock], Journal]
+
+
+def live_surroundings() -> Surroundings:
+    """The machine's clocks and chance, threads, and the journal on its disk."""
+    return Surroundings(
+        clock=SystemClock(),
+        ids=SystemIds(),
+        rng=SystemRng(),
+        dispatcher=LiveDispatcher(),
+        open_journal=_open_journal,
+    )
 
 
 class ServingSystem:
@@ -66,6 +96,7 @@ class ServingSystem:
         drivers: makes an engine's driver for a device; None starts one engine process per executor.
         renderer: renders prompts; None takes the model's own tokenizer and chat template.
         log: where structured log lines go; None writes none.
+        surroundings: time, ids, chance, journal and turns; None takes the live ones.
     """
 
     def __init__(
@@ -76,14 +107,15 @@ class ServingSystem:
         renderer: Renderer | None = None,
         model: PreparedModel | None = None,
         log: LogWriter | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.settings = settings or Settings()
-        self.clock: Clock = SystemClock()
-        self.ids: IdSource = SystemIds()
-        self.rng: Rng = SystemRng()
+        self.surroundings = surroundings or live_surroundings()
+        self.clock: Clock = self.surroundings.clock
         self.projection = Projection(step_timeout_s=self.settings.step_timeout_s)
         self.metrics = Metrics()
         self.directory = Directory()
+        self.deciders = deciders_of(self.settings)
         self.journal: Journal
         self.system: System
         self.gateway: Gateway
@@ -112,8 +144,17 @@ class ServingSystem:
             ConfigError, ModelLoadError: the model cannot be served.
             JournalError: the data folder cannot be used.
         """
-        self.journal = await asyncio.to_thread(self._open_journal)
-        self.system = System(name="gptoss", clock=self.clock, ids=self.ids, rng=self.rng, journal=self.journal)
+        around = self.surroundings
+        boot = around.ids.new_id("boot")
+        self.journal = await asyncio.to_thread(around.open_journal, self.settings, boot, around.clock)
+        self.system = System(
+            name="gptoss",
+            clock=around.clock,
+            ids=around.ids,
+            rng=around.rng,
+            journal=self.journal,
+            dispatcher=around.dispatcher,
+        )
         await self.system.start()
         self.system.on_escalated(self._note_escalation)
         try:
@@ -121,6 +162,7 @@ class ServingSystem:
             # From the first record on, the projections miss nothing.
             await self.caught_up()
             self._announce()
+            self.system.run_task(self._anchor_clock(), name="clock_anchor")
             model = self._model or await self._prepare_model()
             renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)
             self._start_deciders()
@@ -202,18 +244,6 @@ class ServingSystem:
 
     # ---- parts of start
 
-    def _open_journal(self) -> Journal:
-        settings = self.settings
-        node, boot = platform.node() or "node", self.ids.new_id("boot")
-        if settings.journal == "memory":
-            return MemoryJournal(node=node, boot=boot, clock=self.clock)
-        options = SegmentOptions(
-            segment_bytes=settings.journal_segment_mb * BYTES_PER_MB,
-            control_retention_bytes=settings.journal_retention_mb * BYTES_PER_MB,
-            content_retention_bytes=settings.content_retention_mb * BYTES_PER_MB,
-        )
-        return SegmentJournal.open(settings.journal_path, node=node, boot=boot, clock=self.clock, options=options)
-
     def _start_telemetry(self) -> None:
         def make() -> TelemetryActor:
             return TelemetryActor(
@@ -244,9 +274,14 @@ class ServingSystem:
         )
         self.journal.append(started, origin)
         if isinstance(self.journal, SegmentJournal):
-            for boot in self.journal.recovery.aborted:
-                aborted = ev.RunsAborted(boot=boot.boot, request_ids=boot.request_ids)
-                self.journal.append(aborted, origin)
+            record_aborted(self.journal, self.journal.recovery.aborted)
+
+    async def _anchor_clock(self) -> None:
+        """Record now and then what time it is, so that a later step of the wall clock dates only what follows it."""
+        while True:
+            await asyncio.sleep(CLOCK_ANCHOR_PERIOD_S)
+            anchored = ev.ClockAnchored(wall_ns=self.clock.wall_ns())
+            self.journal.append(anchored, Origin(stream="system", actor="app"))
 
     async def _prepare_model(self) -> PreparedModel:
         settings = self.settings
@@ -266,26 +301,27 @@ class ServingSystem:
         )
 
     def _start_deciders(self) -> None:
-        policy = AdmissionPolicy(max_queue=self.settings.max_queue)
-        root = self.system.root
-        spawn = self.system.spawn
-        self.directory.add("memory", spawn(lambda: MemoryGuardActor(self.directory), name="memory", supervisor=root))
-        self.directory.add(
-            "admission", spawn(lambda: AdmissionActor(self.directory, policy), name="admission", supervisor=root)
-        )
-        self.directory.add("router", spawn(lambda: RouterActor(self.directory), name="router", supervisor=root))
+        deciders, directory = self.deciders, self.directory
+        makers: dict[str, Callable[[], DeciderActor[Any]]] = {
+            "memory": lambda: DeciderActor(deciders.memory, directory),
+            "admission": lambda: AdmissionActor(deciders.admission, directory),
+            "router": lambda: DeciderActor(deciders.router, directory),
+        }
+        for name, make in makers.items():
+            directory.add(name, self.system.spawn(make, name=name, supervisor=self.system.root))
 
     def _services(self, model: PreparedModel, renderer: Renderer) -> RequestServices:
         settings = self.settings
         return RequestServices(
+            lifecycle=self.deciders.lifecycle,
             directory=self.directory,
             renderer=renderer,
             served_model=settings.served_model_name or model.model_name,
             default_max_tokens=PROFILES[settings.profile][1],
             request_timeout_s=settings.request_timeout_s,
-            queue_timeout_s=settings.queue_timeout_s,
-            hmac_key=_node_key(settings),
-            keep_content=settings.content == "tokens",
+            hmac_key=_node_key(settings, self.surroundings.ids),
+            keep_content=settings.content != "none",
+            keep_text=settings.content == "full",
             max_model_len=self._max_model_len,
         )
 
@@ -326,7 +362,7 @@ class ServingSystem:
             executor=device.executor,
             load=load,
             step_timeout_s=settings.step_timeout_s,
-            keep_content=settings.content == "tokens",
+            keep_content=settings.content != "none",
         )
 
     async def _idle(self) -> None:
@@ -334,16 +370,29 @@ class ServingSystem:
             await asyncio.sleep(0.02)
 
 
+def _open_journal(settings: Settings, boot: str, clock: Clock) -> Journal:
+    node = platform.node() or "node"
+    if settings.journal == "memory":
+        return MemoryJournal(node=node, boot=boot, clock=clock)
+    options = SegmentOptions(
+        segment_bytes=settings.journal_segment_mb * BYTES_PER_MB,
+        control_retention_bytes=settings.journal_retention_mb * BYTES_PER_MB,
+        content_retention_bytes=settings.content_retention_mb * BYTES_PER_MB,
+    )
+    return SegmentJournal.open(settings.journal_path, node=node, boot=boot, clock=clock, options=options)
+
+
 def _own_process(_: str) -> EngineDriver:
     return ProcessDriver()
 
 
-def _node_key(settings: Settings) -> bytes:
+def _node_key(settings: Settings, ids: IdSource) -> bytes:
     """The key of this node's prompt hashes; kept beside the journal, so that hashes compare across restarts."""
+    fresh = hashlib.sha256(f"{ids.new_id('key')} {ids.new_id('key')}".encode()).digest()
     if settings.journal == "memory":
-        return secrets.token_bytes(32)
+        return fresh
     path = Path(settings.data_path) / "node.key"
     if not path.exists():
         path.touch(mode=0o600)
-        path.write_bytes(secrets.token_bytes(32))
+        path.write_bytes(fresh)
     return path.read_bytes()

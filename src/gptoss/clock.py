@@ -7,10 +7,13 @@ its own. Lint bans ``time``, ``uuid4`` and ``random`` elsewhere.
 import random
 import secrets
 import time
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 NS_PER_S = 1_000_000_000
 NS_PER_MS = 1_000_000
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -78,3 +81,49 @@ class SystemRng:
     def seed63(self) -> int:
         """See ``Rng``."""
         return self._random.getrandbits(63)
+
+
+class SeededRng:
+    """Chance that is the same for the same seed, on every machine and in every process.
+
+    Args:
+        seed: any text; streams of chance for different purposes take different texts.
+    """
+
+    def __init__(self, seed: str) -> None:
+        self._random = random.Random(seed)  # noqa: S311 - chance for tests and simulations; a text seed is hashed whole
+
+    def uniform(self) -> float:
+        """See ``Rng``."""
+        return self._random.random()
+
+    def seed63(self) -> int:
+        """See ``Rng``."""
+        return self._random.getrandbits(63)
+
+    def below(self, bound: int) -> int:
+        """An integer in [0, bound)."""
+        return int(self._random.random() * bound)
+
+    def between(self, low: float, high: float) -> float:
+        """A float in [low, high)."""
+        return low + (high - low) * self._random.random()
+
+    def pick(self, items: Sequence[T]) -> T:
+        """One of ``items``."""
+        return items[self.below(len(items))]
+
+    def happens(self, probability: float) -> bool:
+        """True with this probability."""
+        return self._random.random() < probability
+
+
+class SeededIds:
+    """Identifiers drawn from a ``SeededRng``."""
+
+    def __init__(self, rng: SeededRng) -> None:
+        self._rng = rng
+
+    def new_id(self, prefix: str) -> str:
+        """See ``IdSource``."""
+        return f"{prefix}_{self._rng.seed63():016x}"

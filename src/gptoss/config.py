@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         drain_timeout_s: how long running requests may go on after SIGTERM.
         client_stall_s: a client that reads nothing for this long is dropped.
         journal: ``segments`` on disk, or ``memory``.
-        content: what the content family keeps: ``tokens`` or ``none``.
+        content: what the content family keeps: ``none``, ``tokens`` (and stop strings), or ``full``, which is text too.
         journal_segment_mb, journal_retention_mb, content_retention_mb: sizes of the embedded store.
         body_limit_mb: largest request body.
         log_format: ``console``, ``json``, or ``auto`` by terminal.
@@ -80,7 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     drain_timeout_s: Seconds = 30.0
     client_stall_s: Seconds = 30.0
     journal: Literal["segments", "memory"] = "segments"
-    content: Literal["tokens", "none"] = "tokens"
+    content: Literal["full", "tokens", "none"] = "tokens"
     journal_segment_mb: Count = 64
     journal_retention_mb: Count = 2048
     content_retention_mb: Count = 512

@@ -28,6 +28,7 @@ GptossError                    code                     status
 ├── JournalError               journal_error            503
 │   ├── JournalCorrupt         journal_corrupt          503
 │   └── JournalWriteFailed     journal_write_failed     503
+├── AbortedByCrash             aborted_by_crash         500   the server process ended before the request did
 └── ReplayError                replay_error
     └── BundleError            bad_bundle
 
@@ -235,6 +236,12 @@ class JournalWriteFailed(JournalError):
     """A write or fsync failed; the writer has stopped for good."""
 
     code = "journal_write_failed"
+
+
+class AbortedByCrash(GptossError):
+    """The server process ended before the request did; nobody is left to raise it to, so it is only recorded."""
+
+    code = "aborted_by_crash"
 
 
 class ReplayError(GptossError):

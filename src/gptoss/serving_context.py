@@ -9,8 +9,8 @@ from gptoss.app import ServingSystem
 from gptoss.http.context import HttpContext
 from gptoss.http.routes import make_app as make_http_app
 from gptoss.messages.codec import as_json
-from gptoss.telemetry.bundle import system_snapshot
 from gptoss.telemetry.request_records import request_records
+from gptoss.telemetry.system_snapshot import system_snapshot
 
 PROFILE_TEMPERATURES = {"latency_first": 0.7, "quality_first": 0.8}
 

@@ -18,11 +18,14 @@ from gptoss.messages.events import (
     LogDegraded,
     PromptTokens,
     RequestCancelled,
+    RequestFailed,
     RequestReceived,
     RunsAborted,
 )
 from gptoss.telemetry import segments
+from gptoss.telemetry.segment_recovery import record_aborted
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions, SegmentReader
+from gptoss.telemetry.timeline import check_complete
 
 SYSTEM = Origin(stream="system")
 OpenJournal = Callable[..., SegmentJournal]
@@ -230,10 +233,35 @@ def test_aborted_boots_are_reported_until_they_are_recorded(tmp_path: Path, open
     third = open_journal(crashed(second, tmp_path / "1", tmp_path / "2"), "b3")
     found = third.recovery.aborted
     assert [(boot.boot, boot.request_ids) for boot in found] == [("b1", ("r1",)), ("b2", ("r2",))]
-    for boot in found:
-        third.append(RunsAborted(boot=boot.boot, request_ids=boot.request_ids), SYSTEM)
+    record_aborted(third, found)
     fourth = open_journal(crashed(third, tmp_path / "2", tmp_path / "3"), "b4")
     assert [(boot.boot, boot.request_ids) for boot in fourth.recovery.aborted] == [("b3", ())]
+    for request_id, boots in (("r1", ["b1", "b3"]), ("r2", ["b2", "b3"])):
+        told = list(fourth.read(correlation=request_id))
+        assert [record.meta.boot for record in told] == boots
+        assert isinstance(told[-1].event, RequestFailed)
+        assert told[-1].event.code == "aborted_by_crash"
+        assert check_complete(told, request_id) == []
+
+
+def test_a_crash_while_ends_are_told_leaves_the_others_to_the_next_start(
+    tmp_path: Path, open_journal: OpenJournal
+) -> None:
+    first = open_journal(tmp_path / "0")
+    for request_id in ("r1", "r2", "r3"):
+        begin(first, request_id)
+    second = open_journal(crashed(first, tmp_path / "0", tmp_path / "1"), "b2")
+    told = second.append(RunsAborted(boot="b1", request_ids=("r1", "r2", "r3")), SYSTEM)
+    failed = RequestFailed(code="aborted_by_crash", message="")
+    second.append(failed, Origin(stream="request/r2", correlation="r2", cause=told.meta.pos))
+    third = open_journal(crashed(second, tmp_path / "1", tmp_path / "2"), "b3")
+    found = third.recovery.aborted
+    assert [(boot.boot, boot.request_ids) for boot in found] == [("b1", ("r1", "r3")), ("b2", ())]
+    record_aborted(third, found)
+    fourth = open_journal(crashed(third, tmp_path / "2", tmp_path / "3"), "b4")
+    assert [(boot.boot, boot.request_ids) for boot in fourth.recovery.aborted] == [("b3", ())]
+    ends = [record.meta.correlation for record in fourth.read() if isinstance(record.event, RequestFailed)]
+    assert sorted(ends) == ["r1", "r2", "r3"]
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "write"])

@@ -38,9 +38,6 @@ from gptoss.messages.envelope import Event, Origin, Record
 
 __all__ = ["Context", "LoopActor", "SystemActor", "Terminated", "ThreadedActor"]
 
-BATCH = 64  # messages that a loop actor handles before others get their turn
-
-
 NO_LETTER = Letter(None)
 _urns = itertools.count()
 
@@ -270,11 +267,11 @@ class LoopActor(SystemActor):
     def _start_actor_loop(self) -> None:
         self._variables = self._kernel.context.copy()
         self._inbox.attach(self._ring)
-        self._kernel.loop.call_soon(self._open, context=self._variables)
+        self._kernel.call_turn(self._open, context=self._variables)
 
     def _ring(self) -> None:
         if threading.get_ident() == self._kernel.loop_thread:
-            self._kernel.loop.call_soon(self._drain, context=self._variables)
+            self._kernel.call_turn(self._drain, context=self._variables)
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody will handle anything any more
                 self._kernel.loop.call_soon_threadsafe(self._drain, context=self._variables)
@@ -287,7 +284,7 @@ class LoopActor(SystemActor):
         if self._handler is not None or self._has_ended:
             return
         get, receive = self._inbox.get, self.on_receive
-        for _ in range(BATCH):
+        for _ in range(self._kernel.letters_a_turn):
             if self._is_halting:
                 self._end()
                 return
@@ -360,39 +357,63 @@ class ThreadedActor(SystemActor, pykka.ThreadingActor):  # pyright: ignore[repor
     def __init__(self) -> None:
         super().__init__()
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._has_thread = True
 
     def _start_actor_loop(self) -> None:
+        self._has_thread = self._kernel.dispatcher.has_threads
         self._inbox.attach(self._ring)
-        super()._start_actor_loop()
+        if self._has_thread:
+            super()._start_actor_loop()
+        else:
+            self._kernel.call_turn(self._open)
 
     def _ring(self) -> None:
-        self._bell.put(None)
+        if self._has_thread:
+            self._bell.put(None)
+        else:
+            self._kernel.call_turn(self._turn)
 
     def _actor_loop(self) -> None:
         if not self._run_on_start():
             return
-        while not self._is_halting:
-            letter = self._inbox.get()
-            if letter is None:
-                self.letter = NO_LETTER
-                if self._ends_when_empty:
-                    break
+        while not self._has_ended:
+            if not self._take_letter():
                 self._bell.get()
-            elif not self._handle(letter):
-                return
-        if not self._has_ended:
-            self._end()
 
-    def _handle(self, letter: Letter) -> bool:
+    def _take_letter(self) -> bool:
+        """Handle a letter, or end; False when there is nothing to do until the bell rings."""
+        if self._is_halting:
+            self._end()
+            return True
+        letter = self._inbox.get()
+        if letter is not None:
+            self._handle(letter)
+            return True
+        self.letter = NO_LETTER
+        if self._ends_when_empty:
+            self._end()
+        return self._has_ended
+
+    def _handle(self, letter: Letter) -> None:
         self.letter = letter
         if self._is_expired(letter):
-            return True
+            return
         try:
             result = self.on_receive(letter.message)
         except BaseException as error:  # noqa: BLE001 - the edge of an actor
-            return self._survives(letter, error)
+            self._survives(letter, error)
+            return
         self._reply(letter, result)
-        return True
+
+    # ---- without a thread of its own
+
+    def _open(self) -> None:
+        if self._run_on_start():
+            self._ring()
+
+    def _turn(self) -> None:
+        if not self._has_ended and self._take_letter():
+            self._ring()
 
 
 def _let_keyboard_interrupt_pass(error: BaseException) -> None:

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import msgspec
 
-from gptoss.actors.decider import DeciderActor
-from gptoss.actors.directory import Directory, request_name
+from gptoss.actors.decider import DeciderActor, Told
+from gptoss.actors.directory import request_name
 from gptoss.clock import NS_PER_S
 from gptoss.messages import commands as cmd
 from gptoss.messages.commands import AdmissionAction, Command
@@ -35,6 +35,8 @@ from gptoss.messages.events import (
 # A shrunk answer shorter than this is of no use to anyone.
 MIN_USEFUL_TOKENS = 16
 RAN_SMOOTHING = 0.2
+DEADLINE_PERIOD_S = 0.25
+"""How often admission looks for passed deadlines."""
 
 T = TypeVar("T")
 
@@ -160,6 +162,25 @@ class Admission:
                 return replace(state, closed=True)
             case _:
                 return state
+
+    def tells(self, state: AdmissionState, event: Event, now_ns: int) -> list[Told]:
+        """Ask the memory guard, and tell requests whether they may run."""
+        match event:
+            case MemoryRequested():
+                reserve = cmd.ReserveMemory(now_ns=now_ns, request_id=event.request_id, kv_bytes=event.ask.kv_bytes)
+                return [("memory", reserve)]
+            case AdmissionDecided(action="accept" | "shrink"):
+                granted = cmd.AdmissionGranted(
+                    now_ns=now_ns, action=event.action, max_tokens=event.max_tokens, kv_bytes=event.kv_bytes
+                )
+                return [(request_name(event.request_id), granted)]
+            case AdmissionDecided(action="reject"):
+                refused = cmd.AdmissionRefused(
+                    now_ns=now_ns, code=event.code, message=event.reason, retry_after_s=event.retry_after_s
+                )
+                return [(request_name(event.request_id), refused)]
+            case _:
+                return []
 
     # ---- one decision each
 
@@ -303,18 +324,15 @@ def _without(items: dict[str, T], key: str) -> dict[str, T]:
 
 
 class AdmissionActor(DeciderActor[AdmissionState]):
-    """Asks the memory guard, and tells requests whether they may run."""
-
-    def __init__(self, directory: Directory, policy: AdmissionPolicy) -> None:
-        super().__init__(Admission(policy))
-        self._directory = directory
-        self.reactions = {MemoryRequested: self._reserve, AdmissionDecided: self._tell_decision}
+    """Admission with a clock for the deadlines of those who wait."""
 
     def on_start(self) -> None:
         """Look for passed deadlines a few times a second."""
         super().on_start()
         system = self.context.system
-        self._deadlines = system.send_every(0.25, self.context.ref, lambda: cmd.CheckDeadlines(now_ns=system.now_ns()))
+        self._deadlines = system.send_every(
+            DEADLINE_PERIOD_S, self.context.ref, lambda: cmd.CheckDeadlines(now_ns=system.now_ns())
+        )
 
     def on_receive(self, message: Command) -> None:
         """Consume a command; a deadline check with nobody waiting is no decision and leaves no trace."""
@@ -325,22 +343,3 @@ class AdmissionActor(DeciderActor[AdmissionState]):
     def on_stop(self) -> None:
         """Stop the clock."""
         self._deadlines.cancel()
-
-    def _reserve(self, event: MemoryRequested) -> None:
-        reserve = cmd.ReserveMemory(
-            now_ns=self.context.system.now_ns(), request_id=event.request_id, kv_bytes=event.ask.kv_bytes
-        )
-        self._directory.tell("memory", reserve)
-
-    def _tell_decision(self, event: AdmissionDecided) -> None:
-        now_ns = self.context.system.now_ns()
-        if event.action in {"accept", "shrink"}:
-            granted = cmd.AdmissionGranted(
-                now_ns=now_ns, action=event.action, max_tokens=event.max_tokens, kv_bytes=event.kv_bytes
-            )
-            self._directory.tell(request_name(event.request_id), granted)
-        elif event.action == "reject":
-            refused = cmd.AdmissionRefused(
-                now_ns=now_ns, code=event.code, message=event.reason, retry_after_s=event.retry_after_s
-            )
-            self._directory.tell(request_name(event.request_id), refused)

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from gptoss.actors.inbox import Inbox, MailboxSpec
+from gptoss.actors.inbox import MailboxSpec
 from gptoss.actors.kernel import Kernel
 from gptoss.actors.ref import Ref
 from gptoss.messages.events import ActorRestarted, ActorStarted, ActorStopped
@@ -88,7 +88,7 @@ class Cell:
         self.name = name
         self.parent = parent
         self.quiet = quiet
-        self.inbox = Inbox(name, mailbox)
+        self.inbox = kernel.dispatcher.open_inbox(name, mailbox)
         self.ref: Ref[Any] = Ref(name, self.inbox, self, kernel)
         self.incarnation = 0
         self.is_alive = True

@@ -5,6 +5,9 @@ state``. Neither takes a clock, chance or I/O: all of that arrives inside the co
 it is consumed, then the events it led to, and only then acts on them. Replay feeds the journaled commands to the same
 two functions and compares.
 
+What other deciders are told because of an event is pure as well (``tells``). So a simulated system needs no actors: it
+delivers what the deciders tell each other. What is left to an actor's ``reactions`` has to do with the outside.
+
 A restarted decider rebuilds its state by folding its own stream, so a crash loses no reservation and no queue place.
 
 One that lives long records its whole state now and then (``SnapshotTaken``), so that neither a restart nor a replay
@@ -13,20 +16,23 @@ needs the stream from its beginning, which retention forgets. The larger the sta
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
 from gptoss.actors.actor import LoopActor
+from gptoss.actors.directory import Directory
 from gptoss.messages.codec import encode_command
 from gptoss.messages.commands import Command
-from gptoss.messages.envelope import Event
+from gptoss.messages.envelope import NO_CAUSE, Event, Record
 from gptoss.messages.events import CommandConsumed, SnapshotTaken
 
 SNAPSHOT_COMMANDS_MIN = 500
 SNAPSHOT_BYTES_PER_COMMAND = 32
 
 S = TypeVar("S")
+Told: TypeAlias = tuple[str, Command]
+"""The name of an actor, and what it is told."""
 
 
 class Decider(Protocol[S]):
@@ -49,21 +55,28 @@ class Decider(Protocol[S]):
         """The state after ``event``. Pure; events of no concern leave it as it is."""
         ...
 
+    def tells(self, state: S, event: Event, now_ns: int) -> list[Told]:
+        """What other deciders are told because of ``event``. Pure; ``state`` is that after the whole command."""
+        ...
+
 
 class DeciderActor(LoopActor, Generic[S]):
-    """Runs one decider. Subclasses say in ``reactions`` what follows from each event.
+    """Runs one decider. Subclasses say in ``reactions`` what an event leads to beside what the decider tells others.
 
     Attributes:
         TAKES_SNAPSHOTS: whether it lives long enough for ``SnapshotTaken``.
+        event_pos: position of the event that is being reacted to, the cause of what a reaction sends.
     """
 
     TAKES_SNAPSHOTS: ClassVar[bool] = True
 
-    def __init__(self, decider: Decider[S]) -> None:
+    def __init__(self, decider: Decider[S], directory: Directory) -> None:
         super().__init__()
         self.decider = decider
+        self.directory = directory
         self.state = decider.initial()
         self.reactions: dict[type[Event], Callable[[Any], None]] = {}
+        self.event_pos = NO_CAUSE
         self._commands_to_snapshot = SNAPSHOT_COMMANDS_MIN
 
     def on_start(self) -> None:
@@ -75,20 +88,28 @@ class DeciderActor(LoopActor, Generic[S]):
             self.state = fold(self.decider, self.state, record.event)
 
     def on_receive(self, message: Command) -> None:
-        """Consume a command: journal it, decide, evolve, journal the events, react."""
+        """Consume a command: journal it, decide, evolve, journal the events, tell the others, react."""
         correlation = getattr(message, "request_id", None) or self.letter.correlation
         consumed = CommandConsumed(decider=self.decider.name, command=encode_command(message))
         cause = self.record(consumed, correlation=correlation).meta.pos
-        events = self.decider.decide(self.state, message)
-        for event in events:
+        decided: list[Record] = []
+        for event in self.decider.decide(self.state, message):
             self.state = self.decider.evolve(self.state, event)
-            self.record(event, correlation=getattr(event, "request_id", correlation), cause=cause)
-        for event in events:
-            reaction = self.reactions.get(type(event))
-            if reaction is not None:
-                reaction(event)
+            decided.append(self.record(event, correlation=getattr(event, "request_id", correlation), cause=cause))
+        for record in decided:
+            self._follow(record)
         if self.TAKES_SNAPSHOTS:
             self._count_to_snapshot()
+
+    def _follow(self, decided: Record) -> None:
+        """Tell the others of an event, and react to it."""
+        event = decided.event
+        self.event_pos = decided.meta.pos
+        for name, command in self.decider.tells(self.state, event, self.context.system.now_ns()):
+            self.directory.tell(name, command, cause=self.event_pos)
+        reaction = self.reactions.get(type(event))
+        if reaction is not None:
+            reaction(event)
 
     def _count_to_snapshot(self) -> None:
         self._commands_to_snapshot -= 1

@@ -19,6 +19,7 @@ from gptoss.engine import port
 from gptoss.errors import EngineLost
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
+from gptoss.messages.envelope import NO_CAUSE
 from gptoss.messages.plan import Preemption
 
 PROBE_PERIOD_S = 1.0
@@ -46,11 +47,13 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
 class _InFlight:
     """A request that the engine has."""
 
-    __slots__ = ("attempt", "tokens_out")
+    __slots__ = ("attempt", "last_pos", "tokens_out")
 
-    def __init__(self, attempt: int, tokens_out: int) -> None:
+    def __init__(self, attempt: int, tokens_out: int, last_pos: int) -> None:
         self.attempt = attempt
         self.tokens_out = tokens_out
+        self.last_pos = last_pos
+        """Position of the last record that concerns it: what its end is a consequence of."""
 
 
 class ExecutorActor(ThreadedActor):
@@ -157,7 +160,6 @@ class ExecutorActor(ThreadedActor):
     # ---- serving
 
     def _submit(self, submit: port.Submit) -> None:
-        self._in_flight[submit.request_id] = _InFlight(submit.attempt, len(submit.output_token_ids))
         accepted = ev.ExecutorAccepted(
             request_id=submit.request_id,
             executor=self._name,
@@ -168,7 +170,8 @@ class ExecutorActor(ThreadedActor):
             priority=submit.priority,
             deadline_ns=submit.deadline_ns,
         )
-        self.record(accepted, correlation=submit.request_id)
+        pos = self.record(accepted, correlation=submit.request_id).meta.pos
+        self._in_flight[submit.request_id] = _InFlight(submit.attempt, len(submit.output_token_ids), pos)
         self._driver.send(submit)
 
     def _cancel(self, cancel: CancelInEngine) -> None:
@@ -203,6 +206,7 @@ class ExecutorActor(ThreadedActor):
                 continue
             produced.append(ev.ProducedRow(row.request_id, row.attempt, flight.tokens_out, row.token_ids))
             flight.tokens_out += len(row.token_ids)
+            flight.last_pos = cause
             tokens = TokensProduced(
                 attempt=row.attempt,
                 token_ids=row.token_ids,
@@ -228,7 +232,7 @@ class ExecutorActor(ThreadedActor):
             applied = ev.CancelApplied(
                 request_id=news.request_id, executor=self._name, completion_tokens=news.completion_tokens
             )
-            self.record(applied, correlation=news.request_id)
+            flight.last_pos = self.record(applied, correlation=news.request_id, cause=flight.last_pos).meta.pos
         name = request_name(news.request_id)
         if news.text:
             self._directory.tell(name, TokensProduced(attempt=news.attempt, token_ids=(), text=news.text))
@@ -241,7 +245,7 @@ class ExecutorActor(ThreadedActor):
             cached_tokens=news.cached_tokens,
             stop_reason=news.stop_reason if isinstance(news.stop_reason, int) else None,
         )
-        self._directory.tell(name, done)
+        self._directory.tell(name, done, cause=flight.last_pos)
 
     def _failed(self, news: port.Failed) -> None:
         flight = self._take(news.request_id, news.attempt)
@@ -275,25 +279,26 @@ class ExecutorActor(ThreadedActor):
 
     def _engine_exited(self, news: port.EngineExited) -> None:
         in_flight = len(self._in_flight)
-        self.record(
-            ev.EngineExited(executor=self._name, exit_code=news.exit_code, reason=news.reason, in_flight=in_flight)
-        )
-        self._withdraw_capacity(news.reason)
-        self._lose_all("engine_lost", f"the engine process ended: {news.reason}")
+        exited = ev.EngineExited(executor=self._name, exit_code=news.exit_code, reason=news.reason, in_flight=in_flight)
+        pos = self.record(exited).meta.pos
+        self._withdraw_capacity(news.reason, pos)
+        self._lose_all("engine_lost", f"the engine process ended: {news.reason}", pos)
         raise EngineLost(f"the engine of {self._name} ended with {news.exit_code}: {news.reason}")
 
     # ---- parts
 
-    def _withdraw_capacity(self, reason: str) -> None:
+    def _withdraw_capacity(self, reason: str, cause: int = NO_CAUSE) -> None:
         """Tell the deciders that nothing more can run here."""
         now_ns = self._now()
-        self._directory.tell("router", cmd.DropExecutor(now_ns=now_ns, executor=self._name, reason=reason))
-        self._directory.tell("memory", cmd.DropMemoryPool(now_ns=now_ns, executor=self._name))
+        drop = cmd.DropExecutor(now_ns=now_ns, executor=self._name, reason=reason)
+        self._directory.tell("router", drop, cause=cause)
+        self._directory.tell("memory", cmd.DropMemoryPool(now_ns=now_ns, executor=self._name), cause=cause)
         budget = cmd.SetCapacity(now_ns=now_ns, executor=self._name, slots=0, kv_budget_bytes=0)
-        self._directory.tell("admission", budget)
+        self._directory.tell("admission", budget, cause=cause)
 
-    def _lose_all(self, code: str, message: str) -> None:
+    def _lose_all(self, code: str, message: str, cause: int = NO_CAUSE) -> None:
         for request_id, flight in self._in_flight.items():
+            flight.last_pos = flight.last_pos if cause == NO_CAUSE else cause
             self._report_fault(request_id, flight, code, message, lost=True)
         self._in_flight.clear()
 
@@ -306,7 +311,7 @@ class ExecutorActor(ThreadedActor):
             message=message,
             lost=lost,
         )
-        self.record(faulted, correlation=request_id)
+        pos = self.record(faulted, correlation=request_id, cause=flight.last_pos).meta.pos
         failure = cmd.EngineFailure(
             now_ns=self._now(),
             attempt=flight.attempt,
@@ -315,7 +320,7 @@ class ExecutorActor(ThreadedActor):
             lost=lost,
             tokens_out=flight.tokens_out,
         )
-        self._directory.tell(request_name(request_id), failure)
+        self._directory.tell(request_name(request_id), failure, cause=pos)
 
     def _take(self, request_id: str, attempt: int) -> _InFlight | None:
         flight = self._in_flight.get(request_id)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import PurePath
 from typing import Any, Literal, Protocol
 
+from gptoss.actors.dispatcher import Dispatcher
 from gptoss.actors.future import ReplyFuture
 from gptoss.actors.inbox import Letter
 from gptoss.actors.journal import Journal
@@ -38,19 +39,23 @@ class Cancellable(Protocol):
 
 
 class Kernel:
-    """Shared by the cells, supervisors and references of one ``System``. Bound to one event loop and its thread."""
+    """Shared by the cells, supervisors and references of one ``System``. Bound to the running event loop and its thread."""
 
-    def __init__(self, *, name: str, clock: Clock, rng: Rng, journal: Journal, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, *, name: str, clock: Clock, rng: Rng, journal: Journal, dispatcher: Dispatcher) -> None:
         self.name = name
         self.clock = clock
         self.rng = rng
         self.journal = journal
-        self.loop = loop
+        self.loop = asyncio.get_running_loop()
         self.loop_thread = threading.get_ident()
         self.context = contextvars.copy_context()
+        self.dispatcher = dispatcher
+        self.call_turn = dispatcher.bind(self.loop)
+        self.letters_a_turn = dispatcher.letters_a_turn
         self.stopping = False
-        self.timers: set[Cancellable] = set()
-        self.tasks: set[asyncio.Task[Any]] = set()
+        # Dictionaries for their order: what is cancelled first must not depend on where objects lie in memory.
+        self.timers: dict[Cancellable, None] = {}
+        self.tasks: dict[asyncio.Task[Any], None] = {}
         self.on_escalated: list[Callable[[str], object]] = []
 
     # ---- events
@@ -126,8 +131,11 @@ class Kernel:
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Cancel ``task`` with the system, unless it is done by then."""
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.tasks[task] = None
+        task.add_done_callback(self._let_go)
+
+    def _let_go(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.pop(task, None)
 
     async def _contain(self, coro: Coroutine[Any, Any, Any], name: str) -> Any:
         try:

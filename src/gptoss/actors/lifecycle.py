@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from gptoss.actors.decider import Told
+from gptoss.clock import NS_PER_S
 from gptoss.errors import ContextLengthExceeded, GptossError, ModelNotFound, NotReady, RequestError
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
@@ -31,6 +33,8 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase = "new"
     request_id: str = ""
     sampling: SamplingParams = SamplingParams()
+    priority: int = 0
+    deadline_ns: int = 0
     max_model_len: int = 0
     default_max_tokens: int = 0
     prompt_tokens: int = 0
@@ -45,9 +49,16 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lifecycle:
-    """The decisions of one request."""
+    """The decisions of one request.
+
+    Args:
+        queue_timeout_s: how long it may wait for admission, in seconds.
+    """
 
     name = "request"
+
+    def __init__(self, queue_timeout_s: float = 60.0) -> None:
+        self._queue_timeout_ns = int(queue_timeout_s * NS_PER_S)
 
     def initial(self) -> RequestState:
         """Nothing has happened."""
@@ -64,6 +75,47 @@ class Lifecycle:
         """Move through the phases."""
         change = CHANGES.get(type(event))
         return msgspec.structs.replace(state, **change(event)) if change else state
+
+    def tells(self, state: RequestState, event: Event, now_ns: int) -> list[Told]:
+        """Ask the others in turn, and give everything back at the end."""
+        request_id = state.request_id
+        match event:
+            case ev.PromptRendered():
+                estimate = cmd.EstimateMemory(
+                    now_ns=now_ns,
+                    request_id=request_id,
+                    prompt_tokens=event.prompt_tokens,
+                    max_tokens=event.max_tokens,
+                )
+                return [("memory", estimate)]
+            case ev.RequestEstimated():
+                return [("admission", self._admit(state, event, now_ns))]
+            case ev.RequestAdmitted() | ev.AttemptRetried():
+                # A lost executor's route is forgotten by the router itself when the executor leaves.
+                route = cmd.RouteRequest(
+                    now_ns=now_ns, request_id=request_id, kv_bytes=state.kv_bytes, prompt_tokens=state.prompt_tokens
+                )
+                return [("router", route)]
+            case ev.RequestCompleted() | ev.RequestFailed() | ev.RequestCancelled() | ev.RequestRejected():
+                return [
+                    ("router", cmd.ForgetRoute(now_ns=now_ns, request_id=request_id)),
+                    ("memory", cmd.ReleaseMemory(now_ns=now_ns, request_id=request_id)),
+                    ("admission", cmd.WithdrawRequest(now_ns=now_ns, request_id=request_id)),
+                ]
+            case _:
+                return []
+
+    def _admit(self, state: RequestState, event: ev.RequestEstimated, now_ns: int) -> cmd.AdmitRequest:
+        return cmd.AdmitRequest(
+            now_ns=now_ns,
+            request_id=state.request_id,
+            prompt_tokens=state.prompt_tokens,
+            max_tokens=state.max_tokens,
+            kv_bytes=event.kv_bytes,
+            kv_bytes_prompt=event.kv_bytes_prompt,
+            priority=state.priority,
+            deadline_ns=min(state.deadline_ns, now_ns + self._queue_timeout_ns),
+        )
 
 
 # ---------------------------------------------------------------- decisions
@@ -241,6 +293,8 @@ CHANGES: dict[type[Event], Callable[[Any], dict[str, Any]]] = {
     ev.RequestReceived: lambda e: {
         "phase": "rendering",
         "request_id": e.request_id,
+        "priority": e.priority,
+        "deadline_ns": e.deadline_ns,
         "max_model_len": e.max_model_len,
         "default_max_tokens": e.default_max_tokens,
     },

@@ -10,8 +10,8 @@ Rules:
 
 import msgspec
 
-from gptoss.actors.decider import DeciderActor
-from gptoss.actors.directory import Directory, request_name
+from gptoss.actors.decider import Told
+from gptoss.actors.directory import request_name
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.messages import commands as cmd
 from gptoss.messages.commands import Command
@@ -113,6 +113,27 @@ class MemoryGuard:
             case _:
                 return state
 
+    def tells(self, state: GuardState, event: Event, now_ns: int) -> list[Told]:
+        """Answer requests with estimates, and admission with grants."""
+        match event:
+            case MemoryEstimated():
+                ready = cmd.EstimateReady(now_ns=now_ns, kv_bytes=event.kv_bytes, kv_bytes_prompt=event.kv_bytes_prompt)
+                return [(request_name(event.request_id), ready)]
+            case ReservationGranted():
+                return [("admission", cmd.MemoryGranted(now_ns=now_ns, request_id=event.request_id))]
+            case ReservationRefused():
+                refused = cmd.MemoryRefused(
+                    now_ns=now_ns,
+                    request_id=event.request_id,
+                    kv_bytes_free_max=event.kv_bytes_free_max,
+                    pressure=event.pressure,
+                )
+                return [("admission", refused)]
+            case ReservationReleased() | MemoryPoolSet():
+                return [("admission", cmd.MemoryFreed(now_ns=now_ns))]
+            case _:
+                return []
+
 
 def _estimate(state: GuardState, command: cmd.EstimateMemory) -> MemoryEstimated:
     # Executors serve the same model; without one there is nothing to compute and admission refuses as not ready.
@@ -155,40 +176,3 @@ def _observe(state: GuardState, command: cmd.ObserveMemory) -> MemoryObserved:
         kv_bytes_reserved=state.reserved_bytes(command.executor),
         pressure=state.pressure(),
     )
-
-
-class MemoryGuardActor(DeciderActor[GuardState]):
-    """Answers requests with estimates and admission with grants."""
-
-    def __init__(self, directory: Directory) -> None:
-        super().__init__(MemoryGuard())
-        self._directory = directory
-        self.reactions = {
-            MemoryEstimated: self._tell_estimate,
-            ReservationGranted: self._tell_granted,
-            ReservationRefused: self._tell_refused,
-            ReservationReleased: self._tell_freed,
-            MemoryPoolSet: self._tell_freed,
-        }
-
-    def _tell_estimate(self, event: MemoryEstimated) -> None:
-        ready = cmd.EstimateReady(
-            now_ns=self.context.system.now_ns(), kv_bytes=event.kv_bytes, kv_bytes_prompt=event.kv_bytes_prompt
-        )
-        self._directory.tell(request_name(event.request_id), ready)
-
-    def _tell_granted(self, event: ReservationGranted) -> None:
-        granted = cmd.MemoryGranted(now_ns=self.context.system.now_ns(), request_id=event.request_id)
-        self._directory.tell("admission", granted)
-
-    def _tell_refused(self, event: ReservationRefused) -> None:
-        refused = cmd.MemoryRefused(
-            now_ns=self.context.system.now_ns(),
-            request_id=event.request_id,
-            kv_bytes_free_max=event.kv_bytes_free_max,
-            pressure=event.pressure,
-        )
-        self._directory.tell("admission", refused)
-
-    def _tell_freed(self, _: Event) -> None:
-        self._directory.tell("admission", cmd.MemoryFreed(now_ns=self.context.system.now_ns()))

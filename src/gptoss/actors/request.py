@@ -1,15 +1,14 @@
 """One request's actor: carries out what its lifecycle decides, and hands tokens to its consumer.
 
     RequestValidated  -> render the prompt, off the event loop
-    PromptRendered    -> ask the memory guard for an estimate
-    RequestEstimated  -> ask admission
-    RequestAdmitted   -> tell the consumer; ask the router
-    SamplingBound     -> submit to the executor that the router chose
-    AttemptRetried    -> ask the router again; the new attempt goes on after the tokens already delivered
+    PromptRendered    -> keep its token ids as content
+    RequestAdmitted   -> tell the consumer
+    SamplingBound     -> submit to the executor that the router chose, after the tokens already delivered
     CancelRequested   -> tell the executor, if one has the request
-    a terminal event  -> give everything back, tell the consumer, stop
+    a terminal event  -> tell the consumer, stop
 
-Tokens do not pass through the decider: their journal entry is the executor's ``StepCommitted``.
+What the memory guard, admission and the router are told stands in ``Lifecycle.tells``. Tokens do not pass through the
+decider: their journal entry is the executor's ``StepCommitted``.
 """
 
 import hashlib
@@ -70,19 +69,22 @@ class RequestServices(msgspec.Struct, kw_only=True):
 
     Attributes:
         max_model_len: 0 until an executor has loaded the model; the app sets it.
+        lifecycle: decides for each of them.
         hmac_key: keys the prompt hashes in control events.
-        keep_content: record prompt token ids in the content family.
+        keep_content: record prompt token ids and stop strings in the content family; ``keep_text``: the client's
+            messages and the answer too.
     """
 
+    lifecycle: Lifecycle
     directory: Directory
     renderer: Renderer
     served_model: str
     default_max_tokens: int
     request_timeout_s: float
-    queue_timeout_s: float
     hmac_key: bytes
     keep_content: bool
     max_model_len: Callable[[], int]
+    keep_text: bool = False
 
 
 class RequestActor(DeciderActor[RequestState]):
@@ -93,25 +95,23 @@ class RequestActor(DeciderActor[RequestState]):
     def __init__(
         self, request_id: str, request: GenerateRequest, generation: Generation, services: RequestServices
     ) -> None:
-        super().__init__(Lifecycle())
+        super().__init__(services.lifecycle, services.directory)
         self._id = request_id
         self._request = request
         self._generation = generation
         self._services = services
-        self._directory = services.directory
         self._prompt: RenderedPrompt | None = None
         self._grammar = ""
         self._parser: OutputParser | None = None
         self._delivered: list[int] = []
+        self._text: list[str] = []
         self._deadline: Timer | None = None
         self._deadline_ns = 0
         self.reactions = {
             ev.RequestValidated: self._render,
-            ev.PromptRendered: self._estimate,
-            ev.RequestEstimated: self._admit,
-            ev.RequestAdmitted: self._route,
+            ev.PromptRendered: self._keep_prompt,
+            ev.RequestAdmitted: self._tell_admitted,
             ev.SamplingBound: self._submit,
-            ev.AttemptRetried: self._reroute,
             ev.CancelRequested: self._cancel,
             ev.RequestCompleted: self._completed,
             ev.RequestFailed: self._failed,
@@ -168,9 +168,15 @@ class RequestActor(DeciderActor[RequestState]):
     # ---- reactions, in the order of a request's life
 
     def _render(self, _: ev.RequestValidated) -> None:
-        self.context.system.run_task(self._render_off_loop(), name=f"render/{self._id}")
+        if self._services.keep_text:
+            messages, tools = (
+                msgspec.json.encode(part).decode() for part in (self._request.messages, self._request.tools)
+            )
+            received = ev.MessagesReceived(request_id=self._id, messages=messages, tools=tools)
+            self.record(received, correlation=self._id)
+        self.context.system.run_task(self._render_off_loop(self.event_pos), name=f"render/{self._id}")
 
-    async def _render_off_loop(self) -> None:
+    async def _render_off_loop(self, cause: int) -> None:
         system, request = self.context.system, self._request
         seconds = system.clock.wall_ns() / NS_PER_S
         date = datetime.fromtimestamp(seconds, tz=UTC).date().isoformat()
@@ -194,7 +200,7 @@ class RequestActor(DeciderActor[RequestState]):
             unusable = cmd.PromptUnusable(
                 now_ns=system.now_ns(), code=error.code, status=error.status, message=error.message, param=param or ""
             )
-            self.context.ref.tell(unusable, correlation=self._id)
+            self.context.ref.tell(unusable, cause=cause, correlation=self._id)
             return
         self._prompt = prompt
         self._parser = renderer.dialect.parser(
@@ -208,50 +214,22 @@ class RequestActor(DeciderActor[RequestState]):
             date=date,
             grammar_hmac=_keyed_hash(self._services.hmac_key, self._grammar) if self._grammar else "",
         )
-        self.context.ref.tell(ready, correlation=self._id)
+        self.context.ref.tell(ready, cause=cause, correlation=self._id)
 
-    def _estimate(self, event: ev.PromptRendered) -> None:
+    def _keep_prompt(self, _: ev.PromptRendered) -> None:
         assert self._prompt is not None
         if self._services.keep_content:
-            tokens = ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids, grammar=self._grammar)
-            self.record(tokens, correlation=self._id)
-        estimate = cmd.EstimateMemory(
-            now_ns=self._now(), request_id=self._id, prompt_tokens=event.prompt_tokens, max_tokens=event.max_tokens
-        )
-        self._directory.tell("memory", estimate)
+            given = ev.PromptTokens(
+                request_id=self._id,
+                token_ids=self._prompt.token_ids,
+                stop=self._request.sampling.stop,
+                grammar=self._grammar,
+            )
+            self.record(given, correlation=self._id)
 
-    def _admit(self, event: ev.RequestEstimated) -> None:
-        now_ns = self._now()
-        queue_deadline_ns = now_ns + int(self._services.queue_timeout_s * NS_PER_S)
-        admit = cmd.AdmitRequest(
-            now_ns=now_ns,
-            request_id=self._id,
-            prompt_tokens=self.state.prompt_tokens,
-            max_tokens=self.state.max_tokens,
-            kv_bytes=event.kv_bytes,
-            kv_bytes_prompt=event.kv_bytes_prompt,
-            priority=self._request.priority,
-            deadline_ns=min(self._deadline_ns, queue_deadline_ns),
-        )
-        self._directory.tell("admission", admit)
-
-    def _route(self, event: ev.RequestAdmitted) -> None:
+    def _tell_admitted(self, event: ev.RequestAdmitted) -> None:
         self._generation.prompt_tokens = self.state.prompt_tokens
         self._generation.put_admitted(event.max_tokens)
-        self._ask_router()
-
-    def _reroute(self, _: ev.AttemptRetried) -> None:
-        # The lost executor's route is forgotten by the router itself when the executor leaves.
-        self._ask_router()
-
-    def _ask_router(self) -> None:
-        route = cmd.RouteRequest(
-            now_ns=self._now(),
-            request_id=self._id,
-            kv_bytes=self.state.kv_bytes,
-            prompt_tokens=self.state.prompt_tokens,
-        )
-        self._directory.tell("router", route)
 
     def _submit(self, event: ev.SamplingBound) -> None:
         assert self._prompt is not None
@@ -265,7 +243,7 @@ class RequestActor(DeciderActor[RequestState]):
             deadline_ns=self._deadline_ns,
             grammar=self._grammar,
         )
-        if self._directory.tell(executor_name(self.state.executor), submit):
+        if self.directory.tell(executor_name(self.state.executor), submit, cause=self.event_pos):
             return
         lost = cmd.EngineFailure(
             now_ns=self._now(),
@@ -275,7 +253,7 @@ class RequestActor(DeciderActor[RequestState]):
             lost=True,
             tokens_out=len(self._delivered),
         )
-        self.context.ref.tell(lost, correlation=self._id)
+        self.context.ref.tell(lost, cause=self.event_pos, correlation=self._id)
 
     def _deliver(self, tokens: TokensProduced) -> None:
         if self.state.phase != "running" or tokens.attempt != self.state.attempt:
@@ -284,6 +262,8 @@ class RequestActor(DeciderActor[RequestState]):
             seen = cmd.FirstTokenSeen(now_ns=self._now(), attempt=tokens.attempt)
             super().on_receive(seen)
         self._delivered.extend(tokens.token_ids)
+        if self._services.keep_text:
+            self._text.append(tokens.text)
         parts: list[Part] = []
         if self._parser:
             for token_id, text in tokens.pieces():
@@ -303,7 +283,8 @@ class RequestActor(DeciderActor[RequestState]):
     def _cancel(self, _: ev.CancelRequested) -> None:
         if self.state.phase == "running":
             # On the same lane as the Submit, so that it cannot overtake it and be lost.
-            self._directory.tell(executor_name(self.state.executor), CancelInEngine(request_id=self._id))
+            cancel = CancelInEngine(request_id=self._id)
+            self.directory.tell(executor_name(self.state.executor), cancel, cause=self.event_pos)
 
     # ---- terminal events
 
@@ -338,10 +319,9 @@ class RequestActor(DeciderActor[RequestState]):
         return Usage(prompt_tokens=self.state.prompt_tokens, completion_tokens=completion_tokens)
 
     def _finish_with(self, outcome: Outcome) -> None:
-        now_ns = self._now()
-        self._directory.tell("router", cmd.ForgetRoute(now_ns=now_ns, request_id=self._id))
-        self._directory.tell("memory", cmd.ReleaseMemory(now_ns=now_ns, request_id=self._id))
-        self._directory.tell("admission", cmd.WithdrawRequest(now_ns=now_ns, request_id=self._id))
+        if self._text:
+            answer = ev.AnswerDelivered(request_id=self._id, text="".join(self._text))
+            self.record(answer, correlation=self._id)
         self._generation.end(outcome)
         self.stop()
 

@@ -7,8 +7,8 @@ deadline bounds that wait.
 
 import msgspec
 
-from gptoss.actors.decider import DeciderActor
-from gptoss.actors.directory import Directory, request_name
+from gptoss.actors.decider import Told
+from gptoss.actors.directory import request_name
 from gptoss.messages import commands as cmd
 from gptoss.messages.commands import Command
 from gptoss.messages.envelope import Event
@@ -81,6 +81,16 @@ class Router:
             case _:
                 return state
 
+    def tells(self, state: RouterState, event: Event, now_ns: int) -> list[Told]:
+        """Tell the memory guard where a reservation is, and the request where it runs."""
+        if not isinstance(event, RouteDecided) or not event.executor:
+            return []
+        request_id, executor = event.request_id, event.executor
+        return [
+            ("memory", cmd.BindMemory(now_ns=now_ns, request_id=request_id, executor=executor)),
+            (request_name(request_id), cmd.RouteFound(now_ns=now_ns, executor=executor)),
+        ]
+
     def _route_waiting(self, state: RouterState) -> list[Event]:
         events: list[Event] = []
         for request_id, route in state.routes.items():
@@ -118,20 +128,3 @@ def _candidate(state: RouterState, name: str, request_id: str) -> RouteCandidate
         kv_bytes_free=view.kv_budget_bytes - kv_bound,
         score=round(len(bound) / max(1, view.slots) + kv_share, 6),
     )
-
-
-class RouterActor(DeciderActor[RouterState]):
-    """Tells each request where it runs, and the memory guard where its reservation is."""
-
-    def __init__(self, directory: Directory) -> None:
-        super().__init__(Router())
-        self._directory = directory
-        self.reactions = {RouteDecided: self._tell_route}
-
-    def _tell_route(self, event: RouteDecided) -> None:
-        if not event.executor:
-            return
-        now_ns = self.context.system.now_ns()
-        bind = cmd.BindMemory(now_ns=now_ns, request_id=event.request_id, executor=event.executor)
-        self._directory.tell("memory", bind)
-        self._directory.tell(request_name(event.request_id), cmd.RouteFound(now_ns=now_ns, executor=event.executor))

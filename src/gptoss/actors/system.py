@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from gptoss.actors.cell import Cell, Incarnation
+from gptoss.actors.dispatcher import Dispatcher, LiveDispatcher
 from gptoss.actors.inbox import MailboxSpec
 from gptoss.actors.journal import Journal
 from gptoss.actors.kernel import Kernel
@@ -59,14 +60,14 @@ class Timer:
     def arm(self, delay_s: float) -> None:
         """Start counting, on the loop."""
         if not (self.cancelled or self._kernel.stopping):
-            self._kernel.timers.add(self)
+            self._kernel.timers[self] = None
             self._arm_at(self._kernel.loop.time() + delay_s)
 
     def _arm_at(self, when_s: float) -> None:
         self.handle = self._kernel.loop.call_at(when_s, self._fire, when_s, context=self._kernel.context)
 
     def _disarm(self) -> None:
-        self._kernel.timers.discard(self)
+        self._kernel.timers.pop(self, None)
         if self.handle is not None:
             self.handle.cancel()
 
@@ -77,11 +78,11 @@ class Timer:
             message = self._factory()
         except Exception as error:  # noqa: BLE001 - the edge of a timer: its failure is an event
             self._kernel.fail(self._ref.name, "timer", error, incarnation=self._ref.incarnation)
-            self._kernel.timers.discard(self)
+            self._kernel.timers.pop(self, None)
             return
         self._ref.tell(message)
         if self._period_s is None or not self._ref.is_alive:
-            self._kernel.timers.discard(self)
+            self._kernel.timers.pop(self, None)
         else:  # a loop that fell behind skips beats instead of sending a burst
             self._arm_at(max(when_s + self._period_s, self._kernel.loop.time()))
 
@@ -89,17 +90,27 @@ class Timer:
 class System:
     """Actors that live and end together."""
 
-    def __init__(self, *, name: str, clock: Clock, ids: IdSource, rng: Rng, journal: Journal) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        clock: Clock,
+        ids: IdSource,
+        rng: Rng,
+        journal: Journal,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
         self.name = name
         self.clock = clock
         self.ids = ids
         self.rng = rng
         self.journal = journal
+        self._dispatcher = dispatcher or LiveDispatcher()
         self._kernel: Kernel | None = None
         self._root: Supervisor | None = None
         self._cells: dict[str, Cell] = {}
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix=name)
-        self._in_threads: set[asyncio.Future[Any]] = set()
+        self._in_threads: dict[asyncio.Future[Any], None] = {}
         self._stopping: asyncio.Task[None] | None = None
 
     # ---- life
@@ -112,8 +123,9 @@ class System:
         """
         if self._kernel is not None:
             raise ActorError(f"system {self.name!r} was started before; make a new one")
-        loop = asyncio.get_running_loop()
-        self._kernel = Kernel(name=self.name, clock=self.clock, rng=self.rng, journal=self.journal, loop=loop)
+        self._kernel = Kernel(
+            name=self.name, clock=self.clock, rng=self.rng, journal=self.journal, dispatcher=self._dispatcher
+        )
         self._root = Supervisor(self._kernel, "root", Supervision())
 
     async def stop(self, timeout_s: float = 10.0) -> None:
@@ -144,7 +156,7 @@ class System:
             timer.cancel()
         for cell in reversed(tuple(self._cells.values())):
             await cell.stop(max(0.0, deadline_s - kernel.loop.time()))
-        for task in kernel.tasks:
+        for task in tuple(kernel.tasks):
             task.cancel()
         open_work = {*kernel.tasks, *self._in_threads}
         if open_work:
@@ -223,9 +235,11 @@ class System:
         """Run a blocking function on one of a few threads and return what it returns."""
         kernel = self._running()
         work = kernel.loop.run_in_executor(self._pool, function, *args)
-        self._in_threads.add(work)
-        work.add_done_callback(self._in_threads.discard)
-        return await work
+        self._in_threads[work] = None
+        try:
+            return await work
+        finally:
+            self._in_threads.pop(work, None)
 
     def send_after(self, delay_s: float, ref: Ref[Any], message_factory: Callable[[], Any]) -> Timer:
         """Tell ``ref`` what ``message_factory`` returns at that time, once; from any thread."""

@@ -55,7 +55,7 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "data_dir": ("DIR", "Journal and node key; by default the user's data folder."),
         "cache_dir": ("DIR", "Prepared models; by default the user's cache folder."),
         "journal": ("", "Keep the event log on disk, or only in memory."),
-        "content": ("", "Whether the log keeps token ids, which a replay needs."),
+        "content": ("", "What the log keeps of requests: tokens, which a replay of them needs, text too, or none."),
         "journal_segment_mb": ("MB", "Size of one segment file."),
         "journal_retention_mb": ("MB", "Size at which the oldest events are forgotten."),
         "content_retention_mb": ("MB", "The same for token ids."),

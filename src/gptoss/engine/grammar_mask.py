@@ -23,6 +23,9 @@ from gptoss.engine.grammar import parser_limits
 from gptoss.engine.token_text import TokenText
 from gptoss.errors import EngineError
 
+# pyright: reportUnknownMemberType=false
+# torch is only partly typed.
+
 COMPILED_MAX = 64
 SPECIAL_PREFIX = b"\xff"
 """How the library tells special tokens from text: no UTF-8 begins like this."""

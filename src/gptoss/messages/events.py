@@ -626,13 +626,24 @@ class ClientDisconnected(Event, frozen=True, kw_only=True):
 # ---------------------------------------------------------------- content family
 
 
+class MessagesReceived(Event, frozen=True, kw_only=True):
+    """Content: what the client wrote, as JSON; recorded only where the setting ``content`` is ``full``."""
+
+    FAMILY: ClassVar[Family] = "content"
+
+    request_id: str
+    messages: str
+    tools: str = "[]"
+
+
 class PromptTokens(Event, frozen=True, kw_only=True):
-    """Content: the token ids of a prompt, and the grammar that binds its answer."""
+    """Content: what the engine was given besides ``SamplingBound``: prompt, stop strings, the grammar of the answer."""
 
     FAMILY: ClassVar[Family] = "content"
 
     request_id: str
     token_ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()
     grammar: str = ""
 
 
@@ -653,6 +664,48 @@ class StepTokens(Event, frozen=True, kw_only=True):
     executor: str
     step: int
     rows: tuple[ProducedRow, ...]
+
+
+class AnswerDelivered(Event, frozen=True, kw_only=True):
+    """Content: the text that the client got, up to the request's end; only where ``content`` is ``full``."""
+
+    FAMILY: ClassVar[Family] = "content"
+
+    request_id: str
+    text: str
+
+
+class PromptHashed(Event, frozen=True, kw_only=True):
+    """Content of a redacted bundle: a keyed hash in place of a prompt's tokens and stop strings."""
+
+    FAMILY: ClassVar[Family] = "content"
+
+    request_id: str
+    num_tokens: int
+    hmac: str
+
+
+class HashedRow(msgspec.Struct, frozen=True, array_like=True):
+    """``ProducedRow`` without its tokens. ``hmac`` is of the prompt and the whole output up to this row's end.
+
+    So equal hashes mean equal tokens from the very beginning, and a token that comes again shows nowhere.
+    """
+
+    request_id: str
+    attempt: int
+    position: int
+    num_tokens: int
+    hmac: str
+
+
+class StepHashed(Event, frozen=True, kw_only=True):
+    """Content of a redacted bundle: keyed hashes in place of the tokens that one step produced."""
+
+    FAMILY: ClassVar[Family] = "content"
+
+    executor: str
+    step: int
+    rows: tuple[HashedRow, ...]
 
 
 TERMINAL_EVENTS: tuple[type[Event], ...] = (RequestCompleted, RequestFailed, RequestCancelled, RequestRejected)

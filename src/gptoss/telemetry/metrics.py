@@ -15,11 +15,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from gptoss.clock import NS_PER_MS, NS_PER_S
+from gptoss.errors import AbortedByCrash
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.executor_view import ExecutorBook, ExecutorView
 from gptoss.telemetry.metric_families import Counter, Family, FamilyCollector, Gauge, Histogram, Labels
-from gptoss.telemetry.request_view import RequestBook, RequestView
+from gptoss.telemetry.request_view import RequestBook, RequestView, is_crash_end
 
 CONTENT_TYPE_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 CONTENT_TYPE_OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
@@ -156,6 +157,9 @@ class Metrics:
             families.exits.add((event.executor,))
         elif isinstance(event, ev.Preempted):
             families.preemptions.add(self._vllm(event.executor))
+        elif is_crash_end(event):
+            # A request of the boot before this one, whose counters died with it: its end is counted here or nowhere.
+            families.ends.add(("failed", AbortedByCrash.code))
 
     def _fold_gauges(self, event: Event) -> None:
         """Bring up to date what the record may have moved; most records move nothing."""

@@ -1,7 +1,8 @@
 """All records that a request's timeline is made of.
 
 A request's own records name it in their correlation; the steps that produced its tokens concern many requests and are
-added from the streams of the executors that ran it. Clients may use an id again: the newest boot that knows it counts.
+added from the streams of the executors that ran it. Clients may use an id again: the newest boot that received it
+counts. When that boot crashed, the request's end stands in a later one.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Protocol
 
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
+from gptoss.telemetry.request_view import is_crash_end
 
 
 class RecordSource(Protocol):
@@ -35,7 +37,8 @@ def request_records(source: RecordSource, request_id: str) -> list[Record]:
     everywhere = list(source.read(correlation=request_id))
     if not everywhere:
         return []
-    boot = everywhere[-1].meta.boot
+    boots = [record.meta.boot for record in everywhere if isinstance(record.event, ev.RequestReceived)]
+    boot = (boots or [everywhere[-1].meta.boot])[-1]
     by_pos = {record.meta.pos: record for record in everywhere if record.meta.boot == boot}
     first, last = min(by_pos), max(by_pos)
     for stream in {record.meta.stream for record in by_pos.values() if isinstance(record.event, ev.ExecutorAccepted)}:
@@ -44,7 +47,13 @@ def request_records(source: RecordSource, request_id: str) -> list[Record]:
                 break
             if isinstance(record.event, ev.StepCommitted) and _has_part(request_id, record.event):
                 by_pos[record.meta.pos] = record
-    return [by_pos[pos] for pos in sorted(by_pos)]
+    return [*(by_pos[pos] for pos in sorted(by_pos)), *_crash_end(everywhere, boot)]
+
+
+def _crash_end(everywhere: list[Record], boot: str) -> list[Record]:
+    """The end of a request that ``boot`` left open, as a later boot recorded it."""
+    newest = max(index for index, record in enumerate(everywhere) if record.meta.boot == boot)
+    return [record for record in everywhere[newest + 1 :] if is_crash_end(record.event)][:1]
 
 
 def _has_part(request_id: str, step: ev.StepCommitted) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from gptoss.errors import AbortedByCrash
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
 
@@ -101,6 +102,11 @@ def _between(start_ns: int | None, end_ns: int | None) -> int | None:
 def request_id_of(record: Record) -> str:
     """The request that a record is about, or empty."""
     return record.meta.correlation or getattr(record.event, "request_id", "")
+
+
+def is_crash_end(event: Event) -> bool:
+    """Whether it is the terminal event of a request that an earlier boot left unfinished."""
+    return isinstance(event, ev.RequestFailed) and event.code == AbortedByCrash.code
 
 
 @dataclass(slots=True)

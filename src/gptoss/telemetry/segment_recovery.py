@@ -4,21 +4,23 @@ Rules:
 - A torn tail is cut only if nothing valid follows it. Anything else is corruption: the file is moved aside under its
   own name with ``.corrupt`` behind it, bytes untouched, and reported; readers raise when they come to it.
 - Only segments without a seal are read through. Sealed ones are believed until they are read.
-- A boot whose last control segment was not closed in order was aborted. It is reported at every start until a later
-  boot has recorded ``RunsAborted`` for it, oldest boot first.
+- A boot whose last control segment was not closed in order was aborted. It is reported at every start, oldest boot
+  first, until a later boot has recorded ``RunsAborted`` for it and, because of that, the end of each of its requests.
 """
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from gptoss.errors import JournalCorrupt
+from gptoss.actors.directory import request_name
+from gptoss.actors.journal import Journal
+from gptoss.errors import AbortedByCrash, JournalCorrupt
+from gptoss.messages import events as ev
 from gptoss.messages.codec import decode_event
-from gptoss.messages.envelope import Stored
-from gptoss.messages.events import TERMINAL_EVENTS, RequestReceived, RunsAborted
+from gptoss.messages.envelope import Origin, Stored
 from gptoss.telemetry.segment_file import (
     QUARANTINE_SUFFIX,
     Ending,
@@ -32,7 +34,9 @@ from gptoss.telemetry.segment_file import (
 )
 from gptoss.telemetry.segment_writer import sync_folder
 
-_TERMINAL = frozenset(event.__name__ for event in TERMINAL_EVENTS)
+CRASH_MESSAGE = "the server process ended before the request did"
+
+_TERMINAL = frozenset(event.__name__ for event in ev.TERMINAL_EVENTS)
 
 
 class TornTail(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +55,7 @@ class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AbortedBoot(msgspec.Struct, frozen=True, kw_only=True):
-    """A boot that did not stop in order, and the requests of it that never ended."""
+    """A boot that did not stop in order, and the requests of it whose end is not recorded yet."""
 
     boot: str
     request_ids: tuple[str, ...]
@@ -61,7 +65,7 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     """What was found and done at start.
 
     Attributes:
-        aborted: oldest first; record a ``RunsAborted`` for each in this order, those without requests included.
+        aborted: oldest first, those without requests included; see ``record_aborted``.
     """
 
     torn: tuple[TornTail, ...] = ()
@@ -130,22 +134,40 @@ def _seal_recovered(scan: SegmentScan) -> None:
         os.fsync(file.fileno())
 
 
+def record_aborted(journal: Journal, aborted: Iterable[AbortedBoot]) -> None:
+    """Give every request that a crash cut off its one terminal event, and tell of the boots that crashed.
+
+    The order makes a crash in the middle of it harmless: what is not told yet is found again at the next start.
+
+    Args:
+        journal: of the new boot, before its first request.
+        aborted: oldest first, as ``recover`` found them.
+    """
+    for boot in aborted:
+        told = ev.RunsAborted(boot=boot.boot, request_ids=boot.request_ids)
+        cause = journal.append(told, Origin(stream="system", actor="app")).meta.pos
+        for request_id in boot.request_ids:
+            origin = Origin(stream=request_name(request_id), cause=cause, correlation=request_id, actor="app")
+            journal.append(ev.RequestFailed(code=AbortedByCrash.code, message=CRASH_MESSAGE), origin)
+
+
 def _aborted_boots(segments: Sequence[Segment]) -> tuple[AbortedBoot, ...]:
     by_boot: dict[int, list[Segment]] = defaultdict(list)
     for segment in segments:
         if segment.family == "control":
             by_boot[segment.ordinal].append(segment)
     aborted: list[AbortedBoot] = []
-    settled: set[str] = set()
+    untold: dict[str, tuple[str, ...]] = {}
     for ordinal in sorted(by_boot, reverse=True):
         last = by_boot[ordinal][-1]
         try:
             with SegmentScan(last.path) as scan:
                 boot, footer = scan.header.boot, scan.read_footer()
-                if boot in settled or (footer is not None and footer.ending is Ending.CLOSED):
+                if untold.get(boot) == () or (footer is not None and footer.ending is Ending.CLOSED):
                     break
-                aborted.append(AbortedBoot(boot=boot, request_ids=_unfinished(last, scan)))
-            settled |= _settled_boots(by_boot[ordinal])
+                request_ids = untold.get(boot)
+                aborted.append(AbortedBoot(boot=boot, request_ids=request_ids or _unfinished(last, scan)))
+            untold = _untold_ends(by_boot[ordinal]) | untold  # What a newer boot says counts.
         except JournalCorrupt:
             continue  # Quarantined before its first frame: which requests ran in it is not known any more.
     return tuple(reversed(aborted))
@@ -155,24 +177,32 @@ def _unfinished(last: Segment, scan: SegmentScan) -> tuple[str, ...]:
     running = dict.fromkeys(scan.header.open_requests)
     for stored in _prefix(last, scan):
         meta = stored.meta
-        if meta.type == RequestReceived.__name__:
+        if meta.type == ev.RequestReceived.__name__:
             running[meta.correlation] = None
         elif meta.type in _TERMINAL:
             running.pop(meta.correlation, None)
     return tuple(running)
 
 
-def _settled_boots(segments: Sequence[Segment]) -> set[str]:
-    """Boots for which this boot recorded ``RunsAborted``; that happens at its start, in its first segment."""
-    first = segments[0]
-    settled: set[str] = set()
-    with SegmentScan(first.path) as scan:
-        for stored in _prefix(first, scan):
-            if stored.meta.type == RunsAborted.__name__:
-                event = decode_event(stored)
-                if isinstance(event, RunsAborted):
-                    settled.add(event.boot)
-    return settled
+def _untold_ends(segments: Sequence[Segment]) -> dict[str, tuple[str, ...]]:
+    """For each boot that this boot recorded ``RunsAborted`` of: its requests whose end it did not come to record.
+
+    That happens at its start, so the first segment is enough unless the telling went on in the next.
+    """
+    boots: dict[int, tuple[str, dict[str, None]]] = {}
+    for segment in segments:
+        with SegmentScan(segment.path) as scan:
+            for stored in _prefix(segment, scan):
+                meta = stored.meta
+                if meta.type == ev.RunsAborted.__name__:
+                    event = decode_event(stored)
+                    assert isinstance(event, ev.RunsAborted)
+                    boots[meta.pos] = (event.boot, dict.fromkeys(event.request_ids))
+                elif meta.cause in boots and meta.type == ev.RequestFailed.__name__:
+                    boots[meta.cause][1].pop(meta.correlation, None)
+        if not any(untold for _, untold in boots.values()):
+            break
+    return {boot: tuple(untold) for boot, untold in boots.values()}
 
 
 def _prefix(segment: Segment, scan: SegmentScan) -> list[Stored]:

@@ -9,7 +9,7 @@ from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.logs import LEVELS, log_line
-from gptoss.telemetry.request_view import RequestView
+from gptoss.telemetry.request_view import RequestView, is_crash_end
 
 SAMPLES_MAX = 1024
 ERRORS_MAX = 100
@@ -109,6 +109,8 @@ class ServerView:
             self.faults["engine_exits"] += 1
         elif isinstance(event, ev.ActorRestarted):
             self.faults["actor_restarts"] += 1
+        elif is_crash_end(event):
+            self.faults["aborted_by_crash"] += 1
 
     def _fold_request(self, record: Record, request: RequestView) -> None:
         if isinstance(record.event, ev.RequestReceived):

@@ -15,7 +15,7 @@ from gptoss.clock import NS_PER_MS
 from gptoss.errors import RequestNotFound
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Record
-from gptoss.telemetry.request_view import request_id_of
+from gptoss.telemetry.request_view import is_crash_end, request_id_of
 from gptoss.telemetry.timeline_phases import ONCE, PHASES, many
 
 CANCEL_STEPS_MAX = 2
@@ -70,13 +70,17 @@ def timeline(records: Iterable[Record], request_id: str = "") -> Timeline:
         RequestNotFound: the records do not hold the request's ``RequestReceived``.
     """
     builder: _Builder | None = None
+    boot = ""
     for record in records:
         event = record.event
         if isinstance(event, ev.RequestReceived) and event.request_id == (request_id or event.request_id):
             builder = _Builder(record.meta.mono_ns, event)
-            request_id = event.request_id
+            request_id, boot = event.request_id, record.meta.boot
         elif builder is None:
             continue
+        elif record.meta.boot != boot:
+            if is_crash_end(event) and request_id_of(record) == builder.request_id:
+                builder.end_by_crash(record)
         elif isinstance(event, ev.StepCommitted):
             builder.step(record.meta.mono_ns, event)
         elif request_id_of(record) == builder.request_id:
@@ -114,13 +118,17 @@ class _Builder:
         detail = f"{many(received.num_messages, 'message')}, {'streamed' if received.stream else 'not streamed'}"
         self._mark("received", 0.0, detail)
 
-    def add(self, record: Record) -> None:
+    def end_by_crash(self, record: Record) -> None:
+        """The end, told by a later boot whose times do not compare: the life ends with its last record."""
+        self.add(record, at_ms=self._total_ms)
+
+    def add(self, record: Record, *, at_ms: float | None = None) -> None:
         """A record that names this request; what is no milestone of it is passed over."""
         event = record.event
         entry = PHASES.get(type(event))
         if entry is None:
             return
-        at_ms = self._at_ms(record.meta.mono_ns)
+        at_ms = self._at_ms(record.meta.mono_ns) if at_ms is None else at_ms
         name, is_mark, detail = entry
         if isinstance(event, ev.RequestRouted | ev.ExecutorAccepted):
             self._attempt = event.attempt
@@ -243,15 +251,19 @@ def check_complete(records: Iterable[Record], request_id: str = "") -> list[str]
         arrivals = (record.event for record in everything if isinstance(record.event, ev.RequestReceived))
         request_id = next((event.request_id for event in arrivals), "")
     own = _newest_life([record for record in everything if request_id and request_id_of(record) == request_id])
-    begin = own[0].meta.pos if own else 0
+    begin = own[0].meta if own else None
     steps = [
         (record.meta.pos, row.tokens)
         for record in everything
-        if isinstance(record.event, ev.StepCommitted) and record.meta.pos >= begin
+        if isinstance(record.event, ev.StepCommitted) and begin is not None
+        if record.meta.boot == begin.boot and record.meta.pos >= begin.pos
         for row in record.event.rows
         if row.request_id == request_id and row.tokens
     ]
-    return [*_check_ends(own), *_check_order(own), *_check_ledgers(own), *_check_tokens(own, steps)]
+    problems = [*_check_ends(own), *_check_order(own)]
+    if own and is_crash_end(own[-1].event):
+        return problems  # What it held went with the process.
+    return [*problems, *_check_ledgers(own), *_check_tokens(own, steps)]
 
 
 def _newest_life(own: list[Record]) -> list[Record]:
@@ -280,7 +292,7 @@ def _check_ends(own: list[Record]) -> list[str]:
 def _check_order(own: list[Record]) -> list[str]:
     """The request's own stream has no gap, begins with its arrival and makes no progress after its end."""
     received = _of(own, ev.RequestReceived)
-    stream = [record for record in own if received and record.meta.stream == received[0].meta.stream]
+    stream = [record for record in own if received and _place(record) == _place(received[0])]
     problems = [
         f"seq {record.meta.seq} of {record.meta.stream} stands where {expected} should"
         for expected, record in enumerate(stream, start=stream[0].meta.seq if stream else 0)
@@ -291,6 +303,11 @@ def _check_order(own: list[Record]) -> list[str]:
         late = [record for record in _of(stream, *_PROGRESS) if record.meta.pos > terminal_pos]
         problems += [f"{record.meta.type} comes after the end" for record in late]
     return problems
+
+
+def _place(record: Record) -> tuple[str, str]:
+    """Where ``seq`` counts."""
+    return record.meta.boot, record.meta.stream
 
 
 def _check_ledgers(own: list[Record]) -> list[str]:

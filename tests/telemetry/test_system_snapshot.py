@@ -1,13 +1,13 @@
-"""The system's debug bundle."""
+"""The snapshot of a whole system."""
 
 import json
 from typing import TYPE_CHECKING
 
 from gptoss.actors.journal import JournalHealth
 from gptoss.config import Settings
-from gptoss.telemetry.bundle import system_snapshot, without_secrets
 from gptoss.telemetry.metrics import Metrics
 from gptoss.telemetry.projection import Projection
+from gptoss.telemetry.system_snapshot import system_snapshot, without_secrets
 
 if TYPE_CHECKING:
     from telemetry.conftest import Script

@@ -1,4 +1,4 @@
-"""The system's debug bundle: one JSON document that says what this server is and how it does.
+"""The snapshot of a system: one JSON document that says what this server is and how it does.
 
 Everything in it comes from the projection, the metrics and the journal's health; it holds no prompt, no output and no
 secret: settings whose name speaks of one are masked, and credentials inside URLs are cut out.
@@ -26,7 +26,7 @@ _URL_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 def system_snapshot(
     *, projection: Projection, metrics: Metrics, settings: Settings, journal: JournalHealth, now_ns: int
 ) -> dict[str, Any]:
-    """The document for ``GET /admin/debug/bundle``; JSON types only.
+    """The document for ``GET /admin/debug/bundle?format=json``; JSON types only.
 
     Args:
         projection: folded up to now.

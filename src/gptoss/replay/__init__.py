@@ -1,0 +1,1 @@
+"""Running a recording again: its decisions, its tokens, and what another policy would have done."""
