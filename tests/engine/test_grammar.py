@@ -63,7 +63,7 @@ def json_grammar(schema: dict[str, Any]) -> str:
 
 
 def bound(grammar: str, prompt: tuple[int, ...] = (72, 105), **changes: Any) -> Submit:
-    params = {"max_tokens": 160, "temperature": 1.5, "seed": 1, **changes}
+    params: dict[str, Any] = {"max_tokens": 160, "temperature": 1.5, "seed": 1, **changes}
     output = params.pop("output", ())
     return Submit(
         request_id="r",
@@ -315,6 +315,7 @@ TOOLS: tuple[dict[str, Any], ...] = tuple(
     }
     for name in ("f", "g")
 )
+# pyright: reportUnknownMemberType=false
 SPECIAL = ["<|end|>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"]
 
 

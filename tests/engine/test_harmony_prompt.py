@@ -71,7 +71,8 @@ def assistant(content: str, reasoning: str | None = None) -> ChatMessage:
 
 
 def written(renderer: TokenizerRenderer, *messages: ChatMessage, **options: Any) -> str:
-    ids = renderer.render_chat(messages, **{"tools": (), "date": DATE, **options}).token_ids
+    asked: dict[str, Any] = {"tools": (), "date": DATE, **options}
+    ids = renderer.render_chat(messages, **asked).token_ids
     return renderer.tokenizer.decode(ids, skip_special_tokens=False)
 
 

@@ -4,13 +4,12 @@ Rules:
 - The state of a grammar is a function of the tokens of the output alone. A request that goes on elsewhere pushes them
   again and is where it was.
 - An end token is allowed exactly where the answer is complete; once nothing else is, the answer is over without one.
-- The vocabulary is prepared once, on a thread of its own, when the first such request comes or the engine has loaded; the
-  compiled grammars are kept, and a request takes a copy.
+- The vocabulary is prepared once, while the engine loads: the library holds the interpreter's lock for all of that time.
+  Compiled grammars are kept, and a request takes a copy.
 - A grammar that reaches its bounds while it runs raises: that request fails, no other.
 """
 
 import functools
-import threading
 from typing import Any
 
 import numpy as np
@@ -44,17 +43,14 @@ class GrammarMasks:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_ids = [token_id for token_id in end_ids if token_id < vocab_size]
-        self._lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._compiled = functools.lru_cache(maxsize=COMPILED_MAX)(self._compile)
 
     def prepare(self) -> None:
-        """Build what all grammars share; seconds for a large vocabulary. May run on another thread."""
-        with self._lock:
-            if self._vocabulary is None and self._end_ids:
-                words = _Vocabulary(self._tokenizer, self._vocab_size, self._end_ids[0])
-                wrapped = TokenizerWrapper(words)
-                self._vocabulary = LLTokenizer(wrapped, n_vocab=self._vocab_size, eos_token=self._end_ids)
+        """Build what all grammars share, unless it is there; seconds for a large vocabulary."""
+        if self._vocabulary is None and self._end_ids:
+            words = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._end_ids[0]))
+            self._vocabulary = LLTokenizer(words, n_vocab=self._vocab_size, eos_token=self._end_ids)
 
     def mask(self, grammar: str, device: torch.device) -> "GrammarMask":
         """The mask of an answer that has not begun.

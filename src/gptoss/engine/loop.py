@@ -10,7 +10,6 @@ Rules:
 
 import os
 import queue
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +62,8 @@ def serve(
         emit(LoadFailed(code=error.code, message=error.message))
         return EXIT_LOAD_FAILED
     core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock, core_options(load, model))
+    emit(LoadProgressed(stage="grammars", done=0, total=0, unit="tokens"))
+    core.grammars.prepare()  # a second or two for a large vocabulary, which no step should have to wait for
     emit(
         Loaded(
             capabilities=core.capabilities,
@@ -72,8 +73,6 @@ def serve(
             notes=(*model.notes, *core.notes),
         )
     )
-    # Seconds for a large vocabulary: not before the first request is served, and not when the first grammar comes.
-    threading.Thread(target=core.grammars.prepare, name="grammars", daemon=True).start()
     _run(core, commands, emit)
     return 0
 
