@@ -275,8 +275,9 @@ async def test_the_text_of_a_grammar_is_content_and_never_control(stage: Stage) 
 )  # fmt: skip
 async def test_what_cannot_be_enforced_is_refused_by_name(stage: Stage, fields: dict[str, Any], param: str) -> None:
     stage.script = FINAL
+    asked: dict[str, Any] = {"model": "gpt-oss", "messages": MESSAGES, **fields}
     with pytest.raises(openai.BadRequestError) as caught:
-        await stage.client.chat.completions.create(**{"model": "gpt-oss", "messages": MESSAGES, **fields})
+        await stage.client.chat.completions.create(**asked)
     assert caught.value.param == param
     assert not stage.submits
     canary = await stage.client.chat.completions.create(model="gpt-oss", messages=MESSAGES)
