@@ -19,9 +19,10 @@ from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import GptossError, QueueFull
 from gptoss.messages import events as ev
-from gptoss.messages.commands import Command
 from gptoss.messages.envelope import Record
 from gptoss.messages.sampling import SamplingParams
+from gptoss.replay.verify import verify
+from gptoss.telemetry.recording import LiveRecording
 from gptoss.telemetry.timeline import check_complete
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, fake_token
 
@@ -166,36 +167,15 @@ async def test_a_bad_request_is_refused_and_the_next_is_served(bad: GenerateRequ
         assert len(await token_ids(system.submit(request()))) == 5
 
 
-async def test_replaying_the_consumed_commands_gives_the_recorded_events() -> None:
-    from gptoss.actors.admission import Admission, AdmissionPolicy
-    from gptoss.actors.lifecycle import Lifecycle
-    from gptoss.actors.memory_guard import MemoryGuard
-    from gptoss.actors.router import Router
-    from gptoss.messages.codec import decode_command
-
+async def test_what_was_recorded_replays() -> None:
     async with serving(FakeOptions(kv_budget_bytes=300)) as system:
         await asyncio.gather(*(token_ids(system.submit(request(seed=n))) for n in range(20)))
         await settled(system)
-        found = list(system.journal.read())
-    deciders: dict[str, Any] = {
-        "memory": MemoryGuard(),
-        "router": Router(),
-        "admission": Admission(AdmissionPolicy(max_queue=512)),
-    }
-    streams = {r.meta.stream for r in found if isinstance(r.event, ev.CommandConsumed)}
-    assert len(streams) == 23
-    for stream in streams:
-        decider = deciders.get(stream) or Lifecycle()
-        state = decider.initial()
-        mine = [r for r in found if r.meta.stream == stream and r.meta.actor == stream]
-        consumed = [r.event for r in mine if isinstance(r.event, ev.CommandConsumed)]
-        replayed: list[Any] = []
-        for event in consumed:
-            command: Command = decode_command(event.command)
-            for decided in decider.decide(state, command):
-                state = decider.evolve(state, decided)
-                replayed.append(decided)
-        assert replayed == [r.event for r in mine if not isinstance(r.event, ev.CommandConsumed)]
+        result = verify(LiveRecording(system.journal))
+    assert result.same
+    assert result.requests == 20
+    decided = {each.decider: each.decisions for each in result.checked}
+    assert min(decided[name] for name in ("admission", "memory", "router", "request")) >= 20
 
 
 async def test_the_http_application_mounts_under_a_prefix() -> None:

@@ -119,6 +119,7 @@ class ServingSystem:
         self.journal: Journal
         self.system: System
         self.gateway: Gateway
+        self.node_key = b""
         self._drivers: DriverFactory = drivers or _own_process
         self._renderer = renderer
         self._model = model
@@ -166,6 +167,7 @@ class ServingSystem:
             model = self._model or await self._prepare_model()
             renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)
             self._start_deciders()
+            self.node_key = await asyncio.to_thread(_node_key, self.settings, around.ids)
             self.gateway = Gateway(self.system, self._services(model, renderer))
             self._start_executors(model)
         except BaseException:
@@ -319,7 +321,7 @@ class ServingSystem:
             served_model=settings.served_model_name or model.model_name,
             default_max_tokens=PROFILES[settings.profile][1],
             request_timeout_s=settings.request_timeout_s,
-            hmac_key=_node_key(settings, self.surroundings.ids),
+            hmac_key=self.node_key,
             keep_content=settings.content != "none",
             keep_text=settings.content == "full",
             max_model_len=self._max_model_len,

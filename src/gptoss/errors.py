@@ -11,6 +11,7 @@ GptossError                    code                     status
 │   ├── MethodNotAllowed       method_not_allowed       405
 │   ├── BodyTimeout            body_timeout             408
 │   ├── BodyTooLarge           body_too_large           413
+│   ├── BundleTooLarge         bundle_too_large         413
 │   └── UnsupportedMedia       unsupported_media_type   415
 ├── Overloaded                 overloaded               503   try again after ``retry_after_s``
 │   ├── QueueFull              queue_full               429
@@ -30,7 +31,8 @@ GptossError                    code                     status
 │   └── JournalWriteFailed     journal_write_failed     503
 ├── AbortedByCrash             aborted_by_crash         500   the server process ended before the request did
 └── ReplayError                replay_error
-    └── BundleError            bad_bundle
+    ├── BundleError            bad_bundle
+    └── UnsupportedSchema      unsupported_schema         a newer program wrote it
 
 Each class has a stable ``code``. A journaled failure carries the code and a message written here, never the
 exception, because an exception pins frames and the tensors in them.
@@ -123,6 +125,13 @@ class BodyTooLarge(RequestError):
     """The request body exceeds the limit."""
 
     code = "body_too_large"
+    status = 413
+
+
+class BundleTooLarge(RequestError):
+    """The debug bundle that was asked for would exceed its limit."""
+
+    code = "bundle_too_large"
     status = 413
 
 
@@ -254,6 +263,12 @@ class BundleError(ReplayError):
     """A bundle is unreadable, incomplete or unsafe."""
 
     code = "bad_bundle"
+
+
+class UnsupportedSchema(ReplayError):
+    """A bundle's format or one of its events is of a version that this program does not know."""
+
+    code = "unsupported_schema"
 
 
 def _classes(base: type[GptossError]) -> dict[str, type[GptossError]]:

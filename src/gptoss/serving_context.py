@@ -1,18 +1,76 @@
 """The live system as the HTTP surface sees it: queries of the projections, each brought up to date first."""
 
 import asyncio
+import tempfile
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
-from gptoss.app import ServingSystem
-from gptoss.http.context import HttpContext
+from gptoss.app import VERSION, ServingSystem
+from gptoss.clock import NS_PER_S
+from gptoss.errors import JournalError, Overloaded, RequestNotFound
+from gptoss.http.context import EventAsk, HttpContext, MadeBundle
 from gptoss.http.routes import make_app as make_http_app
 from gptoss.messages.codec import as_json
+from gptoss.telemetry.bundle import Maker, make_bundle
+from gptoss.telemetry.bundle_format import file_name
+from gptoss.telemetry.bundle_order import BundleOrder
+from gptoss.telemetry.bundle_redact import bundle_key
+from gptoss.telemetry.delays import story
+from gptoss.telemetry.event_tail import EventPage, EventQuery, EventTail
+from gptoss.telemetry.recording import LiveRecording
 from gptoss.telemetry.request_records import request_records
 from gptoss.telemetry.system_snapshot import system_snapshot
 
+FOLLOWERS_MAX = 16
+FOLLOW_EVERY_S = 0.1
 PROFILE_TEMPERATURES = {"latency_first": 0.7, "quality_first": 0.8}
+
+
+class EventPages:
+    """Answers those who follow the log: a bounded number of them wait at once, and one at a time reads."""
+
+    def __init__(self, serving: ServingSystem) -> None:
+        self._serving = serving
+        self._tail = EventTail(serving.journal)
+        self._reading = asyncio.Lock()
+        self._followers = 0
+
+    async def page(self, ask: EventAsk) -> dict[str, Any]:
+        """See ``EventAsk``.
+
+        Raises:
+            Overloaded: too many wait already.
+        """
+        if self._followers >= FOLLOWERS_MAX:
+            raise Overloaded(f"{FOLLOWERS_MAX} callers follow the events already; try again")
+        self._followers += 1
+        try:
+            found = await self._wait(ask)
+        finally:
+            self._followers -= 1
+        return {
+            "boot": found.boot,
+            "next": found.next,
+            "newest": found.newest,
+            "wall_offset_ns": self._serving.projection.wall_offset_ns,
+            "events": [as_json(record) for record in found.records],
+        }
+
+    async def _wait(self, ask: EventAsk) -> EventPage:
+        query = EventQuery(types=ask.types, stream=ask.stream)
+        after = self._tail.newest if ask.after is None else ask.after
+        end_ns = self._serving.system.now_ns() + int(ask.wait_s * NS_PER_S)
+        while True:
+            async with self._reading:
+                found = await asyncio.to_thread(self._tail.page, query, after=after, limit=ask.limit)
+            is_late = self._serving.system.now_ns() >= end_ns or self._serving.draining
+            if found.records or ask.after is None or is_late:
+                return found
+            after = found.next
+            if after >= found.newest:
+                await asyncio.sleep(FOLLOW_EVERY_S)
 
 
 def make_app(serving: ServingSystem) -> web.Application:
@@ -23,6 +81,7 @@ def make_app(serving: ServingSystem) -> web.Application:
 def http_context(serving: ServingSystem) -> HttpContext:
     """What handlers need, filled from a started ``ServingSystem``."""
     projection, journal, system = serving.projection, serving.journal, serving.system
+    one_at_a_time = asyncio.Lock()
 
     async def metrics(accept: str) -> tuple[bytes, str]:
         await serving.caught_up()
@@ -30,6 +89,13 @@ def http_context(serving: ServingSystem) -> HttpContext:
 
     async def events(request_id: str) -> list[dict[str, Any]]:
         return await asyncio.to_thread(lambda: [as_json(r) for r in request_records(journal, request_id)])
+
+    async def story_of(request_id: str) -> dict[str, Any] | None:
+        try:
+            found = await asyncio.to_thread(story, journal, request_id)
+        except RequestNotFound:
+            return None
+        return msgspec.to_builtins(found)
 
     async def snapshot() -> dict[str, Any]:
         await serving.caught_up()
@@ -40,6 +106,10 @@ def http_context(serving: ServingSystem) -> HttpContext:
             journal=journal.health,
             now_ns=system.now_ns(),
         )
+
+    async def bundle(order: BundleOrder) -> MadeBundle:
+        async with one_at_a_time:
+            return await asyncio.to_thread(_make_bundle, serving, order)
 
     def readiness() -> tuple[bool, str]:
         state = projection.readiness(system.now_ns(), journal.health)
@@ -56,7 +126,34 @@ def http_context(serving: ServingSystem) -> HttpContext:
         metrics=metrics,
         recent_requests=projection.recent_requests,
         events=events,
+        story=story_of,
+        event_page=EventPages(serving).page,
         snapshot=snapshot,
+        bundle=bundle,
         draining=lambda: serving.draining,
         default_temperature=PROFILE_TEMPERATURES[serving.settings.profile],
     )
+
+
+def _make_bundle(serving: ServingSystem, order: BundleOrder) -> MadeBundle:
+    """Cut a bundle out of the live journal, on a thread, into a file that is gone when it is closed."""
+    # Beside the journal, where there is one: the system's own place for such files may be memory.
+    folder = serving.settings.data_path if serving.settings.journal == "segments" else None
+    maker = Maker(
+        key=bundle_key(serving.node_key),
+        created_ns=serving.clock.wall_ns(),
+        created_by=f"gptoss {VERSION}",
+        spool_folder=folder,
+    )
+    try:
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - whoever gets it closes it
+        try:
+            manifest = make_bundle(file, LiveRecording(serving.journal), order, maker)
+            size = file.tell()
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+    except OSError as error:
+        raise JournalError(f"cannot write a bundle in {folder or tempfile.gettempdir()}: {error.strerror}") from None
+    return MadeBundle(file, size, file_name(manifest))

@@ -196,6 +196,7 @@ class FakeDriver:
                     token_ids=(token,),
                     text=text,
                     prefilled=prefilled,
+                    ended=running.produced >= (submit.sampling.max_tokens or 1),
                 )
             )
         step = port.StepDone(

@@ -7,86 +7,50 @@ import msgspec
 import pytest
 from core_run import Invariant, Run, submit
 
+from gptoss.actors.executor import committed_row
 from gptoss.engine.core import CoreOptions
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.port import Cancel, Finished, StepDone, Submit
-from gptoss.engine.scheduler import NO_DEADLINE, Candidate, SchedulerState, schedule
-from gptoss.messages.model import EngineCapabilities
-from gptoss.messages.plan import plan_of, without
+from gptoss.messages import events as ev
+from gptoss.messages.model import EngineCapabilities, ModelFingerprint
+from gptoss.messages.plan import plan_of
+from gptoss.replay.plans import ExecutorLog
 
 Models = Callable[..., LoadedModel]
 
 
-class LoggedState:
-    """The scheduler's state, from commands and steps alone; it knows how many tokens there are, not which."""
+def accepted(command: Submit) -> ev.ExecutorAccepted:
+    """What an executor records of a submit."""
+    return ev.ExecutorAccepted(
+        request_id=command.request_id,
+        executor="cpu:0",
+        attempt=command.attempt,
+        prompt_tokens=len(command.prompt_token_ids),
+        resumed_tokens=len(command.output_token_ids),
+        max_tokens=command.sampling.max_tokens or 0,
+        priority=command.priority,
+        deadline_ns=command.deadline_ns,
+    )
 
-    def __init__(self, capabilities: EngineCapabilities) -> None:
-        assert capabilities.limits is not None
-        self.capabilities = capabilities
-        self.limits = capabilities.limits
-        self.sent: list[Submit] = []
-        self.line: dict[str, Candidate] = {}
-        self.running: dict[str, Candidate] = {}
-        self.arrivals = 0
 
-    def cancel(self, request_id: str) -> None:
-        self.line.pop(request_id, None)
-        self.running.pop(request_id, None)
+def committed(step: StepDone) -> ev.StepCommitted:
+    """What an executor records of a step."""
+    names = [name for name in ev.StepCommitted.__struct_fields__ if name not in {"executor", "rows"}]
+    return ev.StepCommitted(
+        executor="cpu:0",
+        rows=tuple(committed_row(row) for row in step.rows),
+        **{name: getattr(step, name) for name in names},
+    )
 
-    def take(self, count: int) -> None:
-        for command in self.sent[:count]:
-            prompt, output = len(command.prompt_token_ids), len(command.output_token_ids)
-            capacity = prompt + (command.sampling.max_tokens or 0)
-            self.line[command.request_id] = Candidate(
-                command.request_id,
-                command.attempt,
-                command.priority,
-                command.deadline_ns or NO_DEADLINE,
-                self.arrivals,
-                prompt,
-                prompt + output,
-                0,
-                kv_bytes(self.capabilities.kv_layout, capacity),
-            )
-            self.arrivals += 1
-        del self.sent[:count]
 
-    def state(self, step: StepDone) -> SchedulerState:
-        hits = {start.request_id: start.num_cached for start in step.starts}
-        waiting = sorted(self.line.values(), key=lambda each: each.order)
-        drafts = {row.request_id: row.num_draft for row in step.rows}
-        return SchedulerState(
-            limits=self.limits,
-            running=tuple(
-                msgspec.structs.replace(
-                    each, num_draft=drafts.get(each.request_id, 0), num_cached=hits.get(each.request_id, 0)
-                )
-                for each in self.running.values()
-            ),
-            waiting=tuple(msgspec.structs.replace(each, num_cached=hits.get(each.request_id, 0)) for each in waiting),
-            kv_budget_bytes=step.kv_budget_bytes,
-            prefill_ms_per_token=step.prefill_ms_per_token,
-        )
-
-    def apply(self, step: StepDone) -> None:
-        for preemption in step.preemptions:
-            lost = self.running.pop(preemption.request_id)
-            self.line[lost.request_id] = msgspec.structs.replace(lost, num_computed=0)
-        for start in step.starts:
-            each = self.line.pop(start.request_id, None) or self.running[start.request_id]
-            self.running[start.request_id] = msgspec.structs.replace(each, num_computed=start.num_cached)
-        for row in step.rows:
-            if row.ended:
-                del self.running[row.request_id]
-            elif not row.failure:
-                each = self.running[row.request_id]
-                rejected = row.num_draft - (len(row.token_ids) - 1) if row.num_draft else 0
-                self.running[row.request_id] = msgspec.structs.replace(
-                    each,
-                    num_tokens=each.num_tokens + len(row.token_ids),
-                    num_computed=row.start + row.num_tokens - rejected,
-                )
+def loaded_log(capabilities: EngineCapabilities) -> ExecutorLog:
+    log = ExecutorLog(set(), is_whole=True)
+    fingerprint = ModelFingerprint(weights="", tokenizer="", chat_template="", config="")
+    log.observe(
+        ev.EngineLoaded(executor="cpu:0", capabilities=capabilities, fingerprint=fingerprint, load_ms=0.0, pid=0)
+    )
+    return log
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -96,7 +60,7 @@ def test_every_plan_follows_from_the_log(seed: int, invariant: bool, tiny_model:
     layout = tiny_model().capabilities.kv_layout
     model = tiny_model("llama", max_batch_size=2, kv_budget_bytes=kv_bytes(layout, 900))
     running = Run(model, Invariant(model) if invariant else None, CoreOptions(prefix_cache_bytes=1 << 20))
-    log = LoggedState(running.core.capabilities)
+    log = loaded_log(running.core.capabilities)
     for index in range(40):
         if index < 24 and chance.random() < 0.6:
             length = chance.choice([1, 5, 40, 300, 300])
@@ -108,17 +72,15 @@ def test_every_plan_follows_from_the_log(seed: int, invariant: bool, tiny_model:
             prompt = submit(chance.choice("xy"), length=length).prompt_token_ids  # many begin alike
             command = msgspec.structs.replace(command, prompt_token_ids=prompt)
             running.handle(command)
-            log.sent.append(command)
+            log.observe(accepted(command))
         if log.running and chance.random() < 0.1:
             victim = chance.choice(sorted(log.running))
             running.handle(Cancel(request_id=victim))
-            log.cancel(victim)
+            log.observe(ev.CancelApplied(request_id=victim, executor="cpu:0", completion_tokens=0))
         if running.core.has_work():
             running.step()
             step = running.steps()[-1]
-            log.take(step.submits_taken)
-            assert without(schedule(log.state(step)), step.refused) == plan_of(step)
-            log.apply(step)
+            assert log.check(committed(step)) == {}
     running.finish()
     steps = running.steps()
     assert any(step.preemptions for step in steps), "the workload is meant to preempt"

@@ -1,6 +1,7 @@
 """A real server on a loopback port in front of a scripted gateway: what a script puts is what a client sees."""
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Notice, Outcome, Usage
 from gptoss.clock import SystemClock
 from gptoss.config import Settings
-from gptoss.errors import GptossError
-from gptoss.http.context import HttpContext, HttpTiming
+from gptoss.errors import GptossError, RequestNotFound
+from gptoss.http.context import EventAsk, HttpContext, HttpTiming, MadeBundle
 from gptoss.http.headers import _NAME
 from gptoss.http.routes import make_app
 from gptoss.http.server import ConnectionBounds, RunningServer, serve
 from gptoss.messages.commands import CancelReason
+from gptoss.telemetry.bundle_order import BundleOrder
 
 Script = Callable[[Generation], Awaitable[None]]
 USAGE = Usage(prompt_tokens=7, completion_tokens=2, cached_tokens=3)
@@ -44,6 +46,7 @@ class FakeGateway:
         self.rejected: list[tuple[str, str, str]] = []
         self.cancelled: list[tuple[str, CancelReason]] = []
         self.notices: list[Notice] = []
+        self.orders: list[BundleOrder] = []
         self.stalled_ms = 0.0
         self.over = asyncio.Event()
         self.running: dict[str, Generation] = {}
@@ -83,6 +86,13 @@ class FakeGateway:
         self._stop(request_id, "client")
         return True
 
+    async def bundle(self, order: BundleOrder) -> MadeBundle:
+        self.orders.append(order)
+        if order.selection.request_ids not in {(), ("known",)}:
+            raise RequestNotFound("no such request", param="request_id")
+        data = b"bundle!" * 100_000
+        return MadeBundle(io.BytesIO(data), len(data), "all.zip")
+
     async def close(self) -> None:
         for task in tuple(self._tasks):
             task.cancel()
@@ -116,6 +126,7 @@ class House:
         self.server = server
         self.port = server.port
         self.url = server.url
+        self.orders = gateway.orders
         self.session = aiohttp.ClientSession(self.url)
 
     async def chat(self, *, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, dict[str, Any]]:
@@ -184,6 +195,12 @@ def context(gateway: FakeGateway, settings: Settings, timing: HttpTiming) -> Htt
     async def events(request_id: str) -> list[dict[str, Any]]:
         return [{"type": "RequestReceived", "pos": 0}] if request_id == "known" else []
 
+    async def story(request_id: str) -> dict[str, Any] | None:
+        return {"timeline": {"request_id": "known"}} if request_id == "known" else None
+
+    async def event_page(ask: EventAsk) -> dict[str, Any]:
+        return {"ask": msgspec.to_builtins(ask)}
+
     async def snapshot() -> dict[str, Any]:
         return {"stats": {}, "raw": b"\x00\xff"}
 
@@ -198,7 +215,10 @@ def context(gateway: FakeGateway, settings: Settings, timing: HttpTiming) -> Htt
         metrics=metrics,
         recent_requests=lambda limit: [{"request_id": "known"}][:limit],
         events=events,
+        story=story,
+        event_page=event_page,
         snapshot=snapshot,
+        bundle=gateway.bundle,
         draining=lambda: False,
         default_temperature=0.7,
         timing=timing,

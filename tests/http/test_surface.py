@@ -13,6 +13,7 @@ from gptoss.config import Settings
 from gptoss.http.guard import default_hosts
 from gptoss.http.routes import make_app
 from gptoss.http.server import serve
+from gptoss.telemetry.bundle_slice import Selection
 
 
 async def get(house: Any, path: str, **headers: str) -> tuple[int, Any]:
@@ -28,7 +29,7 @@ async def test_reading_endpoints_answer_with_the_contexts_values(house: Any) -> 
     assert await get(house, "/health/ready") == (200, {"ready": True, "reason": "ready"})
     assert await get(house, "/stats") == (200, {"gpu_routing": {}})
     assert await get(house, "/memory_stats") == (200, {"memory_pressure": 0.0})
-    assert await get(house, "/admin/debug/bundle") == (200, {"stats": {}, "raw": "AP8="})
+    assert await get(house, "/admin/debug/bundle?format=json") == (200, {"stats": {}, "raw": "AP8="})
     assert await get(house, "/admin/requests") == (200, {"object": "list", "data": [{"request_id": "known"}]})
 
 
@@ -64,6 +65,30 @@ async def test_events_of_a_request_or_404(house: Any) -> None:
     assert (await get(house, "/admin/requests/chatcmpl-known/events"))[1]["request_id"] == "known"
     status, answer = await get(house, "/admin/requests/unknown/events")
     assert (status, answer["error"]["code"]) == (404, "request_not_found")
+
+
+async def test_the_timeline_of_a_request_or_404(house: Any) -> None:
+    assert await get(house, "/admin/requests/known/timeline") == (200, {"timeline": {"request_id": "known"}})
+    status, answer = await get(house, "/admin/requests/unknown/timeline")
+    assert (status, answer["error"]["code"]) == (404, "request_not_found")
+
+
+async def test_events_are_asked_for_by_position_type_and_stream(house: Any) -> None:
+    nothing: dict[str, Any] = {"after": None, "limit": 100, "wait_s": 0, "types": [], "stream": ""}
+    assert await get(house, "/admin/events") == (200, {"ask": nothing})
+    path = "/admin/events?after=-1&limit=7&wait=2&type=Preempted&type=Enqueued&stream=admission"
+    _, answer = await get(house, path)
+    asked = {**answer["ask"], "types": sorted(answer["ask"]["types"])}
+    assert asked == {"after": -1, "limit": 7, "wait_s": 2, "types": ["Enqueued", "Preempted"], "stream": "admission"}
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [("after=-2", "after"), ("after=x", "after"), ("wait=31", "wait"), ("limit=0", "limit"), ("type=Nothing", "type")],
+)
+async def test_a_bad_ask_for_events_is_refused(house: Any, query: str, param: str) -> None:
+    status, answer = await get(house, f"/admin/events?{query}")
+    assert (status, answer["error"]["param"]) == (400, param)
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "1001", "x", "\u0661", ""])
@@ -138,3 +163,46 @@ async def test_pages_of_other_sites_may_not_cancel(house: Any) -> None:
 async def test_a_caller_names_even_the_reading_of_a_page(house: Any) -> None:
     async with house.session.get("/health", headers={"X-Request-ID": "probe-7"}) as response:
         assert response.headers["X-Request-ID"] == "probe-7"
+
+
+async def test_a_bundle_is_a_download_with_a_name(house: Any) -> None:
+    async with house.session.get("/admin/debug/bundle?window=2m&content=hash&errors=true&limit_mb=9") as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "application/zip"
+        assert response.headers["Content-Disposition"] == 'attachment; filename="all.zip"'
+        assert response.headers["Content-Length"] == "700000"
+        assert await response.read() == b"bundle!" * 100_000
+    (order,) = house.orders
+    assert order.selection == Selection(window_s=120.0, errors=True)
+    assert (order.content, order.limit_bytes) == ("hash", 9 << 20)
+
+
+async def test_a_bundle_of_one_request_is_found_by_the_id_of_its_completion(house: Any) -> None:
+    async with house.session.get("/admin/debug/bundle/chatcmpl-known") as response:
+        assert response.status == 200
+        await response.read()
+    assert [order.selection.request_ids for order in house.orders] == [("chatcmpl-known",), ("known",)]
+    status, answer = await get(house, "/admin/debug/bundle/other")
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (404, "request_not_found", "request_id")
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("format=xml", "format"),
+        ("content=all", "content"),
+        ("window=soon", "window"),
+        ("window=0s", "window"),
+        ("window=2026-13-01..", "window"),
+        ("last=0", "last"),
+        ("last=many", "last"),
+        ("errors=perhaps", "errors"),
+        ("slow=-1", "slow"),
+        ("limit_mb=99999", "limit_mb"),
+        ("limits=1", "limits"),
+    ],
+)
+async def test_a_bad_query_for_a_bundle_is_named(house: Any, query: str, param: str) -> None:
+    status, answer = await get(house, f"/admin/debug/bundle?{query}")
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert house.orders == []

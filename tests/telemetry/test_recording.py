@@ -9,6 +9,8 @@ from gptoss.clock import SystemClock
 from gptoss.errors import JournalError
 from gptoss.messages.envelope import Event, Family, Origin, Record
 from gptoss.messages.events import ClockAnchored, PromptTokens, SlotReleased
+from gptoss.telemetry.bundle_reader import BundleReader
+from gptoss.telemetry.bundle_writer import Purpose, write_bundle
 from gptoss.telemetry.recording import JournalRecording, ListRecording, LiveRecording, Recording
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
 
@@ -26,10 +28,18 @@ def from_list(_: Path, journal: SegmentJournal) -> ListRecording:
     return ListRecording(list(journal.read()), list(journal.read(family="content")))
 
 
+def from_bundle(folder: Path, journal: SegmentJournal) -> BundleReader:
+    path = folder / "all.gptoss.zip"
+    with path.open("wb") as file:
+        write_bundle(file, LiveRecording(journal), Purpose(created_ns=0, created_by="test", reason="test"))
+    return BundleReader(path)
+
+
 KINDS: dict[str, Make] = {
     "journal": lambda folder, _: JournalRecording(folder),
     "live": lambda _, journal: LiveRecording(journal),
     "list": from_list,
+    "bundle": from_bundle,
 }
 
 
@@ -44,7 +54,10 @@ def recording(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Record
         journal.flush()
         if boot == "b1":
             journal.close()
-    yield KINDS[request.param](tmp_path, journal)
+    made = KINDS[request.param](tmp_path, journal)
+    yield made
+    if isinstance(made, BundleReader):
+        made.close()
     journal.close()
 
 

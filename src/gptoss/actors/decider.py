@@ -65,6 +65,7 @@ class DeciderActor(LoopActor, Generic[S]):
 
     Attributes:
         TAKES_SNAPSHOTS: whether it lives long enough for ``SnapshotTaken``.
+        about: the request that everything it records is about, for the decider of a single one.
         event_pos: position of the event that is being reacted to, the cause of what a reaction sends.
     """
 
@@ -75,6 +76,7 @@ class DeciderActor(LoopActor, Generic[S]):
         self.decider = decider
         self.directory = directory
         self.state = decider.initial()
+        self.about = ""
         self.reactions: dict[type[Event], Callable[[Any], None]] = {}
         self.event_pos = NO_CAUSE
         self._commands_to_snapshot = SNAPSHOT_COMMANDS_MIN
@@ -84,12 +86,17 @@ class DeciderActor(LoopActor, Generic[S]):
         if self.context.incarnation == 0:
             return
         journal = self.context.system.journal
+        recorded: list[Event] = []
         for record in journal.read(stream=self.context.name, boot=journal.boot):
-            self.state = fold(self.decider, self.state, record.event)
+            if isinstance(record.event, SnapshotTaken):
+                recorded.clear()  # what was before may be forgotten in part
+            recorded.append(record.event)
+        for event in recorded:
+            self.state = fold(self.decider, self.state, event)
 
     def on_receive(self, message: Command) -> None:
         """Consume a command: journal it, decide, evolve, journal the events, tell the others, react."""
-        correlation = getattr(message, "request_id", None) or self.letter.correlation
+        correlation = self.about or getattr(message, "request_id", None) or self.letter.correlation
         consumed = CommandConsumed(decider=self.decider.name, command=encode_command(message))
         cause = self.record(consumed, correlation=correlation).meta.pos
         decided: list[Record] = []

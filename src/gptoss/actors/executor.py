@@ -183,7 +183,7 @@ class ExecutorActor(ThreadedActor):
             step=news.step,
             started_ns=news.started_ns,
             duration_ns=news.duration_ns,
-            rows=tuple(map(_committed, news.rows)),
+            rows=tuple(map(committed_row, news.rows)),
             waiting=news.waiting,
             running=news.running,
             kv_bytes_in_use=news.kv_bytes_in_use,
@@ -332,7 +332,8 @@ class ExecutorActor(ThreadedActor):
         return self.context.system.now_ns()
 
 
-def _committed(row: port.StepRow) -> ev.CommittedRow:
+def committed_row(row: port.StepRow) -> ev.CommittedRow:
+    """What the log keeps of a row: no tokens, no text."""
     return ev.CommittedRow(
         row.request_id,
         row.attempt,

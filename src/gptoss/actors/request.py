@@ -96,7 +96,7 @@ class RequestActor(DeciderActor[RequestState]):
         self, request_id: str, request: GenerateRequest, generation: Generation, services: RequestServices
     ) -> None:
         super().__init__(services.lifecycle, services.directory)
-        self._id = request_id
+        self._id = self.about = request_id
         self._request = request
         self._generation = generation
         self._services = services

@@ -3,7 +3,8 @@
 Rules:
 - Modules of commands import nothing heavy; a command imports what it needs when it runs, so that ``--help`` is instant.
 - What can be refused is refused before anything starts: one line on stderr, and the exit status says of which kind.
-- Exit status: 0 as asked; 1 failed; 2 a setting or an option is wrong; 78 the data folder cannot be used.
+- Exit status: 0 as asked; 1 failed, or a replay diverged; 2 a setting, an option or a bundle is wrong; 3 a newer
+  program wrote the bundle; 78 the data folder cannot be used.
 """
 
 import importlib.metadata
@@ -16,17 +17,25 @@ import msgspec
 import rich_click
 from rich.console import Console
 
+from gptoss.cli.bundle import bundle
 from gptoss.cli.events import events
+from gptoss.cli.journal import journal
+from gptoss.cli.replay import replay
+from gptoss.cli.report import report
 from gptoss.cli.serve import serve
 from gptoss.config import load_settings
-from gptoss.errors import ConfigError, GptossError, JournalWriteFailed
+from gptoss.errors import BundleError, ConfigError, GptossError, JournalWriteFailed, UnsupportedSchema
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+EXIT_BAD_BUNDLE = 2
+EXIT_UNSUPPORTED_SCHEMA = 3
 EXIT_DATA_FOLDER = 78  # EX_CONFIG of sysexits.h: a service manager must not restart into the same error
 
 _EXIT_STATUS: tuple[tuple[type[GptossError], int], ...] = (
     (ConfigError, EXIT_CONFIG),
+    (BundleError, EXIT_BAD_BUNDLE),
+    (UnsupportedSchema, EXIT_UNSUPPORTED_SCHEMA),
     (JournalWriteFailed, EXIT_DATA_FOLDER),
     (GptossError, EXIT_FAILED),
 )
@@ -67,12 +76,18 @@ def main() -> None:
       gptoss serve                 a small demo model on http://127.0.0.1:8000
       gptoss serve 20b             openai/gpt-oss-20b
       gptoss events req_5f0c...    what happened to a request, and when
+      gptoss bundle create         a debug bundle of the last ten minutes
+      gptoss replay FILE           the decisions of a bundle again, and where they differ
       gptoss doctor                what this machine can do, and what it lacks
     """  # noqa: D301 - \b is click's mark of a paragraph that keeps its lines
 
 
 main.add_command(serve)
 main.add_command(events)
+main.add_command(bundle)
+main.add_command(replay)
+main.add_command(journal)
+bundle.add_command(report)
 
 
 @main.command()

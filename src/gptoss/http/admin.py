@@ -1,17 +1,24 @@
-"""For operators: cancelling a request, the newest requests, one request's events, the system's debug bundle."""
+"""For operators: cancelling a request, the newest requests and events, one request's life, debug bundles."""
 
+import asyncio
+import contextlib
 import re
 
 from aiohttp import web
 
 from gptoss.errors import RequestError, RequestNotFound
-from gptoss.http.context import CONTEXT
-from gptoss.http.errors import json_response
+from gptoss.http.context import CONTEXT, EventAsk, MadeBundle
+from gptoss.http.errors import STREAM_STARTED, json_response
 from gptoss.http.headers import path_request_ids
+from gptoss.messages.codec import EVENT_TYPES
+from gptoss.telemetry.bundle_order import parse_order
 
 RECENT_DEFAULT = 100
 RECENT_MAX = 1000
-_COUNT = re.compile(r"[0-9]{1,4}")
+WAIT_S_MAX = 30
+POSITION_MAX = 2**63 - 1
+CHUNK_BYTES = 2**18
+_NUMBER = re.compile(r"-1|[0-9]{1,19}")
 
 
 async def cancel(request: web.Request) -> web.StreamResponse:
@@ -24,10 +31,8 @@ async def cancel(request: web.Request) -> web.StreamResponse:
 
 async def recent_requests(request: web.Request) -> web.StreamResponse:
     """``GET /admin/requests?limit=N``: the newest requests, open ones first."""
-    written = request.query.get("limit", str(RECENT_DEFAULT))
-    if not _COUNT.fullmatch(written) or not 1 <= int(written) <= RECENT_MAX:
-        raise RequestError(f"limit is {written[:32]!a}; it must be between 1 and {RECENT_MAX}", param="limit")
-    return json_response({"object": "list", "data": request.app[CONTEXT].recent_requests(int(written))})
+    limit = _number(request, "limit", 1, RECENT_MAX, RECENT_DEFAULT)
+    return json_response({"object": "list", "data": request.app[CONTEXT].recent_requests(limit)})
 
 
 async def request_events(request: web.Request) -> web.StreamResponse:
@@ -38,9 +43,77 @@ async def request_events(request: web.Request) -> web.StreamResponse:
     raise _unknown(request, "no request has")
 
 
+async def request_timeline(request: web.Request) -> web.StreamResponse:
+    """``GET /admin/requests/{request_id}/timeline``: a request's phases on one time axis, and what delayed it."""
+    for request_id in path_request_ids(request):
+        if (story := await request.app[CONTEXT].story(request_id)) is not None:
+            return json_response(story)
+    raise _unknown(request, "no request has")
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """``GET /admin/events?after=POS&limit=N&wait=S&type=T&stream=NAME``: records of this boot, oldest first.
+
+    Without ``after`` it says where the journal is. ``wait`` holds the answer back until there is something in it.
+    ``next`` is the ``after`` of the next call; another ``boot`` than before means that the server was restarted.
+    """
+    query = request.query
+    ask = EventAsk(
+        after=_number(request, "after", -1, POSITION_MAX) if "after" in query else None,
+        limit=_number(request, "limit", 1, RECENT_MAX, RECENT_DEFAULT),
+        wait_s=_number(request, "wait", 0, WAIT_S_MAX, 0),
+        types=frozenset(query.getall("type", [])),
+        stream=query.get("stream", ""),
+    )
+    if unknown := sorted(ask.types - EVENT_TYPES.keys()):
+        raise RequestError(f"type {unknown[0][:64]!a} is no event; docs/events.md lists them", param="type")
+    return json_response(await request.app[CONTEXT].event_page(ask))
+
+
 async def debug_bundle(request: web.Request) -> web.StreamResponse:
-    """``GET /admin/debug/bundle``: a snapshot of the whole system."""
-    return json_response(await request.app[CONTEXT].snapshot())
+    """``GET /admin/debug/bundle``: the flight recorder's bundle, or with ``format=json`` a snapshot of the system."""
+    context, query = request.app[CONTEXT], dict(request.query)
+    written = query.pop("format", "zip")
+    if written == "json":
+        return json_response(await context.snapshot())
+    if written != "zip":
+        raise RequestError(f"format is {written[:32]!a}; it must be zip or json", param="format")
+    return await _send(request, await context.bundle(parse_order(query)))
+
+
+async def request_bundle(request: web.Request) -> web.StreamResponse:
+    """``GET /admin/debug/bundle/{request_id}``: the bundle of one request and all that decided about it."""
+    for request_id in path_request_ids(request):
+        order = parse_order(request.query, (request_id,))
+        with contextlib.suppress(RequestNotFound):
+            return await _send(request, await request.app[CONTEXT].bundle(order))
+    raise _unknown(request, "no request has")
+
+
+async def _send(request: web.Request, bundle: MadeBundle) -> web.StreamResponse:
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "application/zip",
+            "Content-Length": str(bundle.size),
+            "Content-Disposition": f'attachment; filename="{bundle.name}"',
+            "Cache-Control": "no-store",
+        }
+    )
+    with bundle.file as file:
+        await response.prepare(request)
+        request[STREAM_STARTED] = True
+        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            await response.write(chunk)
+        await response.write_eof()
+    return response
+
+
+def _number(request: web.Request, name: str, least: int, most: int, default: int = 0) -> int:
+    """A whole number of the query, within its bounds."""
+    written = request.query.get(name, str(default))
+    if not _NUMBER.fullmatch(written) or not least <= int(written) <= most:
+        raise RequestError(f"{name} is {written[:32]!a}; it must be between {least} and {most}", param=name)
+    return int(written)
 
 
 def _unknown(request: web.Request, claim: str) -> RequestNotFound:

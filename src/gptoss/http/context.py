@@ -5,7 +5,7 @@ Handlers see nothing else of the system: they decode, submit or cancel through t
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
@@ -14,6 +14,7 @@ from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.clock import Clock
 from gptoss.config import Settings
 from gptoss.errors import GptossError
+from gptoss.telemetry.bundle_order import BundleOrder
 
 
 class RequestGateway(Protocol):
@@ -41,6 +42,14 @@ class RequestGateway(Protocol):
         ...
 
 
+class MadeBundle(NamedTuple):
+    """A debug bundle in a file that has no name any more: ``file`` stands at its beginning; whoever has it closes it."""
+
+    file: IO[bytes]
+    size: int
+    name: str
+
+
 class HttpTiming(msgspec.Struct, frozen=True, kw_only=True):
     """How long the HTTP surface waits, in seconds.
 
@@ -56,6 +65,24 @@ class HttpTiming(msgspec.Struct, frozen=True, kw_only=True):
     poll_s: float = 1.0
 
 
+class EventAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """Which records are asked for.
+
+    Attributes:
+        after: only positions above this; None asks for none yet, only where the journal is now.
+        limit: at most so many.
+        wait_s: how long to wait for the first.
+        types: only these types of event; empty leaves out those that come all the time.
+        stream: only this stream.
+    """
+
+    after: int | None = None
+    limit: int = 100
+    wait_s: float = 0.0
+    types: frozenset[str] = frozenset()
+    stream: str = ""
+
+
 class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     """The system as handlers see it.
 
@@ -65,7 +92,10 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
         metrics: ``Accept`` header -> (exposition, content type).
         recent_requests: limit -> newest requests.
         events: request id -> its records, JSON-ready; empty when unknown.
-        snapshot: the system's debug bundle.
+        story: request id -> its timeline and what delayed it, JSON-ready; None when unknown.
+        event_page: newest records, JSON-ready; see ``EventAsk``.
+        snapshot: the system's state as one JSON document.
+        bundle: makes the debug bundle that was ordered.
         draining: whether new requests are refused because the server stops.
         allowed_hosts: names that ``Host`` may hold; empty allows any, None derives them from the bind address.
     """
@@ -80,7 +110,10 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Callable[[str], Awaitable[tuple[bytes, str]]]
     recent_requests: Callable[[int], list[dict[str, Any]]]
     events: Callable[[str], Awaitable[list[dict[str, Any]]]]
+    story: Callable[[str], Awaitable[dict[str, Any] | None]]
+    event_page: Callable[[EventAsk], Awaitable[dict[str, Any]]]
     snapshot: Callable[[], Awaitable[dict[str, Any]]]
+    bundle: Callable[[BundleOrder], Awaitable[MadeBundle]]
     draining: Callable[[], bool]
     default_temperature: float = 1.0
     allowed_hosts: frozenset[str] | None = None

@@ -38,7 +38,10 @@ def make_app(context: HttpContext) -> web.Application:
             web.get("/metrics", health.metrics),
             web.get("/admin/requests", admin.recent_requests),
             web.get("/admin/requests/{request_id}/events", admin.request_events),
+            web.get("/admin/requests/{request_id}/timeline", admin.request_timeline),
+            web.get("/admin/events", admin.events),
             web.get("/admin/debug/bundle", admin.debug_bundle),
+            web.get("/admin/debug/bundle/{request_id}", admin.request_bundle),
         ]
     )
     return app

@@ -676,7 +676,7 @@ class AnswerDelivered(Event, frozen=True, kw_only=True):
 
 
 class PromptHashed(Event, frozen=True, kw_only=True):
-    """Content of a redacted bundle: a keyed hash in place of a prompt's tokens and stop strings."""
+    """Content of a redacted bundle: a keyed hash in place of a prompt's tokens, stop strings and grammar."""
 
     FAMILY: ClassVar[Family] = "content"
 

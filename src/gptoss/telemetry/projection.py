@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 
 from gptoss.actors.journal import JournalHealth
-from gptoss.clock import NS_PER_MS, NS_PER_S
+from gptoss.clock import NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.executor_view import ExecutorBook, ExecutorView
-from gptoss.telemetry.request_view import TERMINAL_STATES, RequestBook, RequestView
+from gptoss.telemetry.request_view import TERMINAL_STATES, RequestBook, RequestView, request_row
 from gptoss.telemetry.server_view import RATE_WINDOW_S, ServerView
 
 FINISHED_MAX = 1000
@@ -111,6 +111,11 @@ class Projection:
             if view.capabilities is not None:
                 return view.capabilities.model_name
         return str(self._server.settings.get("served_model_name") or self._server.settings.get("model", ""))
+
+    @property
+    def wall_offset_ns(self) -> int | None:
+        """Wall time minus monotonic time, as last anchored."""
+        return self._server.wall_offset_ns
 
     @property
     def node(self) -> ev.NodeStarted | None:
@@ -230,31 +235,8 @@ class Projection:
         return list(self._server.errors)
 
     def _as_dict(self, view: RequestView) -> dict[str, Any]:
-        offset_ns = self._server.wall_offset_ns
-        return {
-            "request_id": view.request_id,
-            "trace_id": view.trace_id,
-            "state": view.state,
-            "outcome": view.outcome,
-            "message": view.message,
-            "endpoint": view.endpoint,
-            "model": view.model,
-            "stream": view.stream,
-            "priority": view.priority,
-            "action": view.action,
-            "executor": view.executor,
-            "attempt": view.attempt,
-            "retries": view.retries,
-            "prompt_tokens": view.prompt_tokens,
-            "cached_tokens": view.cached_tokens,
-            "completion_tokens": view.completion_tokens if view.is_over else view.tokens_seen,
-            "max_tokens": view.max_tokens,
-            "received_unix_s": None if offset_ns is None else round((offset_ns + view.received_ns) / NS_PER_S, 3),
-            "queue_ms": view.queued_ns / NS_PER_MS,
-            "ttft_ms": _ms(view.ttft_ns),
-            "e2e_ms": _ms(view.e2e_ns),
-            "tokens_per_s": view.tokens_per_s,
-        }
+        row = request_row(view, boot=self._server.boot, wall_offset_ns=self._server.wall_offset_ns)
+        return msgspec.to_builtins(row)
 
 
 def _executor_health(view: ExecutorView) -> dict[str, Any]:
@@ -268,10 +250,6 @@ def _executor_health(view: ExecutorView) -> dict[str, Any]:
         "incarnation": view.incarnation,
         "reason": view.reason,
     }
-
-
-def _ms(nanoseconds: int | None) -> float | None:
-    return None if nanoseconds is None else nanoseconds / NS_PER_MS
 
 
 def _percentiles(samples: Iterable[float]) -> dict[str, float | int | None]:

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
+from gptoss.telemetry.journal_base import Query
+from gptoss.telemetry.recording import Recording
 from gptoss.telemetry.request_view import is_crash_end
 
 
@@ -26,6 +28,25 @@ class RecordSource(Protocol):
     ) -> Iterator[Record]:
         """See ``gptoss.actors.journal.Journal.read``."""
         ...
+
+
+class RecordingSource:
+    """A recording as a source; each question reads through the boots that it concerns."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+
+    def read(
+        self,
+        *,
+        boot: str | None = None,
+        stream: str | None = None,
+        correlation: str | None = None,
+        after: int = -1,
+    ) -> Iterator[Record]:
+        """See ``RecordSource``."""
+        query = Query(boot=boot, stream=stream, correlation=correlation, after=after)
+        return (record for record in self._recording.records(boot=boot, stream=stream) if query.matches(record.meta))
 
 
 def request_records(source: RecordSource, request_id: str) -> list[Record]:

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import msgspec
+
+from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.errors import AbortedByCrash
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
@@ -93,6 +96,73 @@ class RequestView:
         if tokens < 1 or not self.decode_ns:
             return None
         return tokens * 1e9 / self.decode_ns
+
+
+class RequestRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One request for a list: the view's facts in people's units; ``received_unix_s`` is None without a clock anchor."""
+
+    request_id: str
+    boot: str
+    trace_id: str
+    state: RequestState
+    outcome: str
+    message: str
+    endpoint: str
+    model: str
+    stream: bool
+    priority: int
+    action: str
+    executor: str
+    attempt: int
+    retries: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    max_tokens: int
+    received_unix_s: float | None
+    queue_ms: float
+    ttft_ms: float | None
+    e2e_ms: float | None
+    tokens_per_s: float | None
+
+
+def request_row(view: RequestView, *, boot: str, wall_offset_ns: int | None) -> RequestRow:
+    """The row of a request.
+
+    Args:
+        view: what is known of it.
+        boot: whose request it is.
+        wall_offset_ns: wall time minus monotonic time of that boot, None when unknown.
+    """
+    return RequestRow(
+        request_id=view.request_id,
+        boot=boot,
+        trace_id=view.trace_id,
+        state=view.state,
+        outcome=view.outcome,
+        message=view.message,
+        endpoint=view.endpoint,
+        model=view.model,
+        stream=view.stream,
+        priority=view.priority,
+        action=view.action,
+        executor=view.executor,
+        attempt=view.attempt,
+        retries=view.retries,
+        prompt_tokens=view.prompt_tokens,
+        cached_tokens=view.cached_tokens,
+        completion_tokens=view.completion_tokens if view.is_over else view.tokens_seen,
+        max_tokens=view.max_tokens,
+        received_unix_s=None if wall_offset_ns is None else round((wall_offset_ns + view.received_ns) / NS_PER_S, 3),
+        queue_ms=view.queued_ns / NS_PER_MS,
+        ttft_ms=_ms(view.ttft_ns),
+        e2e_ms=_ms(view.e2e_ns),
+        tokens_per_s=view.tokens_per_s,
+    )
+
+
+def _ms(nanoseconds: int | None) -> float | None:
+    return None if nanoseconds is None else nanoseconds / NS_PER_MS
 
 
 def _between(start_ns: int | None, end_ns: int | None) -> int | None:

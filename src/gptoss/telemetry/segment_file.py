@@ -259,6 +259,10 @@ class SegmentScan:
             return True
         return _has_frame(self._read_from(offset + 1))
 
+    def records_after(self, offset: int) -> int:
+        """How many records stand in good frames behind bad bytes."""
+        return sum(_BATCH_HEAD.unpack_from(body)[1] for body in _frames(self._read_from(offset + 1)))
+
     def digest(self) -> bytes:
         """Sha256 of the bytes before ``end``."""
         sha256 = hashlib.sha256()
@@ -315,14 +319,19 @@ def has_frame(path: Path) -> bool:
 
 
 def _has_frame(data: bytes) -> bool:
+    return next(_frames(data), None) is not None
+
+
+def _frames(data: bytes) -> Iterator[memoryview]:
+    """Bodies of good frames anywhere in some bytes, none inside another."""
     view = memoryview(data)
     body_at = data.find(_BATCH_MARK, FRAME.size)
     while body_at != -1:
         length, crc = FRAME.unpack_from(data, body_at - FRAME.size)
         if _BATCH_HEAD.size <= length <= len(data) - body_at and zlib.crc32(view[body_at : body_at + length]) == crc:
-            return True
+            yield view[body_at : body_at + length]
+            body_at += length - 1
         body_at = data.find(_BATCH_MARK, body_at + 1)
-    return False
 
 
 def walk(segment: Segment, scan: SegmentScan, offset: int | None = None, pos: int | None = None) -> Iterator[Frame]:

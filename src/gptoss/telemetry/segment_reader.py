@@ -73,6 +73,10 @@ class SegmentReader:
             frames = self._indexed_frames(scope, query)
         return _records_of(frames, query, horizon)
 
+    def first_positions(self, boot: str) -> list[int]:
+        """Where the control segments of a boot begin, ascending; a read that begins at one skips those before it."""
+        return [header.first_pos for _, header in self._in_scope(Query(boot=boot)) if header is not None]
+
     def verify(self) -> list[str]:
         """What is wrong with the segments, one line each: checksums, seals and sha256 are all checked."""
         problems: list[str] = []

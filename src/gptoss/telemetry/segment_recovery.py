@@ -98,7 +98,7 @@ def _repair(segment: Segment) -> TornTail | Quarantined | None:
         scan = SegmentScan(segment.path)
     except JournalCorrupt as error:
         if has_frame(segment.path) or not segment.is_last:
-            return _quarantine(segment, str(error))
+            return quarantine(segment, str(error))
         # A crash while the segment was created: nothing was ever in it.
         size = segment.path.stat().st_size
         segment.path.unlink()
@@ -110,14 +110,15 @@ def _repair(segment: Segment) -> TornTail | Quarantined | None:
             for _ in walk(segment, scan):
                 pass
         except JournalCorrupt as error:
-            return _quarantine(segment, str(error))
+            return quarantine(segment, str(error))
         _seal_recovered(scan)
         if scan.bad_at is None:
             return None
         return TornTail(path=segment.path, offset=scan.end, num_bytes=scan.size - scan.end)
 
 
-def _quarantine(segment: Segment, reason: str) -> Quarantined:
+def quarantine(segment: Segment, reason: str) -> Quarantined:
+    """Move a file aside, its bytes untouched."""
     aside = segment.path.with_name(segment.path.name + QUARANTINE_SUFFIX)
     segment.path.rename(aside)
     return Quarantined(path=aside, reason=reason)

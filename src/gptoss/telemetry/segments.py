@@ -109,7 +109,7 @@ class SegmentJournal:
         """
         with contextlib.ExitStack() as undo:
             try:
-                lock_fd = _lock_folder(folder)
+                lock_fd = lock_folder(folder)
                 undo.callback(os.close, lock_fd)
                 recovery = recover(folder)
                 logs: dict[Family, FamilyLog] = {}
@@ -310,8 +310,13 @@ def _places(folder: Path, node: str, boot: str, options: SegmentOptions) -> Iter
         yield place, [segment for segment in segments if segment.family == family]
 
 
-def _lock_folder(folder: Path) -> int:
-    """Take the folder's lock; raises ``OSError`` if it cannot be written, ``JournalError`` if another has it."""
+def lock_folder(folder: Path) -> int:
+    """Take the folder's lock, until the returned descriptor is closed.
+
+    Raises:
+        OSError: the folder cannot be written.
+        JournalError: another process has it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -12,8 +12,11 @@ def many(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _mb(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"
+def size(size_bytes: int) -> str:
+    """``1.5 MiB``, ``12.0 KiB``, ``80 B``."""
+    if size_bytes < 2**10:
+        return f"{size_bytes} B"
+    return f"{size_bytes / 2**10:.1f} KiB" if size_bytes < 2**20 else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def _nothing(_event: Any) -> str:
@@ -35,10 +38,14 @@ def _rejected(event: ev.RequestRejected) -> str:
 PHASES: dict[type[Event], tuple[str, bool, Callable[[Any], str]]] = {
     ev.RequestValidated: ("validated", False, _nothing),
     ev.PromptRendered: ("rendered", False, lambda e: f"{many(e.prompt_tokens, 'token')}, at most {e.max_tokens} out"),
-    ev.RequestEstimated: ("estimated", False, lambda e: f"{_mb(e.kv_bytes)} of KV"),
+    ev.RequestEstimated: ("estimated", False, lambda e: f"{size(e.kv_bytes)} of KV"),
     ev.AdmissionDecided: ("decided", True, _decided),
-    ev.ReservationGranted: ("reserved", True, lambda e: _mb(e.kv_bytes)),
-    ev.ReservationRefused: ("no memory", True, lambda e: f"{_mb(e.kv_bytes)} wanted, {_mb(e.kv_bytes_free_max)} free"),
+    ev.ReservationGranted: ("reserved", True, lambda e: size(e.kv_bytes)),
+    ev.ReservationRefused: (
+        "no memory",
+        True,
+        lambda e: f"{size(e.kv_bytes)} wanted, {size(e.kv_bytes_free_max)} free",
+    ),
     ev.Enqueued: ("enqueued", True, lambda e: f"position {e.position}: {e.reason}"),
     ev.Dequeued: ("queued", False, _nothing),
     ev.RequestAdmitted: ("admitted", False, lambda e: f"{e.action}, at most {e.max_tokens} out"),
@@ -55,7 +62,7 @@ PHASES: dict[type[Event], tuple[str, bool, Callable[[Any], str]]] = {
     ev.ExecutorFaulted: ("fault", False, lambda e: f"{e.code}: {e.message}"),
     ev.AttemptRetried: ("retried", True, lambda e: f"after {many(e.tokens_out, 'token')}"),
     ev.DeadlineExpired: ("expired", True, _nothing),
-    ev.ReservationReleased: ("released", True, lambda e: _mb(e.kv_bytes)),
+    ev.ReservationReleased: ("released", True, lambda e: size(e.kv_bytes)),
     ev.RequestCompleted: ("completed", False, lambda e: f"{e.finish_reason}, {many(e.completion_tokens, 'token')}"),
     ev.RequestFailed: ("failed", False, lambda e: f"{e.code}: {e.message}"),
     ev.RequestCancelled: ("cancelled", False, lambda e: f"{e.reason}, {many(e.completion_tokens, 'token')}"),

@@ -1,4 +1,5 @@
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,8 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from gptoss.cli.request_events import find_records, read_folder, read_server, record_from_json
+from gptoss.cli.admin_client import record_from_json
+from gptoss.cli.event_source import JournalSource, ServerSource, open_source
 from gptoss.clock import SystemClock
+from gptoss.config import Settings
 from gptoss.errors import GptossError, JournalError, NotReady, RequestNotFound
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
@@ -118,7 +121,7 @@ def test_a_record_of_an_unknown_type_or_version_is_refused(journal: SegmentJourn
 def test_a_folder_gives_the_requests_own_records_and_its_steps(journal: SegmentJournal, tmp_path: Path) -> None:
     kept = _life(journal)
     assert journal.flush()
-    found = read_folder(tmp_path / "journal", "req_1")
+    found = JournalSource(tmp_path / "journal").records("req_1")
     assert found == kept
     decode = timeline(found, "req_1").decode
     assert decode is not None
@@ -128,20 +131,27 @@ def test_a_folder_gives_the_requests_own_records_and_its_steps(journal: SegmentJ
 def test_a_request_that_the_folder_does_not_know_is_said_so(journal: SegmentJournal, tmp_path: Path) -> None:
     assert journal.flush()
     with pytest.raises(RequestNotFound, match="knows no request req_9"):
-        read_folder(tmp_path / "journal", "req_9")
+        JournalSource(tmp_path / "journal").records("req_9")
 
 
 def test_a_server_gives_the_same_records(journal: SegmentJournal, serve: Serve) -> None:
     kept = _life(journal)
     body = {"request_id": "req_1", "events": [as_json(record) for record in kept]}
-    url = serve(200, json.dumps(body).encode())
-    assert find_records("req_1", url=url, folder=None) == (kept, f"the server at {url}")
+    source = ServerSource(serve(200, json.dumps(body).encode()))
+    assert source.records("req_1") == kept
+    assert source.name == f"the server at {source.url}"
 
 
 def test_a_request_that_the_server_does_not_know_is_said_so(serve: Serve) -> None:
     url = serve(404, b'{"error": {"message": "no such request", "code": "request_not_found"}}')
     with pytest.raises(RequestNotFound, match="knows no request req_1"):
-        read_server(url, "req_1")
+        ServerSource(url).records("req_1")
+
+
+def test_a_servers_refusal_is_passed_on(serve: Serve) -> None:
+    url = serve(503, b'{"error": {"message": "too many follow", "code": "overloaded"}}')
+    with pytest.raises(GptossError, match="refuses: too many follow"):
+        ServerSource(url).records("req_1")
 
 
 @pytest.mark.parametrize(
@@ -149,23 +159,29 @@ def test_a_request_that_the_server_does_not_know_is_said_so(serve: Serve) -> Non
 )
 def test_another_program_on_the_port_is_not_taken_for_a_server(serve: Serve, status: int, body: bytes) -> None:
     with pytest.raises(GptossError, match="is it a gptoss server"):
-        read_server(serve(status, body), "req_1")
+        ServerSource(serve(status, body)).records("req_1")
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_without_a_server_the_folder_is_read(journal: SegmentJournal, tmp_path: Path) -> None:
     kept = _life(journal)
     assert journal.flush()
-    folder = tmp_path / "journal"
-    assert find_records("req_1", url="http://127.0.0.1:1", folder=folder) == (kept, f"the journal in {folder}")
+    source = open_source(None, None, Settings(port=unused_port(), data_dir=str(tmp_path)))
+    assert source.records("req_1") == kept
+    assert source.name == f"the journal in {tmp_path}/journal"
 
 
 def test_with_neither_server_nor_folder_both_are_named(tmp_path: Path) -> None:
-    with pytest.raises(NotReady, match=r"no server answers at http://127\.0\.0\.1:1 and there is no journal in"):
-        find_records("req_1", url="http://127.0.0.1:1", folder=tmp_path / "none")
-    with pytest.raises(NotReady, match="no server answers"):
-        find_records("req_1", url="http://127.0.0.1:1", folder=None)
+    settings = Settings(port=unused_port(), data_dir=str(tmp_path / "none"))
+    with pytest.raises(NotReady, match=r"no server answers at http://127\.0\.0\.1:\d+ and there is no journal in"):
+        open_source(None, None, settings)
 
 
 def test_only_http_addresses_are_opened() -> None:
     with pytest.raises(GptossError, match="must begin with http://"):
-        read_server("file:///etc/passwd", "req_1")
+        ServerSource("file:///etc/passwd").records("req_1")
