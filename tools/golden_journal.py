@@ -68,9 +68,9 @@ async def live_twice(scratch: Path) -> None:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **settings: int) -> AsyncGenerator[ServingSystem]:
+async def serving(folder: Path, *, max_queue: int) -> AsyncGenerator[ServingSystem]:
     options = FakeOptions(step_s=0.003, max_batch_size=2)
-    values = Settings(devices="cpu", data_dir=str(folder), **settings)
+    values = Settings(devices="cpu", data_dir=str(folder), max_queue=max_queue)
     async with ServingSystem(
         values, drivers=lambda _: FakeDriver(options), renderer=FakeRenderer(), model=MODEL
     ) as system:

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,7 +120,11 @@ def test_a_running_server_keeps_repair_and_prune_out(folder: Path) -> None:
 def test_a_copy_that_does_not_fit_on_the_disk_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(folder / INNER, 200)
     before = {path.name: path.read_bytes() for path in folder.glob("*.seg")}
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+
+    def nearly_full(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=10)
+
+    monkeypatch.setattr("shutil.disk_usage", nearly_full)
     with pytest.raises(JournalError, match="nothing was changed"):
         repair(folder, folder.with_name("backup"))
     assert {path.name: path.read_bytes() for path in folder.glob("*.seg")} == before

@@ -8,7 +8,7 @@ import pytest
 
 from gptoss.clock import SystemClock
 from gptoss.messages import events as ev
-from gptoss.messages.envelope import Origin
+from gptoss.messages.envelope import Origin, Record
 from gptoss.telemetry.event_tail import EventQuery, EventTail
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.newest import Newest, RequestFilter
@@ -118,7 +118,7 @@ def test_a_folder_is_followed_across_segments(journal: SegmentJournal, tmp_path:
     write(journal, 0, 5)
     tail = SegmentTail(tmp_path)
     assert tail.look() == []
-    seen = []
+    seen: list[Record] = []
     for number in range(5, 40, 3):
         write(journal, number, number + 3)
         seen += tail.look()
