@@ -25,7 +25,7 @@ from gptoss.messages.sampling import SamplingParams
 
 END = 256
 PLAIN = TaggedDialect(TagFormat(), {})
-relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -63,7 +63,7 @@ def json_grammar(schema: dict[str, Any]) -> str:
 
 
 def bound(grammar: str, prompt: tuple[int, ...] = (72, 105), **changes: Any) -> Submit:
-    params: dict[str, Any] = {"max_tokens": 160, "temperature": 1.5, "seed": 1, **changes}
+    params: dict[str, Any] = {"max_tokens": 90, "temperature": 1.5, "seed": 1, **changes}
     output = params.pop("output", ())
     return Submit(
         request_id="r",
@@ -95,6 +95,8 @@ def walk(mask: GrammarMask, text: bytes) -> bool:
     return True
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @relaxed
 @given(
     st.sampled_from(SCHEMAS),
@@ -113,7 +115,7 @@ def test_the_answer_validates_at_every_temperature(
         jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
     else:
         assert end.reason == "length"
-        assert end.completion_tokens == 160
+        assert end.completion_tokens == 90
         mask = masks.mask(grammar, torch.device("cpu"))
         assert walk(mask, text.encode(errors="surrogateescape"))
         assert not mask.is_over
@@ -180,7 +182,7 @@ def test_a_neighbour_changes_nothing_and_is_not_bound(tiny_model: Callable[..., 
     alone, together = Run(tiny_model()), Run(tiny_model())
     alone.handle(bound(grammar))
     free = Submit(
-        request_id="free", attempt=1, prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=160, seed=2)
+        request_id="free", attempt=1, prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=90, seed=2)
     )
     together.handle(free, bound(grammar))
     assert alone.finish().tokens("r") == together.finish().tokens("r")
@@ -231,7 +233,7 @@ REFUSED = [
     (AnswerFormat(kind="json", text="[1]"), "an object"),
     (AnswerFormat(kind="json", text="{" * 100_000), "longer than"),
     (AnswerFormat(kind="json", text=json.dumps(deep(SCHEMA_DEPTH_MAX + 1))), "levels deep"),
-    (AnswerFormat(kind="json", text='{"type": "objct"}'), "objct"),
+    (AnswerFormat(kind="json", text='{"type": "nonsense"}'), "nonsense"),
     (AnswerFormat(kind="json", text='{"not": {}}'), "not"),
     (AnswerFormat(kind="json", text='{"$ref": "http://127.0.0.1/x"}'), "does not fetch"),
     (AnswerFormat(kind="json", text='{"type": "string", "pattern": "(?=a)b"}'), "look-around"),

@@ -264,7 +264,7 @@ async def test_the_text_of_a_grammar_is_content_and_never_control(stage: Stage) 
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}}, "response_format"),
         ({"extra_body": {"guided_regex": "(a|"}}, "guided_regex"),
         ({"extra_body": {"guided_choice": []}}, "guided_choice"),
-        ({"extra_body": {"structured_outputs": {"json": {"type": "objct"}}}}, "structured_outputs.json"),
+        ({"extra_body": {"structured_outputs": {"json": {"type": "nonsense"}}}}, "structured_outputs.json"),
         ({"extra_body": {"guided_choice": ["a"], "guided_regex": "a"}}, "guided_choice"),
         ({"extra_body": {"guided_regex": "a", "min_tokens": 3}}, "min_tokens"),
         ({"extra_body": {"guided_regex": "a", "ignore_eos": True}}, "ignore_eos"),

@@ -12,7 +12,6 @@ Rules:
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
@@ -26,6 +25,7 @@ from gptoss.errors import EngineError
 # torch is only partly typed.
 
 COMPILED_MAX = 64
+_BITS = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
 SPECIAL_PREFIX = b"\xff"
 """How the library tells special tokens from text: no UTF-8 begins like this."""
 
@@ -92,8 +92,8 @@ class GrammarMask:
         words = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise EngineError(f"the grammar of the answer failed: {' '.join(self._matcher.get_error().split())[:200]}")
-        bits = np.unpackbits(np.frombuffer(words, dtype=np.uint8), count=self._vocab_size, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_)).to(self._device)
+        packed = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+        return packed.unsqueeze(1).bitwise_and(_BITS).bool().flatten()[: self._vocab_size].to(self._device)
 
     def push(self, token_id: int) -> None:
         """See ``engine.sampler.TokenMask``."""
