@@ -181,9 +181,7 @@ def test_a_neighbour_changes_nothing_and_is_not_bound(tiny_model: Callable[..., 
     grammar = json_grammar(PERSON)
     alone, together = Run(tiny_model()), Run(tiny_model())
     alone.handle(bound(grammar))
-    free = Submit(
-        request_id="free", attempt=1, prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=90, seed=2)
-    )
+    free = Submit(request_id="free", attempt=1, prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=90, seed=2))
     together.handle(free, bound(grammar))
     assert alone.finish().tokens("r") == together.finish().tokens("r")
     assert any(token_id > 127 for token_id in together.tokens("free"))
