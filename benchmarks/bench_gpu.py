@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models
 
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config
-from gptoss.engine.runner_choice import choose_runner
+from gptoss.engine.runner_choice import KvOptions, choose_runner
 from gptoss.messages.model import EngineCapabilities, ModelFingerprint
 
 LAYERS_20B = 24
@@ -85,25 +85,29 @@ def make_model(arguments: argparse.Namespace, device: torch.device) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def engine_way(model: Any, device: torch.device, workloads: Sequence[Workload]) -> tuple[Way, tuple[str, ...]]:
+def engine_way(
+    model: Any, device: torch.device, workloads: Sequence[Workload], *, is_paged: bool
+) -> tuple[Way, tuple[str, ...]]:
     """This engine on the model, and its notes. On a CPU it takes the model's weights over, so it comes last."""
     layout = kv_layout_from_config(model.config.to_dict(), dtype_bytes=2)
-    choice = choose_runner(lambda: model, layout, device, None)
     longest = max(load.prompt + load.output for load in workloads)
     most = max(load.streams for load in workloads)
+    kv = KvOptions(is_paged, lambda layout: most * kv_bytes(layout, longest))
+    choice = choose_runner(lambda: model, layout, device, None, kv)
     capabilities = EngineCapabilities(
         model_name="gpt-oss-random",
         architecture=choice.architecture,
         vocab_size=choice.vocab_size,
         max_model_len=longest,
         max_batch_size=most,
-        kv_budget_bytes=most * kv_bytes(choice.runner.layout, longest),
+        kv_budget_bytes=choice.kv_budget_bytes,
         kv_layout=choice.runner.layout,
         weights_bytes=choice.weights_bytes,
         device=str(device),
         dtype="bfloat16",
         num_threads=torch.get_num_threads(),
         eos_token_ids=(),
+        kv_pages=choice.kv_pages,
     )
     loaded = LoadedModel(
         runner=choice.runner,
@@ -121,7 +125,8 @@ def engine_way(model: Any, device: torch.device, workloads: Sequence[Workload]) 
             streams.step()
         return Figures(prefill_s, time.perf_counter() - began)
 
-    return run, (type(choice.runner).__name__, *choice.notes)
+    memory = f"KV in {choice.kv_pages} pages" if choice.kv_pages else "KV in slots"
+    return run, (type(choice.runner).__name__, memory, *choice.notes)
 
 
 def generate_way(model: Any, device: torch.device) -> Way:
@@ -234,6 +239,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--streams", default="1,8,64")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens")
     parser.add_argument("--output", type=int, default=64, help="tokens")
+    parser.add_argument("--kv-layout", default="paged", choices=("slots", "paged"), help="of gptoss")
     parser.add_argument("--ways", default="gptoss,generate,continuous")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there as well")
     return parser.parse_args()
@@ -258,7 +264,7 @@ def main() -> None:
                 results[name, load] = measure(peers[name], load, device)
         notes: tuple[str, ...] = ()
         if "gptoss" in wanted:
-            way, notes = engine_way(model, device, loads)
+            way, notes = engine_way(model, device, loads, is_paged=arguments.kv_layout == "paged")
             for load in loads:
                 results["gptoss", load] = measure(way, load, device)
     ordered = dict(sorted(results.items(), key=lambda item: (item[0][1].streams, wanted.index(item[0][0]))))

@@ -1,12 +1,13 @@
 """gptoss beside other servers, one at a time on this machine: time to ready, memory, TTFT and tokens a second.
 
-    python benchmarks/bench_serving.py                                  gptoss alone, the demo model
-    python benchmarks/bench_serving.py --model DIR \\
-        --peer "transformers=PATH/transformers serve DIR --device cpu --port {port}" \\
-        --peer "vllm=PATH/vllm serve DIR --port {port} --dtype bfloat16 --max-model-len 4096"
+    python benchmarks/bench_serving.py                                  the demo model, beside the peers that are installed
+    python benchmarks/bench_serving.py --list-peers                     which those are, and how to install the others
+    python benchmarks/bench_serving.py --only vllm --workloads 1,8
+    python benchmarks/bench_serving.py --model DIR --peer "mine=PATH/server {model} --port {port}"
 
 Every server is started anew in every round, in turn (A B A B ...), and loaded with the same prompts; the table shows
-medians over the rounds and, for each peer, gptoss as a ratio to it. ``--model DIR`` is a folder that all can load.
+medians over the rounds and, for each peer, gptoss as a ratio to it. All load one folder: that of ``--model``, or the demo
+model's bfloat16 copy, which is prepared first. A peer that does not run is said to, and left out.
 """
 
 import argparse
@@ -31,6 +32,11 @@ from typing import Any
 
 import psutil
 from load_client import Workload, run
+from peers import find_peers
+
+from gptoss.config import Settings
+from gptoss.engine.model_folder import no_progress
+from gptoss.engine.model_source import prepare_in_child
 
 READY_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 30
@@ -156,22 +162,54 @@ def _machine() -> str:
     return f"{cpu or platform.processor()}, {psutil.cpu_count()} cores, Python {platform.python_version()}"
 
 
+def _folder(model: str) -> str:
+    """What all servers are to load."""
+    if model != "demo":
+        return model
+    cache = Settings().cache_path
+    return prepare_in_child("demo", cache_dir=cache, dtype="bfloat16", progress=no_progress).folder
+
+
+def _rounds(commands: dict[str, str], arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Measure all servers in turn; a peer that does not run is left out from then on."""
+    model = _folder(arguments.model)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    for number in range(arguments.rounds):
+        for name in list(results):
+            print(f"round {number + 1} of {arguments.rounds}: {name}", file=sys.stderr, flush=True)
+            try:
+                results[name].append(measure(name, commands[name], model, arguments.workloads.split(",")))
+            except RuntimeError as error:
+                if name == "gptoss":
+                    raise
+                print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+                del results[name]
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
+    parser.add_argument(
+        "--only", default="", metavar="NAMES", help="of the peers that are found, comma-separated; or none"
+    )
+    parser.add_argument("--list-peers", action="store_true", help="say which peers are found, and end")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workloads", default="1,8,32,shared", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--options", default="", help="further options for gptoss serve")
     parser.add_argument("--json", metavar="FILE", help="write every round's figures there")
     arguments = parser.parse_args()
+    found, variables, lines = find_peers()
+    print("\n".join(["Peers:", *(f"  {line}" for line in lines)]), flush=True)
+    if arguments.list_peers:
+        return
+    os.environ.update({name: value for name, value in variables.items() if name not in os.environ})
+    wanted = set(arguments.only.split(",")) if arguments.only else set(found)
     commands = {"gptoss": f"{GPTOSS} {arguments.options}"}
+    commands |= {name: command for name, command in found.items() if name in wanted}
     commands |= dict(peer.split("=", 1) for peer in arguments.peer)
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
-    for number in range(arguments.rounds):
-        for name, command in commands.items():
-            print(f"round {number + 1} of {arguments.rounds}: {name}", file=sys.stderr, flush=True)
-            results[name].append(measure(name, command, arguments.model, arguments.workloads.split(",")))
+    results = _rounds(commands, arguments)
     print(f"\n{datetime.now(UTC):%Y-%m-%d}, {_machine()}, medians of {arguments.rounds} rounds\n\n{_table(results)}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1))

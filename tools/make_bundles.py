@@ -16,7 +16,6 @@ sys.path.insert(0, str(ROOT / "tests" / "replay"))
 import scenarios  # noqa: E402
 
 from gptoss.clock import SystemClock  # noqa: E402
-from gptoss.telemetry.bundle_format import SUFFIX  # noqa: E402
 from gptoss.telemetry.bundle_writer import Purpose, write_bundle  # noqa: E402
 from gptoss.telemetry.recording import ListRecording  # noqa: E402
 
@@ -43,7 +42,7 @@ def main() -> None:
     folder = scenarios.bundles_folder()
     folder.mkdir(exist_ok=True)
     for name, (recording, reason) in asyncio.run(recordings(set(sys.argv[1:]))).items():
-        path = folder / f"{name}{SUFFIX}"
+        path = folder / f"{name}.gptoss.zip"
         purpose = Purpose(created_ns=SystemClock().wall_ns(), created_by="tools/make_bundles.py", reason=reason)
         with path.open("wb") as file:
             manifest = write_bundle(file, recording, purpose)

@@ -10,6 +10,7 @@ the command line. Everything it started is gone when the context ends.
 """
 
 import asyncio
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -29,6 +30,7 @@ from gptoss.actors.executor import ExecutorActor, ExecutorConfig
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
+from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
@@ -317,7 +319,7 @@ class ServingSystem:
         return RequestServices(
             lifecycle=self.deciders.lifecycle,
             directory=self.directory,
-            renderer=renderer,
+            rendering=Rendering(self.system, renderer),
             served_model=settings.served_model_name or model.model_name,
             default_max_tokens=PROFILES[settings.profile][1],
             request_timeout_s=settings.request_timeout_s,
@@ -336,10 +338,7 @@ class ServingSystem:
         devices = parse_devices(self.settings.devices)
         for device in devices:
             config = self._executor_config(model, device, len(devices))
-
-            def make(config: ExecutorConfig = config) -> ExecutorActor:
-                return ExecutorActor(config, self._drivers, self.directory)
-
+            make = functools.partial(ExecutorActor, config, self._drivers, self.directory)
             name = executor_name(device.executor)
             self.directory.add(name, self.system.spawn(make, name=name, supervisor=supervisor))
 
@@ -357,6 +356,7 @@ class ServingSystem:
             speculation=settings.speculation,
             kernels=settings.kernels,
             quantization=settings.quantization,
+            kv_layout=settings.kv_layout,
             cache_folder=str(settings.cache_path),
             num_threads=settings.num_threads or max(1, (os.cpu_count() or 1) // num_executors),
         )

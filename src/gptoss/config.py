@@ -40,6 +40,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         num_threads: threads of each CPU executor.
         profile: ``latency_first`` or ``quality_first``; sets the defaults for batch, tokens and temperature.
         max_batch_size, max_model_len, kv_budget_mb: limits of each executor.
+        kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         prefix_cache_mb: the part of its KV memory that cached prefixes may take while no request needs it; -1 is none.
         speculation: ``ngram`` guesses tokens that stood in the request before and verifies several in a step.
         max_queue: requests that may wait for admission.
@@ -71,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_batch_size: CountOrAuto = 0
     max_model_len: CountOrAuto = 0
     kv_budget_mb: CountOrAuto = 0
+    kv_layout: Literal["auto", "slots", "paged"] = "auto"
     prefix_cache_mb: CountOrNone = 0
     speculation: Literal["off", "ngram"] = "off"
     max_queue: Count = 512

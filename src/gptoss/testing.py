@@ -53,6 +53,8 @@ class FakeRenderer:
     """One token for each word; token ids come back as ``t<id>`` and a space."""
 
     dialect: Dialect = TaggedDialect(TagFormat(), {})
+    vocab_size = FAKE_VOCAB
+    takes_reasoning_effort = False
 
     def render_chat(
         self,
@@ -61,19 +63,26 @@ class FakeRenderer:
         tools: tuple[dict[str, Any], ...],
         date: str,
         reasoning_effort: str = "",
+        add_generation_prompt: bool = True,
     ) -> port.RenderedPrompt:
         """See ``engine.port.Renderer``."""
-        del tools, date, reasoning_effort
+        del tools, date, reasoning_effort, add_generation_prompt
         words = " ".join(message.content or "" for message in messages)
         return port.RenderedPrompt(token_ids=self.encode(words) or (0,), template="fake")
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """See ``engine.port.Renderer``."""
+        del add_special_tokens
         return tuple(len(word) % FAKE_VOCAB for word in text.split())
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
+    def decode(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool = True) -> str:
         """See ``engine.port.Renderer``."""
-        return "".join(f"t{token_id} " for token_id in token_ids)
+        del skip_special_tokens
+        return "".join(self.pieces(token_ids))
+
+    def pieces(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        """See ``engine.port.Renderer``."""
+        return tuple(f"t{token_id} " for token_id in token_ids)
 
 
 class _Running:

@@ -124,3 +124,9 @@ def tiny_model(tiny_folder: Callable[[str], str]) -> Callable[..., "LoadedModel"
         return load_model(Load(folder=tiny_folder(kind), model_name=kind, **options), no_progress)
 
     return load
+
+
+@pytest.fixture(scope="session", params=["slots", "paged"])
+def laid_out(tiny_model: Callable[..., "LoadedModel"], request: pytest.FixtureRequest) -> Callable[..., "LoadedModel"]:
+    """``tiny_model`` with KV memory in slots, and again in pages."""
+    return functools.partial(tiny_model, kv_layout=request.param)

@@ -95,6 +95,7 @@ class Invariant:
     """A runner that says that its bits do not depend on the cut; on greedy tokens of these models it holds."""
 
     is_row_invariant = True
+    is_batch_invariant = True
 
     def __init__(self, model: LoadedModel) -> None:
         self._runner = model.runner

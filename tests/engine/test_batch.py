@@ -65,6 +65,7 @@ class SmallDevice:
         self.layout = model.runner.layout
         self.is_batched = True
         self.is_row_invariant = False
+        self.is_batch_invariant = True
         self.geometry = model.runner.geometry
         self.slots_max = slots_max
         self.rows_max = rows_max

@@ -16,11 +16,11 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 Folders = Callable[[str], str]
 
 
-def run(script: str, *options: str) -> str:
+def run(script: str, *options: str, **variables: str) -> str:
     """What a benchmark prints."""
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         timeout=100,
@@ -71,12 +71,55 @@ def test_perplexity_compares_ways_with_the_first(tiny_folder: Folders, tmp_path:
     assert float(reference[3]) == pytest.approx(float(other[3]), rel=0.05)
 
 
+def test_the_serving_benchmark_finds_the_peers_that_are_installed_and_says_how_to_install_the_others(
+    tmp_path: Path,
+) -> None:
+    program = tmp_path / "vllm" / "bin" / "vllm"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    found = run("bench_serving.py", "--list-peers", PEERS_HOME=str(tmp_path), PATH="").splitlines()
+    assert found[0] == "Peers:"
+    assert found[1].strip() == f"vllm: {program}"
+    for line in found[2:]:
+        assert re.fullmatch(rf"  transformers(-cb)?: not found; .*{tmp_path}/hf/bin/pip install .*serving.*", line)
+
+
+ONE_BROKEN = """
+import argparse, bench_serving
+def measure(name, *_):
+    if name == "broken":
+        raise RuntimeError("it ended with status 1")
+    return {"ready_s": 4.0 if name == "gptoss" else 8.0}
+bench_serving.measure = measure
+arguments = argparse.Namespace(model="DIR", rounds=2, workloads="1")
+results = bench_serving._rounds({"gptoss": "a", "broken": "b", "other": "c"}, arguments)
+print(bench_serving._table(results))
+"""
+
+
+def test_a_peer_that_does_not_run_is_left_out_of_the_table() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BROKEN],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    head, *measured = rows(done.stdout)
+    assert head[-3:] == ["gptoss", "other", "gptoss / other"]
+    assert measured == [["ready_s", "4.0", "8.0", "0.50"]]
+    assert done.stderr.count("broken is left out: it ended with status 1") == 1
+
+
 def test_the_gpu_benchmark_can_be_rehearsed_without_one(tmp_path: Path) -> None:
     text = run(
         "bench_gpu.py",
         *("--device", "cpu", "--layers", "2", "--tiny", "--streams", "1,2", "--prompt", "40", "--output", "6"),
         *("--ways", "gptoss,generate", "--write", str(tmp_path / "table.md")),
     )
+    assert re.search(r"gptoss: PackedRunner; KV in \d+ pages\n", text)
     measured = [row for row in rows(text) if row[0] in {"1", "2"}]
     assert [row[:2] for row in measured] == [["1", "gptoss"], ["1", "generate"], ["2", "gptoss"], ["2", "generate"]]
     assert all(float(cell) > 0 for row in measured for cell in row[2:6])

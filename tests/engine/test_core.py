@@ -231,6 +231,7 @@ class Sabotage:
         self.layout = model.runner.layout
         self.is_batched = True
         self.is_row_invariant = False
+        self.is_batch_invariant = True
         self.geometry = model.runner.geometry
         self.new_slot = model.runner.new_slot
 

@@ -40,6 +40,8 @@ ARCHITECTURES = ["llama", "qwen3", "mistral", "gpt_oss"]
 WAYS: dict[str, tuple[str, dict[str, str]]] = {
     **{kind: (kind, {"dtype": "float32"}) for kind in ARCHITECTURES},
     "gpt_oss in bfloat16": ("gpt_oss", {"dtype": "bfloat16"}),
+    **{f"{kind} in pages": (kind, {"dtype": "float32", "kv_layout": "paged"}) for kind in ARCHITECTURES},
+    "gpt_oss in pages and bfloat16": ("gpt_oss", {"dtype": "bfloat16", "kv_layout": "paged"}),
     "torch's kernels in bfloat16": ("llama32", {"dtype": "bfloat16", "kernels": "torch"}),
     "own kernels": ("llama32", {"dtype": "bfloat16", "kernels": "native"}),
     "own kernels with int8": ("llama32", {"quantization": "int8", "dtype": "bfloat16"}),

@@ -26,6 +26,7 @@ from gptoss.config import Settings
 from gptoss.engine.attention import Chunk
 from gptoss.engine.load import LoadedModel, load_model
 from gptoss.engine.memory_model import kv_bytes
+from gptoss.engine.model_folder import no_progress
 from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import ChatMessage, EngineEvent, Failed, Finished, Load, Submit
 from gptoss.engine.runner import Runner, Slot
@@ -61,8 +62,8 @@ def streams_of(model: LoadedModel, requests: Sequence[Submit], runner: Runner | 
 # ---------------------------------------------------------------- logits that are not finite
 
 
-@pytest.fixture
-def poisoned(tiny_folder: Folders, tmp_path: Path) -> Callable[[str], LoadedModel]:
+@pytest.fixture(params=["slots", "paged"])
+def poisoned(tiny_folder: Folders, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], LoadedModel]:
     """Loads a tiny model in which one token's embedding is NaN."""
 
     def load(kind: str) -> LoadedModel:
@@ -70,8 +71,15 @@ def poisoned(tiny_folder: Folders, tmp_path: Path) -> Callable[[str], LoadedMode
         weights = load_file(folder / "model.safetensors")
         weights["model.embed_tokens.weight"][POISON] = float("nan")
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        options = Load(folder=str(folder), model_name=kind, dtype="float32", max_batch_size=40, kv_budget_bytes=1 << 30)
-        return load_model(options, lambda stage, done, total, unit: None)
+        options = Load(
+            folder=str(folder),
+            model_name=kind,
+            dtype="float32",
+            max_batch_size=40,
+            kv_budget_bytes=1 << 30,
+            kv_layout=request.param,
+        )
+        return load_model(options, no_progress)
 
     return load
 
@@ -126,6 +134,7 @@ class Storm:
         self.layout = model.runner.layout
         self.is_batched = model.runner.is_batched
         self.is_row_invariant = model.runner.is_row_invariant
+        self.is_batch_invariant = model.runner.is_batch_invariant
         self.geometry = model.runner.geometry
         self._chance = random.Random(seed)
         self._raising = frozenset(raising)
@@ -158,10 +167,10 @@ class Storm:
 
 @pytest.mark.parametrize("seed", range(9))
 def test_in_a_storm_of_faults_every_request_ends_once_and_nobody_gets_a_wrong_token(
-    seed: int, tiny_model: Models
+    seed: int, laid_out: Models
 ) -> None:
     kind = PACKED[seed % len(PACKED)]
-    model = tiny_model(kind, max_batch_size=20)
+    model = laid_out(kind, max_batch_size=20)
     requests = [*targets(priority=1), *strangers(8)]
     bad = [submit(f"bad{i}", length=100 + i, max_tokens=30, temperature=1.0, priority=i % 2) for i in range(6)]
     expected = streams_of(model, [*requests, *bad])
@@ -202,6 +211,7 @@ class Witness:
         self.layout = model.runner.layout
         self.is_batched = True
         self.is_row_invariant = model.runner.is_row_invariant
+        self.is_batch_invariant = model.runner.is_batch_invariant
         self.geometry = model.runner.geometry
         self.slots: list[int] = []
         self.token_ids: set[int] = set()
@@ -229,10 +239,10 @@ class Witness:
     ],
 )
 def test_what_cannot_run_is_refused_before_it_touches_memory_or_a_step(
-    prompt: tuple[int, ...], output: tuple[int, ...], code: str, tiny_model: Models
+    prompt: tuple[int, ...], output: tuple[int, ...], code: str, laid_out: Models
 ) -> None:
-    layout = tiny_model().capabilities.kv_layout
-    model = tiny_model("llama", kv_budget_bytes=kv_bytes(layout, 70))
+    layout = laid_out().capabilities.kv_layout
+    model = laid_out("llama", kv_budget_bytes=kv_bytes(layout, 64))
     witness = Witness(model)
     running = Run(model, witness)
     running.handle(submit("good", max_tokens=4))

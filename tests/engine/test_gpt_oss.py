@@ -68,8 +68,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_cache: Path) -> str:
     return str(home)
 
 
-def load(folder: str, dtype: Literal["bfloat16", "float32"]) -> LoadedModel:
-    options = Load(folder=folder, model_name="gpt-oss-tiny", dtype=dtype, max_model_len=2048, num_threads=1)
+LAYOUTS = pytest.mark.parametrize("kv_layout", ["slots", "paged"])
+
+
+def load(
+    folder: str, dtype: Literal["bfloat16", "float32"], kv_layout: Literal["slots", "paged"] = "slots"
+) -> LoadedModel:
+    options = Load(
+        folder=folder, model_name="tiny", dtype=dtype, max_model_len=2048, num_threads=1, kv_layout=kv_layout
+    )
     return load_model(options, no_progress)
 
 
@@ -132,8 +139,11 @@ def test_text_and_spelling_of_any_tokens_are_the_tokenizers(model: LoadedModel) 
     assert spelled.decode(errors="replace") == running.text("r")
 
 
-def test_logprobs_are_those_of_transformers_beyond_the_window(folder: str) -> None:
-    request, running = ask(load(folder, "float32"), max_tokens=160, logprobs=0, ignore_eos=True)
+@LAYOUTS
+def test_logprobs_are_those_of_transformers_beyond_the_window(
+    kv_layout: Literal["slots", "paged"], folder: str
+) -> None:
+    request, running = ask(load(folder, "float32", kv_layout), max_tokens=160, logprobs=0, ignore_eos=True)
     token_ids = [*request.prompt_token_ids, *running.tokens("r")]
     assert len(token_ids) > 128 + 40
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
@@ -146,7 +156,9 @@ def test_logprobs_are_those_of_transformers_beyond_the_window(folder: str) -> No
     assert found == pytest.approx(expected, abs=2e-3)
 
 
-def test_a_conversation_goes_on_from_its_cached_beginning(model: LoadedModel) -> None:
+@LAYOUTS
+def test_a_conversation_goes_on_from_its_cached_beginning(kv_layout: Literal["slots", "paged"], folder: str) -> None:
+    model = load(folder, "bfloat16", kv_layout)
     options = CoreOptions(prefix_cache_bytes=1 << 26, provenance="tests")
     running = Run(model, options=options)
     prompt = tuple(model.tokenizer.encode(PROMPT * 8, add_special_tokens=False).ids)

@@ -21,7 +21,7 @@ from gptoss.engine.native.runner import NativeRunner
 from gptoss.engine.native.weights import WeightFormat
 from gptoss.engine.port import Load
 from gptoss.engine.runner import PackedRunner
-from gptoss.engine.runner_choice import Native, RunnerChoice, choose_runner
+from gptoss.engine.runner_choice import KvOptions, Native, RunnerChoice, choose_runner
 from gptoss.errors import ModelLoadError
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -223,7 +223,7 @@ def test_without_a_compiler_torch_computes_and_the_note_says_what_to_do(
 
 def test_a_model_that_they_do_not_know_runs_on_torch_or_is_refused_int8(tiny_folder: Callable[[str], str]) -> None:
     assert isinstance(load(tiny_folder("gpt_oss")).runner, PackedRunner)
-    with pytest.raises(ModelLoadError, match="quantization int8 needs a CPU, bfloat16 and one of"):
+    with pytest.raises(ModelLoadError, match="quantization int8 needs a CPU, bfloat16, KV slots and one of"):
         load(tiny_folder("gpt_oss"), quantization="int8")
 
 
@@ -238,7 +238,8 @@ def test_a_window_shorter_than_the_context_is_left_to_torch(folder: Callable[[st
 
     def choose(max_model_len: int) -> RunnerChoice:
         native = Native(open_kernels(folder("mistral")), "bfloat16", max_model_len)
-        return choose_runner(weights, layout, torch.device("cpu"), native)
+        kv = KvOptions(is_paged=False, budget=lambda layout: kv_bytes(layout, max_model_len))
+        return choose_runner(weights, layout, torch.device("cpu"), native, kv)
 
     choice = choose(640)
     assert isinstance(choice.runner, PackedRunner)

@@ -94,39 +94,39 @@ def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_logit_of_a_text_is_that_of_eager_attention_however_it_is_cut(
-    kind: str, cuts: str, tiny_model: Models, eager: Oracle
+    kind: str, cuts: str, laid_out: Models, eager: Oracle
 ) -> None:
     token_ids = text(LENGTH)
     assert sum(CUTS[cuts]) == LENGTH
-    assert gap(run_through(tiny_model(kind).runner, token_ids, CUTS[cuts]), eager(kind, token_ids)) < TOLERANCE
+    assert gap(run_through(laid_out(kind).runner, token_ids, CUTS[cuts]), eager(kind, token_ids)) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_long_texts_stay_with_eager_attention_in_the_company_of_others(
-    kind: str, tiny_model: Models, eager: Oracle
+    kind: str, laid_out: Models, eager: Oracle
 ) -> None:
     token_ids = text(620, seed=3)
-    found = run_through(tiny_model(kind).runner, token_ids, [256, 256, *[1] * 30, 78], strangers=3)
+    found = run_through(laid_out(kind).runner, token_ids, [256, 256, *[1] * 30, 78], strangers=3)
     assert gap(found, eager(kind, token_ids)) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "gpt_oss_yarn"])
-def test_the_oracle_sees_a_window_that_is_one_too_long(kind: str, tiny_model: Models, eager: Oracle) -> None:
+def test_the_oracle_sees_a_window_that_is_one_too_long(kind: str, laid_out: Models, eager: Oracle) -> None:
     token_ids = text(LENGTH)
     changed = [(token_ids[0] + 1) % 256, *token_ids[1:]]
     difference = (eager(kind, token_ids) - eager(kind, changed)).abs().amax(dim=1)
     assert difference[WINDOW - 1] > TOLERANCE  # within the window of the first token, and within no other for mistral
     if kind == "mistral":
         assert difference[2 * WINDOW :].max() == 0.0  # two layers reach two windows back
-    found = run_through(tiny_model(kind).runner, changed, [40, 50])
+    found = run_through(laid_out(kind).runner, changed, [40, 50])
     assert gap(found, eager(kind, token_ids)) > TOLERANCE
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "llama32"])
-def test_bfloat16_is_as_near_to_float32_as_transformers_own(kind: str, tiny_model: Models, eager: Any) -> None:
+def test_bfloat16_is_as_near_to_float32_as_transformers_own(kind: str, laid_out: Models, eager: Any) -> None:
     token_ids = text(LENGTH)
     exact = eager(kind, token_ids)
-    found = run_through(tiny_model(kind, dtype="bfloat16").runner, token_ids, [40, *[1] * 50], strangers=2)
+    found = run_through(laid_out(kind, dtype="bfloat16").runner, token_ids, [40, *[1] * 50], strangers=2)
     theirs = eager(kind, token_ids, torch.bfloat16)
     assert (found - exact).norm() < 1.3 * (theirs - exact).norm()
 
@@ -154,13 +154,13 @@ def check_logprobs(running: Run, request: Submit, expected: Callable[[Sequence[i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_engine_says_of_its_tokens_what_transformers_says(kind: str, tiny_model: Models, eager: Oracle) -> None:
+def test_the_engine_says_of_its_tokens_what_transformers_says(kind: str, laid_out: Models, eager: Oracle) -> None:
     requests = [
         forced("short", text(5), 60),
         forced("chunked", text(300, seed=1), 20),
         forced("decodes beyond its window", text(WINDOW - 3, seed=2), 40),
     ]
-    running = Run(tiny_model(kind))
+    running = Run(laid_out(kind))
     running.handle(*requests)
     running.finish()
     for request in requests:
@@ -168,9 +168,9 @@ def test_the_engine_says_of_its_tokens_what_transformers_says(kind: str, tiny_mo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prefix_that_was_computed_before_changes_no_logit(kind: str, tiny_model: Models, eager: Oracle) -> None:
+def test_a_prefix_that_was_computed_before_changes_no_logit(kind: str, laid_out: Models, eager: Oracle) -> None:
     shared = text(300, seed=9)
-    running = Run(tiny_model(kind), options=CoreOptions(prefix_cache_bytes=1 << 28, provenance="tests"))
+    running = Run(laid_out(kind), options=CoreOptions(prefix_cache_bytes=1 << 28, provenance="tests"))
     for name, tail in (("first", []), ("again", []), ("longer", text(80, seed=4)), ("other", text(3, seed=5))):
         request = forced(name, [*shared, *tail], 20)
         running.handle(request)

@@ -88,6 +88,40 @@ def test_every_plan_follows_from_the_log(seed: int, invariant: bool, tiny_model:
     assert all(isinstance(running.end(request_id), Finished) for request_id in log.running)
 
 
+class InCompany(Invariant):
+    """A runner that says that its bits depend on who else is in the step, as those of a GPU do."""
+
+    is_row_invariant = False
+    is_batch_invariant = False
+
+
+def test_where_bits_depend_on_the_company_the_log_says_so_cuts_are_free_and_plans_are_followed(
+    tiny_model: Models,
+) -> None:
+    model = tiny_model("llama", kv_layout="paged")
+    options = CoreOptions(prefix_cache_bytes=1 << 20, speculates=True)
+    first, second = (Run(model, InCompany(model), options) for _ in range(2))
+    limits = first.core.capabilities.limits
+    assert limits is not None
+    assert (limits.is_row_invariant, limits.is_batch_invariant, limits.draft_streams_max) == (False, False, 0)
+    assert any(note.startswith("not batch-invariant") for note in first.core.notes)
+    commands = [submit("a", length=100, temperature=1.0), submit("b", max_tokens=30), submit("c", length=50)]
+    commands.append(msgspec.structs.replace(commands[0], request_id="a again"))
+    first.handle(*commands[:3])
+    first.finish()
+    first.handle(commands[3])
+    first.finish()
+    end = first.end("a again")
+    assert isinstance(end, Finished)
+    assert end.cached_tokens == 96, "hits need not end where chunks do"
+    taken = 0
+    for step in first.steps():
+        second.handle(*commands[taken : taken + step.submits_taken])
+        taken += step.submits_taken
+        second.events += second.core.step(plan_of(step))
+    assert [step.rows for step in second.steps()] == [step.rows for step in first.steps()]
+
+
 def test_a_plan_and_its_outcome_survive_the_wire(tiny_model: Models) -> None:
     running = Run(tiny_model())
     running.handle(submit("a"), submit("b", logprobs=1))

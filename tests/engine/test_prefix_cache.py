@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from gptoss.engine.attention import Chunk
 from gptoss.engine.core import CoreOptions
-from gptoss.engine.kv_cache import KvGeometry, KvSlot, LayerGeometry
+from gptoss.engine.kv_cache import KvGeometry, KvSlot, LayerGeometry, RequestKv
+from gptoss.engine.kv_pages import PagedKv, PagePool
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.port import Failed, Finished, Submit
@@ -22,6 +23,7 @@ from gptoss.messages.plan import plan_of
 Models = Callable[..., LoadedModel]
 MB = 1 << 20
 BLOCK = 4
+POOL_BYTES = 8 << 10
 
 
 # ---------------------------------------------------------------- the cache alone
@@ -33,12 +35,16 @@ def value(token_ids: Sequence[int], position: int) -> float:
 
 
 class Shelf:
-    """A cache over layers of given windows."""
+    """A cache over layers of given windows, in KV slots or in pages."""
 
-    def __init__(self, *windows: int, provenance: str = "m") -> None:
+    def __init__(self, *windows: int, provenance: str = "m", page_tokens: int = 0) -> None:
         layers = [LayerGeometry(kv_heads=1, head_dim=1, window=window) for window in windows]
         self.geometry = KvGeometry(layers, torch.float32, torch.device("cpu"))
         self.cache = PrefixCache(self.geometry, BLOCK, provenance)
+        self.pool = PagePool(self.geometry, POOL_BYTES, page_tokens) if page_tokens else None
+
+    def memory(self, tokens: int) -> RequestKv:
+        return PagedKv(self.pool, tokens) if self.pool else KvSlot(self.geometry, tokens)
 
     def begin(self, token_ids: Sequence[int], salt: str = "") -> "Reader":
         return Reader(self, token_ids, salt)
@@ -54,7 +60,7 @@ class Reader:
         self.cache = shelf.cache
         self.token_ids = token_ids
         self.chain = Chain(self.cache.root(salt))
-        self.slot = KvSlot(shelf.geometry, len(token_ids) + 1)
+        self.slot = shelf.memory(len(token_ids) + 1)
         hit = self.cache.find(self.chain, token_ids, len(token_ids) - 1)
         self.cache.load(hit, self.slot)
         self.cache.touch(self.chain, len(hit.blocks))
@@ -64,20 +70,21 @@ class Reader:
     def run(self, *ends: int, bytes_max: int = MB) -> "Reader":
         """Compute up to each of ``ends`` (to the last token without any) and store what is new."""
         for end in ends or (len(self.token_ids),):
-            for store in self.slot.stores:
+            for store, count in enumerate(self.slot.geometry.counts):
                 for position in range(self.computed, end):
-                    store[:, :, :, position % store.shape[3]] = value(self.token_ids, position)
+                    found = torch.full((count, 2, 1, 1, 1), value(self.token_ids, position))
+                    self.slot.write(store, None, position, found)
             self.computed = max(end, self.computed)
             self.cache.store(self.chain, self.token_ids, self.slot, self.computed, bytes_max)
         return self
 
     def is_right(self) -> bool:
         """Whether the slot has all that the next token attends to."""
-        for store in self.slot.stores:
-            ring = store.shape[3]
-            visible = self.computed if ring == self.slot.tokens else min(self.computed, ring - 1)
+        for store, window in enumerate(self.slot.geometry.windows):
+            visible = min(self.computed, window - 1) if window else self.computed
             for position in range(self.computed - visible, self.computed):
-                if (store[:, :, :, position % ring] != value(self.token_ids, position)).any():
+                found = self.slot.read(store, None, position, position + 1)
+                if (found != value(self.token_ids, position)).any():
                     return False
         return True
 
@@ -154,13 +161,14 @@ TEXTS = st.lists(st.integers(0, 1), min_size=1, max_size=40)
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from([(0,), (6,), (0, 6), (0, 3), (0, 4), (0, 12), (100,)]),
+    st.sampled_from([(0,), (6,), (0, 6), (0, 3), (0, 4), (0, 12), (100,), (0, 6, 0, 0)]),
+    st.sampled_from([0, 1, 2, 4]),
     st.lists(st.tuples(TEXTS, st.integers(1, 9), st.integers(0, 400)), min_size=1, max_size=12),
 )
 def test_whatever_was_stored_a_hit_is_what_computing_gives(
-    windows: tuple[int, ...], requests: list[tuple[list[int], int, int]]
+    windows: tuple[int, ...], page_tokens: int, requests: list[tuple[list[int], int, int]]
 ) -> None:
-    shelf = Shelf(*windows)
+    shelf = Shelf(*windows, page_tokens=page_tokens)
     for token_ids, stride, bytes_max in requests:
         shelf.cache.shrink(bytes_max)
         reader = shelf.begin(token_ids)
@@ -169,6 +177,9 @@ def test_whatever_was_stored_a_hit_is_what_computing_gives(
         assert shelf.cache.num_bytes <= bytes_max
         held = list(shelf.cache._blocks.values())
         assert shelf.cache.num_bytes == sum(block.num_bytes for block in held)
+        if shelf.pool:
+            others = shelf.pool.num_bytes - shelf.pool.num_free * shelf.pool.page_bytes - reader.slot.num_bytes
+            assert others <= shelf.cache.num_bytes, "pages are counted by whoever refers to them"
     longest = max((token_ids for token_ids, _, _ in requests), key=len)
     assert shelf.hit(longest) <= len(longest) - 1
 
@@ -200,8 +211,8 @@ def bits(running: Run, request_id: str) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gpt_oss"])
-def test_a_hit_gives_the_same_bits_as_computing(kind: str, tiny_model: Models) -> None:
-    model = tiny_model(kind)
+def test_a_hit_gives_the_same_bits_as_computing(kind: str, laid_out: Models) -> None:
+    model = laid_out(kind)
     first, second = ask("first", text(600)), ask("second", [*text(560), 1, 2, 3], temperature=1.0)
     running = started(model)
     running.handle(first)
@@ -217,8 +228,8 @@ def test_a_hit_gives_the_same_bits_as_computing(kind: str, tiny_model: Models) -
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gpt_oss"])
-def test_where_bits_allow_it_answers_are_cached_too_and_hits_are_finer(kind: str, tiny_model: Models) -> None:
-    model = tiny_model(kind)
+def test_where_bits_allow_it_answers_are_cached_too_and_hits_are_finer(kind: str, laid_out: Models) -> None:
+    model = laid_out(kind)
     running = started(model, invariant=True)
     running.handle(ask("first", text(100), max_tokens=80))
     running.finish()
@@ -233,8 +244,8 @@ def test_where_bits_allow_it_answers_are_cached_too_and_hits_are_finer(kind: str
     assert running.tokens("second") == alone.tokens("second")
 
 
-def test_generic_runners_have_no_cache_and_say_so(tiny_model: Models) -> None:
-    running = started(tiny_model("gemma2"))
+def test_generic_runners_have_no_cache_and_say_so(laid_out: Models) -> None:
+    running = started(laid_out("gemma2"))
     assert running.core.capabilities.prefix_cache_bytes == 0
     for request_id in "ab":
         running.handle(ask(request_id, text(520)))
@@ -242,16 +253,16 @@ def test_generic_runners_have_no_cache_and_say_so(tiny_model: Models) -> None:
     assert cached(running, "b") == 0
 
 
-def test_tenants_do_not_share(tiny_model: Models) -> None:
-    running = started(tiny_model())
+def test_tenants_do_not_share(laid_out: Models) -> None:
+    running = started(laid_out())
     for request_id, salt in (("a", "x"), ("b", "y"), ("c", "x")):
         running.handle(ask(request_id, text(300), salt=salt))
         running.finish()
     assert [cached(running, request_id) for request_id in "abc"] == [0, 0, 256]
 
 
-def test_a_request_that_is_here_at_the_same_time_shares_what_is_computed_by_then(tiny_model: Models) -> None:
-    running = started(tiny_model())
+def test_a_request_that_is_here_at_the_same_time_shares_what_is_computed_by_then(laid_out: Models) -> None:
+    running = started(laid_out())
     running.handle(ask("a", text(300)))
     running.step(2)
     running.handle(ask("b", text(290)))
@@ -259,8 +270,8 @@ def test_a_request_that_is_here_at_the_same_time_shares_what_is_computed_by_then
     assert cached(running, "b") == 256
 
 
-def test_of_two_that_come_at_once_one_computes_the_common_part(tiny_model: Models) -> None:
-    model = tiny_model("gpt_oss")
+def test_of_two_that_come_at_once_one_computes_the_common_part(laid_out: Models) -> None:
+    model = laid_out("gpt_oss")
     running = started(model, invariant=True)
     requests = [ask("a", text(600)), ask("b", [*text(580), 3])]
     running.handle(*requests)
@@ -274,16 +285,16 @@ def test_of_two_that_come_at_once_one_computes_the_common_part(tiny_model: Model
         assert running.tokens(request.request_id) == alone.tokens(request.request_id)
 
 
-def test_reservations_come_before_the_cache(tiny_model: Models) -> None:
-    layout = tiny_model().capabilities.kv_layout
+def test_reservations_come_before_the_cache(laid_out: Models) -> None:
+    layout = laid_out().capabilities.kv_layout
     budget = kv_bytes(layout, 900)
-    model = tiny_model("llama", kv_budget_bytes=budget)
+    model = laid_out("llama", kv_budget_bytes=budget)
     running = started(model, cache=budget)
     assert running.core.capabilities.prefix_cache_bytes == budget
     for index in range(4):
         running.handle(ask(f"r{index}", text(300, index)))
         running.finish()
-    assert running.steps()[-1].prefix_cache_bytes > kv_bytes(layout, 500)
+    assert running.steps()[-1].prefix_cache_bytes >= kv_bytes(layout, 512)
     running.handle(ask("x", text(500, 9), max_tokens=100), ask("y", text(290, 8), max_tokens=10))
     running.finish()
     for step in running.steps():
@@ -291,9 +302,9 @@ def test_reservations_come_before_the_cache(tiny_model: Models) -> None:
     assert all(isinstance(running.end(request_id), Finished) for request_id in "xy")
 
 
-def test_a_hit_that_would_not_fit_beside_its_copy_is_not_taken(tiny_model: Models) -> None:
-    layout = tiny_model().capabilities.kv_layout
-    model = tiny_model("llama", kv_budget_bytes=kv_bytes(layout, 620))
+def test_a_hit_that_would_not_fit_beside_its_copy_is_not_taken(laid_out: Models) -> None:
+    layout = laid_out().capabilities.kv_layout
+    model = laid_out("llama", kv_budget_bytes=kv_bytes(layout, 620))
     running = started(model, cache=kv_bytes(layout, 600))
     running.handle(ask("a", text(300)))
     running.finish()
@@ -304,9 +315,9 @@ def test_a_hit_that_would_not_fit_beside_its_copy_is_not_taken(tiny_model: Model
         assert step.kv_bytes_in_use + step.prefix_cache_bytes <= kv_bytes(layout, 620)
 
 
-def test_a_preempted_request_finds_its_own_beginning_again(tiny_model: Models) -> None:
-    layout = tiny_model().capabilities.kv_layout
-    model = tiny_model("llama", kv_budget_bytes=kv_bytes(layout, 1000), max_batch_size=1)
+def test_a_preempted_request_finds_its_own_beginning_again(laid_out: Models) -> None:
+    layout = laid_out().capabilities.kv_layout
+    model = laid_out("llama", kv_budget_bytes=kv_bytes(layout, 1000), max_batch_size=1)
     victim = ask("victim", text(400), max_tokens=20)
     running = started(model, cache=kv_bytes(layout, 1000))
     running.handle(victim)
@@ -323,8 +334,8 @@ def test_a_preempted_request_finds_its_own_beginning_again(tiny_model: Models) -
     assert bits(running, "victim") == bits(alone, "victim")
 
 
-def test_a_plan_with_hits_is_followed_without_a_cache(tiny_model: Models) -> None:
-    model = tiny_model("gpt_oss")
+def test_a_plan_with_hits_is_followed_without_a_cache(laid_out: Models) -> None:
+    model = laid_out("gpt_oss")
     running, again = started(model), Run(model)
     for request_id, prompt in (("a", text(600)), ("b", text(560))):
         running.handle(ask(request_id, prompt))
@@ -349,8 +360,8 @@ class Broken(Invariant):
         ]
 
 
-def test_a_prompt_whose_logits_made_no_sense_is_not_kept(tiny_model: Models) -> None:
-    model = tiny_model()
+def test_a_prompt_whose_logits_made_no_sense_is_not_kept(laid_out: Models) -> None:
+    model = laid_out()
     running = Run(model, Broken(model), CoreOptions(prefix_cache_bytes=MB))
     prompt = [token_id % 255 for token_id in text(300)]
     running.handle(ask("bad", [*prompt, 255]))

@@ -289,7 +289,8 @@ def test_a_template_that_raises_is_the_callers_error(renderer: TokenizerRenderer
 @pytest.mark.parametrize(
     ("template", "cause"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "looped more than"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1000000 steps"),
+        ("{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}", "steps"),
         ("{% for a in range(999999999) %}{% endfor %}", "Range too big"),
         ("{% for a in range(99999) %}{{ messages[0].content }}{% endfor %}", "grew beyond"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -301,6 +302,32 @@ def test_a_template_that_raises_is_the_callers_error(renderer: TokenizerRenderer
 def test_a_template_out_of_bounds_is_refused(renderer: TokenizerRenderer, template: str, cause: str) -> None:
     with pytest.raises(RequestError, match=cause):
         render(with_template(renderer, template), user("x" * 1000))
+
+
+def test_reasoning_effort_reaches_templates_that_read_it(renderer: TokenizerRenderer) -> None:
+    thinking = with_template(renderer, "{{ reasoning_effort | default('none given') }}")
+    plain = renderer.render_chat((user("x"),), tools=(), date=DATE)
+    assert thinking.takes_reasoning_effort
+    assert not renderer.takes_reasoning_effort
+    assert thinking.decode(thinking.render_chat((user("x"),), tools=(), date=DATE).token_ids) == "none given"
+    low = thinking.render_chat((user("x"),), tools=(), date=DATE, reasoning_effort="low")
+    assert thinking.decode(low.token_ids) == "low"
+    assert renderer.render_chat((user("x"),), tools=(), date=DATE, reasoning_effort="low") == plain
+
+
+def test_a_prompt_can_end_before_the_assistants_turn(renderer: TokenizerRenderer) -> None:
+    whole = renderer.render_chat((user("x"),), tools=(), date=DATE).token_ids
+    cut = renderer.render_chat((user("x"),), tools=(), date=DATE, add_generation_prompt=False).token_ids
+    assert whole[: len(cut)] == cut
+    assert len(cut) < len(whole)
+
+
+def test_tokens_can_be_spelled_and_read_with_or_without_the_special_ones(renderer: TokenizerRenderer) -> None:
+    ids = renderer.render_chat((user("Hi there"),), tools=(), date=DATE, add_generation_prompt=False).token_ids
+    assert "<|im_end|>" in renderer.decode(ids, skip_special_tokens=False)
+    assert "<|im_end|>" not in renderer.decode(ids)
+    assert "\u0120there" in renderer.pieces(ids)
+    assert renderer.encode("<|im_end|>", add_special_tokens=False) != (renderer.tokenizer.token_to_id("<|im_end|>"),)
 
 
 def test_a_model_without_a_template_names_the_other_endpoint(demo_folder: str, tmp_path: Path) -> None:

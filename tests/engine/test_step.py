@@ -19,6 +19,7 @@ class StubRunner:
 
     is_batched = True
     is_row_invariant = True
+    is_batch_invariant = True
     geometry = None
     layout = KvLayout(full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=1, dtype_bytes=1)
 

@@ -3,13 +3,15 @@
 import asyncio
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import msgspec
 import pytest
 
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Notice, Outcome, Usage
+from gptoss.actors.rendering import Rendering
+from gptoss.actors.system import System
 from gptoss.clock import SystemClock
 from gptoss.config import Settings
 from gptoss.errors import GptossError, RequestNotFound
@@ -19,6 +21,7 @@ from gptoss.http.routes import make_app
 from gptoss.http.server import ConnectionBounds, RunningServer, serve
 from gptoss.messages.commands import CancelReason
 from gptoss.telemetry.bundle_order import BundleOrder
+from gptoss.testing import FakeRenderer
 
 Script = Callable[[Generation], Awaitable[None]]
 USAGE = Usage(prompt_tokens=7, completion_tokens=2, cached_tokens=3)
@@ -35,12 +38,21 @@ async def hello(generation: Generation) -> None:
     generation.end(Outcome(finish_reason="stop", usage=USAGE))
 
 
+class Threads:
+    """As much of a system as rendering needs."""
+
+    clock = SystemClock()
+    run_in_thread = staticmethod(asyncio.to_thread)
+
+
 class FakeGateway:
     """Submits to a script instead of actors, and remembers everything it was told."""
 
     served_model = "demo"
+    max_model_len = 4096
 
     def __init__(self) -> None:
+        self.rendering = Rendering(cast("System", Threads()), FakeRenderer())
         self.script: Script = hello
         self.submitted: list[GenerateRequest] = []
         self.rejected: list[tuple[str, str, str]] = []
@@ -133,15 +145,23 @@ class House:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], **fields}
         return await self.post(msgspec.json.encode(body), headers=headers)
 
-    async def post(self, body: bytes, *, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+    async def ask(self, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+        return await self.post(msgspec.json.encode(fields), path=path)
+
+    async def post(
+        self, body: bytes | io.BytesIO, *, headers: dict[str, str] | None = None, path: str = "/v1/chat/completions"
+    ) -> tuple[int, dict[str, Any]]:
         sent = {"Content-Type": "application/json", **(headers or {})}
-        async with self.session.post("/v1/chat/completions", data=body, headers=sent) as response:
+        async with self.session.post(path, data=body, headers=sent) as response:
             assert response.content_type == "application/json"
             return response.status, await response.json()
 
     async def stream(self, **fields: Any) -> bytes:
-        body = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
-        async with self.session.post("/v1/chat/completions", json=body) as response:
+        messages = [{"role": "user", "content": "Hi"}]
+        return await self.stream_of("/v1/chat/completions", model="demo", messages=messages, **fields)
+
+    async def stream_of(self, path: str, **fields: Any) -> bytes:
+        async with self.session.post(path, json={"stream": True, **fields}) as response:
             assert response.status == 200
             assert response.headers["Content-Type"] == "text/event-stream"
             return await response.read()

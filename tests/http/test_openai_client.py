@@ -77,6 +77,46 @@ async def test_refusals_are_the_clients_own_exceptions(house: Any, client: opena
     assert limited.value.response.headers["Retry-After"] == "2"
 
 
+async def test_a_retry_waits_as_long_as_the_server_asked(house: Any) -> None:
+    tries: list[float] = []
+
+    async def full_once(generation: Generation) -> None:
+        tries.append(asyncio.get_running_loop().time())
+        if len(tries) == 1:
+            generation.end(Outcome(error=QueueFull("full", retry_after_s=1.0)))
+            return
+        generation.put_admitted(4)
+        generation.put(Delta(text="at last", token_ids=(1,)))
+        generation.end(Outcome(finish_reason="stop"))
+
+    house.gateway.script = full_once
+    async with openai.AsyncOpenAI(base_url=f"{house.url}/v1", api_key="unused", max_retries=2) as client:
+        answer = await client.chat.completions.create(model="demo", messages=MESSAGES)
+    assert answer.choices[0].message.content == "at last"
+    assert len(tries) == 2
+    assert tries[1] - tries[0] >= 0.99, "Retry-After, not the client's own half a second"
+
+
+async def test_the_streaming_helper_accumulates_a_chat(client: openai.AsyncOpenAI) -> None:
+    async with client.chat.completions.stream(model="demo", messages=MESSAGES) as stream:
+        deltas = [event.delta async for event in stream if event.type == "content.delta"]
+        final = await stream.get_final_completion()
+    assert "".join(deltas) == final.choices[0].message.content == "Hello world"
+
+
+async def test_the_sync_client_uses_the_other_endpoints(sync_client: openai.OpenAI) -> None:
+    def ask() -> tuple[str, str, int]:
+        response = sync_client.responses.create(model="demo", input="Hi")
+        with sync_client.responses.stream(model="demo", input="Hi") as stream:
+            streamed = stream.get_final_response().output_text
+        assert response.output_text == streamed
+        text = sync_client.completions.create(model="demo", prompt="Hi", n=3)
+        several = sync_client.chat.completions.create(model="demo", messages=MESSAGES, n=2)
+        return streamed, text.choices[2].text, len(several.choices)
+
+    assert await asyncio.to_thread(ask) == ("Hello world", "Hello world", 2)
+
+
 async def test_an_error_inside_a_stream_is_raised(house: Any, client: openai.AsyncOpenAI) -> None:
     async def dies(generation: Generation) -> None:
         generation.put_admitted(4)

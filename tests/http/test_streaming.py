@@ -232,9 +232,9 @@ async def test_bad_names_are_replaced_and_served(house: Any, name: str, value: s
 async def test_fields_without_effect_are_named_once_in_the_log(house: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="gptoss.http"):
         for _ in range(2):
-            status, _ = await house.chat(best_of=3, **{"evil\nname": 1}, metadata={"a": "b"})
+            status, _ = await house.chat(verbosity=3, **{"evil\nname": 1}, store=True, reasoning_effort="low")
             assert status == 200
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 3
-    assert any("'best_of'" in line for line in lines)
+    assert len(lines) == 4
+    assert any("'verbosity'" in line for line in lines)
     assert any("'evil\\nname'" in line for line in lines)

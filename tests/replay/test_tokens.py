@@ -20,6 +20,9 @@ from gptoss.replay.result import TokensResult
 from gptoss.replay.tokens import replay_tokens
 from gptoss.telemetry.recording import ListRecording
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# torch and safetensors are only partly typed.
+
 pytestmark = [pytest.mark.timeout(180)]
 
 
@@ -36,9 +39,8 @@ def sampled(words: int, *, seed: int, **fields: Any) -> GenerateRequest:
     )
 
 
-async def eventful(system: ServingSystem) -> None:
+async def eventful(system: ServingSystem, made: list[InProcessDriver]) -> None:
     """Requests that displace each other, one that is cancelled, and an engine that dies under the rest."""
-    made: list[InProcessDriver] = system.test_drivers  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     first = system.submit(sampled(50, seed=1, priority=1, request_id="yields"))
     async for _ in first:
         break
@@ -62,8 +64,7 @@ def recording(folder: str) -> ListRecording:
         return made[-1]
 
     async def work(system: ServingSystem) -> None:
-        system.test_drivers = made  # pyright: ignore[reportAttributeAccessIssue]
-        await eventful(system)
+        await eventful(system, made)
 
     model = PreparedModel(folder=folder, model_name="tiny", source="test", max_model_len=640)
     return asyncio.run(

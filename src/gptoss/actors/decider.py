@@ -70,6 +70,7 @@ class DeciderActor(LoopActor, Generic[S]):
     """
 
     TAKES_SNAPSHOTS: ClassVar[bool] = True
+    request_id: str = ""
 
     def __init__(self, decider: Decider[S], directory: Directory) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from gptoss.actors.actor import LoopActor, Terminated
 from gptoss.actors.directory import request_name
 from gptoss.actors.generation import GenerateRequest, Generation, Notice
 from gptoss.actors.inbox import MailboxSpec
+from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestActor, RequestServices
 from gptoss.actors.system import System
 from gptoss.clock import NS_PER_S
@@ -41,6 +42,8 @@ class Gateway:
         self._system = system
         self._services = services
         self._directory = services.directory
+        self._choices: dict[str, set[str]] = {}  # name of a call's first choice -> its further ones that run
+        self._first_choice: dict[str, str] = {}
         self._undertaker = system.spawn(
             lambda: _Undertaker(self._forget), name="undertaker", mailbox=REQUEST_MAILBOX, supervisor=system.root
         )
@@ -51,13 +54,24 @@ class Gateway:
         return self._services.served_model
 
     @property
+    def max_model_len(self) -> int:
+        """Tokens that prompt and output may have together; 0 until a model is loaded."""
+        return self._services.max_model_len()
+
+    @property
+    def rendering(self) -> Rendering:
+        """Prompts and texts without a request."""
+        return self._services.rendering
+
+    @property
     def running(self) -> int:
         """Requests that have not ended."""
         return len(self._directory.names(REQUEST_PREFIX))
 
     def name_request(self, wanted: str) -> str:
         """``wanted`` where it is a valid id that no running request uses, else a fresh one."""
-        if REQUEST_ID.fullmatch(wanted) and self._directory.get(request_name(wanted)) is None:
+        name = request_name(wanted)
+        if REQUEST_ID.fullmatch(wanted) and self._directory.get(name) is None and name not in self._choices:
             return wanted
         return self._system.ids.new_id("req")
 
@@ -80,6 +94,9 @@ class Gateway:
         )
         self._directory.add(name, ref)
         self._system.watch(ref, self._undertaker)
+        if request.parent_id:
+            first = self._first_choice[name] = request_name(request.parent_id)
+            self._choices.setdefault(first, set()).add(name)
         return generation
 
     def reject(self, error: GptossError, *, endpoint: str, request_id: str = "") -> str:
@@ -105,8 +122,10 @@ class Gateway:
         return name
 
     def cancel(self, request_id: str, reason: CancelReason = "client") -> bool:
-        """Stop a running request; False when no such request runs."""
-        return self._cancel(request_name(request_id), reason)
+        """Stop a running request and the further choices of its call; False when no such request runs."""
+        name = request_name(request_id)
+        told = [self._cancel(each, reason) for each in (name, *self._choices.get(name, ()))]
+        return any(told)
 
     def cancel_all(self, reason: CancelReason) -> None:
         """Stop every running request."""
@@ -136,3 +155,8 @@ class Gateway:
 
     def _forget(self, name: str) -> None:
         self._directory.remove(name)
+        first = self._first_choice.pop(name, None)
+        if first is not None:
+            self._choices[first].discard(name)
+            if not self._choices[first]:
+                del self._choices[first]

@@ -3,6 +3,9 @@
 A ``Generation`` is written by its request actor and read by one consumer, both on the event loop. Text waits in one
 growing delta, not in a queue of them: a slow reader gets fewer, larger deltas, and memory stays bounded by the
 request's own ``max_tokens``.
+
+Several choices for one caller are several requests: each has a ``Generation``, an actor, a seed and a stream of events
+of its own, and all but the first name that first one as their parent.
 """
 
 import asyncio
@@ -24,15 +27,22 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         messages: the conversation; its bounds and the sampling bounds are checked by the request actor.
+        prompt: text or token ids to go on from, instead of a conversation.
         model: the name the client asked for; empty means whatever is served.
         reasoning_effort: how much the model is to think, where it takes that; empty is its own default.
         shape: what the answer may be made of.
+        add_special_tokens: whether ``prompt`` as text begins with the tokens that the tokenizer puts first.
         priority: lower runs first.
         timeout_s: bound on the request's whole life; None takes the server's setting.
         request_id: the caller's id; empty or already in use gets a fresh one.
+        parent_id: the first choice of the call that this is a further choice of.
+        cache_salt: requests share cached prefixes only with those of the same salt.
+        user: whom the caller acts for; recorded as a keyed hash.
+        metadata: the caller's own notes; only their number is recorded.
     """
 
-    messages: tuple[ChatMessage, ...]
+    messages: tuple[ChatMessage, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
     sampling: SamplingParams = SamplingParams()
     model: str = ""
     endpoint: str = "embedded"
@@ -40,11 +50,16 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     tools: tuple[dict[str, Any], ...] = ()
     reasoning_effort: str = ""
     shape: AnswerShape = AnswerShape()
+    add_special_tokens: bool = True
     priority: int = 0
     timeout_s: float | None = None
     session_id: str = ""
     traceparent: str = ""
     request_id: str = ""
+    parent_id: str = ""
+    cache_salt: str = ""
+    user: str = ""
+    metadata: dict[str, str] = {}
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,19 +67,19 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         text: as the engine decoded it, tags and thoughts and all.
-        parts: the same as typed parts: thoughts, visible text, tool calls. Who puts a delta without them says that all of
-            its text is visible; a delta that is taken has them.
+        found: what a parser found in it; None where none reads along, and all of the text is visible.
     """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    parts: tuple[Part, ...] | None = None
+    found: tuple[Part, ...] | None = None
 
-    def read(self) -> tuple[Part, ...]:
-        """The parts of this delta."""
-        if self.parts is not None:
-            return self.parts
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What was said, as typed parts: thoughts, visible text, tool calls."""
+        if self.found is not None:
+            return self.found
         return (TextPart("content", self.text),) if self.text else ()
 
 
@@ -139,7 +154,7 @@ class Generation:
         while True:
             await self._news.wait()
             self._news.clear()
-            delta = self._take()
+            delta = self.take()
             if delta is not None:
                 yield delta
             if self.outcome is not None and not self._has_more():
@@ -147,9 +162,31 @@ class Generation:
                     raise self.outcome.error
                 return
 
+    def take(self) -> Delta | None:
+        """What has become available, without waiting; None when nothing has."""
+        if not self._has_more():
+            return None
+        delta = Delta(
+            text="".join(self._texts),
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            found=tuple(joined(self._parts)),
+        )
+        self._texts.clear()
+        self._token_ids.clear()
+        self._logprobs.clear()
+        self._parts.clear()
+        return delta
+
+    def announce(self, news: asyncio.Event) -> None:
+        """From now on set ``news`` when there is something to take, so that one consumer can wait for several."""
+        if self._news.is_set():
+            news.set()
+        self._news = news
+
     async def text(self) -> str:
         """The visible text of the whole answer. Raises as iteration does."""
-        return "".join([content_of(delta.read()) async for delta in self])
+        return "".join([content_of(delta.parts) async for delta in self])
 
     def cancel(self, reason: CancelReason = "client") -> None:
         """Stop the request; without effect once it has ended."""
@@ -181,7 +218,7 @@ class Generation:
             self._texts.append(delta.text)
         self._token_ids.extend(delta.token_ids)
         self._logprobs.extend(delta.logprobs)
-        self._parts.extend(delta.read())
+        self._parts.extend(delta.parts)
         self._news.set()
 
     def end(self, outcome: Outcome) -> None:
@@ -190,21 +227,6 @@ class Generation:
             self.outcome = outcome
             self._admitted.set()
             self._news.set()
-
-    def _take(self) -> Delta | None:
-        if not self._has_more():
-            return None
-        delta = Delta(
-            text="".join(self._texts),
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            parts=tuple(joined(self._parts)),
-        )
-        self._texts.clear()
-        self._token_ids.clear()
-        self._logprobs.clear()
-        self._parts.clear()
-        return delta
 
     def _has_more(self) -> bool:
         return bool(self._texts or self._token_ids or self._parts)

@@ -134,6 +134,9 @@ def _begin(_: RequestState, command: cmd.BeginRequest) -> list[Event]:
         traceparent=command.traceparent,
         max_model_len=command.max_model_len,
         default_max_tokens=command.default_max_tokens,
+        parent_id=command.parent_id,
+        user_hmac=command.user_hmac,
+        num_metadata=command.num_metadata,
     )
     try:
         if command.model and command.model != command.served_model:
@@ -141,7 +144,7 @@ def _begin(_: RequestState, command: cmd.BeginRequest) -> list[Event]:
                 f"the model {command.model!r} is not served here; this server has {command.served_model!r}",
                 param="model",
             )
-        if command.num_messages == 0:
+        if command.is_chat and command.num_messages == 0:
             raise RequestError("messages is empty; it needs at least one message", param="messages")
         check_sampling(command.sampling)
         if command.max_model_len == 0:
@@ -160,7 +163,7 @@ def _rendered(state: RequestState, command: cmd.PromptReady) -> list[Event]:
         asked = f" and max_tokens asks for {wanted} more" if wanted is not None else ""
         error = ContextLengthExceeded(
             f"the prompt has {command.prompt_tokens} tokens{asked}; the context holds {state.max_model_len}",
-            param="messages" if room < 1 else "max_tokens",
+            param=command.param if room < 1 else "max_tokens",
         )
         return [rejection(error)]
     return [

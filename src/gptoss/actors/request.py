@@ -14,7 +14,6 @@ decider: their journal entry is the executor's ``StepCommitted``.
 import hashlib
 import hmac
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 
 import msgspec
 
@@ -22,16 +21,17 @@ from gptoss.actors.decider import DeciderActor
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
 from gptoss.actors.lifecycle import Lifecycle, RequestState
+from gptoss.actors.rendering import Rendering, prompt_param
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
 from gptoss.engine.answer_port import OutputParser
-from gptoss.engine.port import RenderedPrompt, Renderer, Submit, TokenLogprob
+from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
 from gptoss.errors import EngineError, GptossError, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.answer import Part
 from gptoss.messages.commands import Command
-from gptoss.messages.sampling import SamplingParams, check_bound_sampling
+from gptoss.messages.sampling import SamplingParams
 
 
 class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,7 +77,7 @@ class RequestServices(msgspec.Struct, kw_only=True):
 
     lifecycle: Lifecycle
     directory: Directory
-    renderer: Renderer
+    rendering: Rendering
     served_model: str
     default_max_tokens: int
     request_timeout_s: float
@@ -101,7 +101,6 @@ class RequestActor(DeciderActor[RequestState]):
         self._generation = generation
         self._services = services
         self._prompt: RenderedPrompt | None = None
-        self._grammar = ""
         self._parser: OutputParser | None = None
         self._delivered: list[int] = []
         self._text: list[str] = []
@@ -146,6 +145,10 @@ class RequestActor(DeciderActor[RequestState]):
                 session_id=request.session_id,
                 traceparent=request.traceparent,
                 num_messages=len(request.messages),
+                is_chat=request.prompt is None,
+                parent_id=request.parent_id,
+                user_hmac=_keyed_hash(self._services.hmac_key, request.user) if request.user else "",
+                num_metadata=len(request.metadata),
             ),
             correlation=self._id,
         )
@@ -156,6 +159,9 @@ class RequestActor(DeciderActor[RequestState]):
             self._deliver(message)
         elif isinstance(message, cmd.EngineDone):
             super().on_receive(self._read_to_end(message))
+        elif isinstance(message, cmd.CancelRequest) and self.state.phase == "new":
+            # On the control lane it has overtaken the beginning; it is to be heard after it, not lost.
+            self.context.ref.tell(message, correlation=self._id)
         else:
             super().on_receive(message)
 
@@ -178,23 +184,13 @@ class RequestActor(DeciderActor[RequestState]):
 
     async def _render_off_loop(self, cause: int) -> None:
         system, request = self.context.system, self._request
-        seconds = system.clock.wall_ns() / NS_PER_S
-        date = datetime.fromtimestamp(seconds, tz=UTC).date().isoformat()
-
-        renderer = self._services.renderer
-        tools = request.tools if request.shape.tool_choice != "none" else ()
-
-        def render() -> tuple[RenderedPrompt, str]:
-            prompt = renderer.render_chat(
-                request.messages, tools=tools, date=date, reasoning_effort=request.reasoning_effort
-            )
-            grammar = renderer.dialect.grammar(tools, request.shape, opens_reasoning=prompt.opens_reasoning)
-            if grammar:
-                check_bound_sampling(request.sampling)
-            return prompt, grammar
-
+        rendering = self._services.rendering
+        date = rendering.today()
         try:
-            prompt, self._grammar = await system.run_in_thread(render)
+            self._prompt = prompt = await rendering.prompt(request, date=date)
+            if not prompt.token_ids:
+                param = prompt_param(request)
+                raise RequestError(f"{param} is empty; it needs at least one token", param=param)
         except GptossError as error:
             param = error.param if isinstance(error, RequestError) else None
             unusable = cmd.PromptUnusable(
@@ -202,17 +198,15 @@ class RequestActor(DeciderActor[RequestState]):
             )
             self.context.ref.tell(unusable, cause=cause, correlation=self._id)
             return
-        self._prompt = prompt
-        self._parser = renderer.dialect.parser(
-            tools, request.shape, opens_reasoning=prompt.opens_reasoning, request_id=self._id
-        )
+        self._parser = rendering.parser(request, prompt, self._id)
         ready = cmd.PromptReady(
             now_ns=system.now_ns(),
             prompt_tokens=len(prompt.token_ids),
             prompt_hmac=_keyed_hash(self._services.hmac_key, prompt.token_ids),
             template=prompt.template,
             date=date,
-            grammar_hmac=_keyed_hash(self._services.hmac_key, self._grammar) if self._grammar else "",
+            grammar_hmac=_keyed_hash(self._services.hmac_key, prompt.grammar) if prompt.grammar else "",
+            param=prompt_param(request),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
 
@@ -223,7 +217,7 @@ class RequestActor(DeciderActor[RequestState]):
                 request_id=self._id,
                 token_ids=self._prompt.token_ids,
                 stop=self._request.sampling.stop,
-                grammar=self._grammar,
+                grammar=self._prompt.grammar,
             )
             self.record(given, correlation=self._id)
 
@@ -241,7 +235,8 @@ class RequestActor(DeciderActor[RequestState]):
             sampling=msgspec.structs.replace(event.sampling, stop=self._request.sampling.stop),
             priority=self._request.priority,
             deadline_ns=self._deadline_ns,
-            grammar=self._grammar,
+            cache_salt=self._request.cache_salt,
+            grammar=self._prompt.grammar,
         )
         if self.directory.tell(executor_name(self.state.executor), submit, cause=self.event_pos):
             return
@@ -264,18 +259,23 @@ class RequestActor(DeciderActor[RequestState]):
         self._delivered.extend(tokens.token_ids)
         if self._services.keep_text:
             self._text.append(tokens.text)
-        parts: list[Part] = []
-        if self._parser:
-            for token_id, text in tokens.pieces():
-                parts += self._parser.push(token_id, text)
-        delta = Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs, parts=tuple(parts))
+        delta = Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs, found=self._parts(tokens))
         self._generation.put(delta)
+
+    def _parts(self, tokens: TokensProduced) -> tuple[Part, ...] | None:
+        """What the parser finds in some more tokens; None without a parser."""
+        if self._parser is None:
+            return None
+        parts: list[Part] = []
+        for token_id, text in tokens.pieces():
+            parts += self._parser.push(token_id, text)
+        return tuple(parts)
 
     def _read_to_end(self, done: cmd.EngineDone) -> cmd.EngineDone:
         """Hand over what the parser still holds back; returns ``done`` with what was counted in the output."""
         if self._parser is None or self.state.phase != "running" or done.attempt != self.state.attempt:
             return done
-        self._generation.put(Delta(parts=tuple(self._parser.finish())))
+        self._generation.put(Delta(found=tuple(self._parser.finish())))
         return msgspec.structs.replace(
             done, reasoning_tokens=self._parser.reasoning_tokens, num_calls=self._parser.num_calls
         )
@@ -334,6 +334,7 @@ CANCEL_ERRORS: dict[str, tuple[str, str]] = {
     "slow_client": ("engine_error", "the client did not read its answer"),
     "deadline": ("deadline_exceeded", "the request ran out of time"),
     "shutdown": ("not_ready", "the server is shutting down"),
+    "sibling_failed": ("engine_error", "another choice of the same call failed"),
 }
 
 

@@ -41,6 +41,7 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "max_batch_size": ("N", "Requests that run at once on each executor; 0: by profile."),
         "max_model_len": ("TOKENS", "Prompt plus answer; 0: what the model allows."),
         "kv_budget_mb": ("MB", "KV memory of each executor; 0: by free memory."),
+        "kv_layout": ("", "Contiguous slots or pages; auto: slots on a CPU, pages on a GPU."),
         "prefix_cache_mb": ("MB", "How much of it cached prefixes may take; 0: half of it, -1: no cache."),
         "speculation": ("", "ngram: guess what repeats itself; the same tokens, sooner, at few streams."),
         "step_timeout_s": ("S", "Replace an engine that has work and is silent for so long."),

@@ -1,25 +1,28 @@
-"""Attention over KV slots: the seam between transformers' model code and this engine's KV memory.
+"""Attention over KV memory: the seam between transformers' model code and this engine's.
 
 Rules:
-- Model code calls ``slot_attention`` (registered under ``ATTENTION_NAME``) with packed rows ``[1, T]`` of all requests of
+- Model code calls ``packed_attention`` (registered under ``ATTENTION_NAME``) with packed rows ``[1, T]`` of all requests of
   a step, and passes on the ``packed`` keyword it was called with. No mask is built by transformers: a name without a
   mask function gets none.
-- Each request attends to its own keys at their exact length, in its own kernel call. So its result is the same
-  whoever else is in the step, and nothing is ever padded.
+- Each chunk of prefill attends to its own keys at their exact length, in its own kernel call. So does each decoding
+  request over slots; over pages they share their calls (``paged_attention``). Either way a result is the same whoever
+  else is in the step, as far as the device's kernels allow.
 - Query heads that share a KV head are folded into the query dimension (decode) or the batch dimension (prefill).
 - Sinks (gpt-oss) are one more logit in the softmax's denominator: scaling the output by ``sigmoid(lse - sink)`` is that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import msgspec
 import torch
 from torch.nn import functional
 
-from gptoss.engine.kv_cache import KvSlot, LayerGeometry
+from gptoss.engine.kv_cache import LayerGeometry
 
-ATTENTION_NAME = "gptoss_slots"
+ATTENTION_NAME = "gptoss_packed"
+SINK_DIMS = 8
+"""By which heads grow for the sink: kernels want multiples of 8."""
 
 _foreach_copy = cast(
     "Any", torch
@@ -41,7 +44,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Packed(Protocol):
-    """What model code passes through to ``slot_attention``."""
+    """What model code passes through to ``packed_attention``."""
 
     def attend(
         self, layer: int, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float, options: "LayerOptions"
@@ -68,10 +71,10 @@ class LayerOptions(msgspec.Struct, frozen=True):
 
 
 class UnsupportedAttentionError(Exception):
-    """The model wants something that slots do not do; it is served by the generic runner."""
+    """The model wants something that this engine's KV memory does not do; it is served by the generic runner."""
 
 
-def slot_attention(
+def packed_attention(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -134,20 +137,41 @@ class GeometryProbe:
         return [self._layers[index] for index in range(len(self._layers))]
 
 
+class Decodes(Protocol):
+    """The decoding requests of a step over one layout of KV memory."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, kv: torch.Tensor, scale: float, options: "LayerOptions"
+    ) -> torch.Tensor:
+        """Write the new keys and values, and attend to those and all before.
+
+        Args:
+            layer: its index.
+            query: ``[heads, requests, head_dim]``.
+            kv: ``[2, kv_heads, requests, head_dim]``.
+            scale: factor of the scores.
+            options: see ``Packed.attend``.
+
+        Returns:
+            ``[requests, heads, head_dim]``.
+        """
+        ...
+
+
 class PackedRows:
-    """The rows of one step over their KV slots.
+    """The rows of one step over their KV memory.
 
     Args:
         chunks: those of a single token come first.
         padding: rows after the last chunk, whose result is of no interest.
+        decodes: makes what runs those of a single token.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], padding: int) -> None:
+    def __init__(self, chunks: Sequence[Chunk], padding: int, decodes: Callable[[Sequence[Chunk]], Decodes]) -> None:
         self._padding = padding
         self._prefills = [chunk for chunk in chunks if len(chunk.token_ids) > 1]
         self._num_decodes = len(chunks) - len(self._prefills)
-        views = [chunk.slot.decode_views(chunk.start) for chunk in chunks[: self._num_decodes]]
-        self._decodes = list(zip(*views, strict=True))  # of each layer: (target, keys, values) of each request
+        self._decodes = decodes(chunks[: self._num_decodes]) if self._num_decodes else None
         self._masks: dict[tuple[int, int, int, int], torch.Tensor] = {}
 
     def attend(
@@ -157,9 +181,9 @@ class PackedRows:
         query = qkv[0]
         kv = torch.stack(qkv[1:])
         results: list[torch.Tensor] = []
-        if self._num_decodes:
-            self._attend_decodes(results, layer, (query, kv), scale, options)
         row = self._num_decodes
+        if self._decodes:
+            results.append(self._decodes.attend(layer, query[:, :row], kv[:, :, :row], scale, options))
         for chunk in self._prefills:
             rows = slice(row, row + len(chunk.token_ids))
             results.append(self._attend_prefill(layer, chunk, (query[:, rows], kv[:, :, rows]), scale, options))
@@ -168,37 +192,18 @@ class PackedRows:
             results.append(query.new_zeros((self._padding, query.shape[0], query.shape[2])))
         return torch.cat(results) if len(results) > 1 else results[0]
 
-    def _attend_decodes(
-        self,
-        results: list[torch.Tensor],
-        layer: int,
-        qkv: tuple[torch.Tensor, torch.Tensor],
-        scale: float,
-        options: LayerOptions,
-    ) -> None:
-        query, kv = qkv
-        heads, _, head_dim = query.shape
-        kv_heads = kv.shape[1]
-        views = self._decodes[layer]
-        _foreach_copy([target for target, _, _ in views], kv.unbind(2)[: self._num_decodes])
-        sinks = options.sinks.view(1, kv_heads, -1) if options.sinks is not None else None
-        folded = query.transpose(0, 1)[: self._num_decodes].reshape(-1, 1, kv_heads, heads // kv_heads, head_dim)
-        for row, (_, keys, values) in zip(folded.unbind(0), views, strict=True):
-            results.append(attend(row, (keys, values), scale, sinks=sinks).reshape(1, heads, head_dim))
-
     def _attend_prefill(
         self, layer: int, chunk: Chunk, qkv: tuple[torch.Tensor, torch.Tensor], scale: float, options: LayerOptions
     ) -> torch.Tensor:
         query, kv = qkv
         heads, rows, head_dim = query.shape
         groups = heads // kv.shape[1]
-        keys, first = _store_chunk(chunk.slot, layer, kv, chunk.start)
-        # [groups, kv_heads, rows, head_dim]; the keys are shared by the groups and repeated by a stride of zero
+        keys, first = chunk.slot.extend(layer, kv, chunk.start)
+        # [groups, kv_heads, rows, head_dim]; the groups share the keys
         folded = query.view(kv.shape[1], groups, rows, head_dim).transpose(0, 1)
-        shared = keys[:, None].expand(-1, groups, -1, -1, -1)
         sinks = options.sinks.view(-1, groups).t()[:, :, None] if options.sinks is not None else None
         mask = self._mask(chunk.start, rows, first, options.window, query)
-        out = attend(folded, (shared[0], shared[1]), scale, sinks=sinks, mask=mask, is_causal=mask is None)
+        out = attend(folded, (keys[:1], keys[1:]), scale, sinks=sinks, mask=mask, is_causal=mask is None)
         return out.permute(2, 1, 0, 3).reshape(rows, heads, head_dim)
 
     def _mask(self, start: int, rows: int, first: int, window: int, like: torch.Tensor) -> torch.Tensor | None:
@@ -218,20 +223,32 @@ class PackedRows:
         return mask
 
 
-def _store_chunk(slot: KvSlot, layer: int, kv: torch.Tensor, start: int) -> tuple[torch.Tensor, int]:
-    """Write a chunk's keys and values, ``[2, kv_heads, rows, head_dim]``; return those to attend to and their start."""
-    store = slot.layer(layer)
-    ring = store.shape[2]
-    end = start + kv.shape[2]
-    if end <= ring:
-        store[:, :, start:end] = kv
-        return store[:, :, :end], 0
-    first = max(0, start - ring + 1)
-    earlier = torch.arange(first, start, device=kv.device) % ring
-    keys = torch.cat((store[:, :, earlier], kv), dim=2)
-    kept = torch.arange(max(start, end - ring), end, device=kv.device)
-    store[:, :, kept % ring] = kv[:, :, kept - start]
-    return keys, first
+class SlotDecodes:
+    """``Decodes`` over contiguous slots: a kernel call for each request, at its exact length.
+
+    Args:
+        chunks: one token each.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        views = [chunk.slot.decode_views(chunk.start) for chunk in chunks]
+        self._layers = list(zip(*views, strict=True))  # of each layer: (target, keys, values) of each request
+
+    def attend(
+        self, layer: int, query: torch.Tensor, kv: torch.Tensor, scale: float, options: LayerOptions
+    ) -> torch.Tensor:
+        """See ``Decodes``."""
+        heads, count, head_dim = query.shape
+        kv_heads = kv.shape[1]
+        views = self._layers[layer]
+        _foreach_copy([target for target, _, _ in views], kv.unbind(2))
+        sinks = options.sinks.view(1, kv_heads, -1) if options.sinks is not None else None
+        folded = query.transpose(0, 1).reshape(count, 1, kv_heads, heads // kv_heads, head_dim)
+        found = [
+            attend(row, (keys, values), scale, sinks=sinks)
+            for row, (_, keys, values) in zip(folded.unbind(0), views, strict=True)
+        ]
+        return torch.cat(found).reshape(count, heads, head_dim)
 
 
 def attend(
@@ -247,7 +264,7 @@ def attend(
 
     Args:
         query: ``[batch, heads, rows, head_dim]``.
-        kv: keys and values, ``[batch, heads, length, head_dim]`` each.
+        kv: keys and values, ``[1, heads, length, head_dim]`` each: one for the whole batch.
         scale: factor of the scores.
         sinks: broadcast to ``[batch, heads, rows]``.
         mask: added to the scores, ``[rows, length]``.
@@ -256,21 +273,42 @@ def attend(
     Returns:
         ``[batch, heads, rows, head_dim]``.
     """
+    if query.device.type != "cpu":
+        return attend_portably(query, kv, scale, sinks=sinks, mask=mask, is_causal=is_causal)
+    keys, values = (each.expand(query.shape[0], -1, -1, -1) for each in kv)  # repeated by a stride of zero
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - the public call hides lse
+        query, keys, values, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    return out if sinks is None else out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype)
+
+
+def attend_portably(
+    query: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    *,
+    sinks: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """``attend`` with torch's public call alone, for any device; memory does not grow with rows times keys times heads.
+
+    That call knows no sinks. So there is one more key, seen by every row: heads get further dimensions, in which this key
+    is 1, all others are 0, and a query is what makes its score the sink. Its value is 0.
+    """
     keys, values = kv
-    if query.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001 - the public call hides lse
-            query, keys, values, 0.0, is_causal, attn_mask=mask, scale=scale
-        )
-        return out if sinks is None else out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype)
-    if sinks is None:
-        return functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=is_causal, scale=scale
-        )
-    scores = (query @ keys.transpose(2, 3)).float() * scale
-    if is_causal:
-        rows = torch.arange(query.shape[2], device=query.device)
-        scores = scores.masked_fill(rows[None] > rows[:, None], float("-inf"))
-    elif mask is not None:
-        scores = scores + mask
-    total = torch.logaddexp(torch.logsumexp(scores, dim=-1), sinks.float())
-    return torch.exp(scores - total[..., None]).to(values.dtype) @ values
+    rows, length, head_dim = query.shape[2], keys.shape[2], query.shape[3]
+    if sinks is not None:
+        if is_causal:
+            mask = query.new_full((rows, length), float("-inf")).triu_(1)
+            is_causal = False
+        mask = functional.pad(mask, (0, 1)) if mask is not None else None
+        widened = functional.pad(query, (0, SINK_DIMS))
+        widened[..., head_dim] = (sinks.float() / scale).to(query.dtype)
+        query = widened
+        keys = functional.pad(keys, (0, SINK_DIMS, 0, 1))
+        keys[:, :, length, head_dim] = 1.0
+        values = functional.pad(values, (0, SINK_DIMS, 0, 1))
+    shared = (each.expand(query.shape[0], -1, -1, -1) for each in (keys, values))
+    out = functional.scaled_dot_product_attention(query, *shared, attn_mask=mask, is_causal=is_causal, scale=scale)
+    return out[..., :head_dim]

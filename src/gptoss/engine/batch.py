@@ -4,7 +4,7 @@ Rules:
 - A request keeps its memory from its start to its end or its preemption. What it takes is known before it starts, so
   the budget is never exceeded.
 - The prefix cache lives in the part of the budget that no running request holds, and gives way to them.
-- Where bits depend on the cut, only whole chunks of prompts are cached, and hits end where chunks do: what follows a
+- Where bits depend on the cut alone, only whole chunks of prompts are cached, and hits end where chunks do: what follows a
   hit is then computed exactly as it would have been.
 - Should the device refuse what the budget allows, the budget falls to what is in use, and rises again when a request
   ends. A start that was refused goes back in line; only with nobody else running it is an error.
@@ -15,7 +15,7 @@ import gc
 
 import torch
 
-from gptoss.engine.kv_cache import KvSlot
+from gptoss.engine.kv_cache import RequestKv
 from gptoss.engine.prefix_cache import Chain, Hit, PrefixCache
 from gptoss.engine.runner import Runner, Slot
 from gptoss.engine.scheduler import SchedulerState
@@ -118,8 +118,8 @@ class Batch:
             bisect.insort(self._waiting, (sequence.order, sequence))
         refused: dict[str, str] = {}
         sequences = [self.sequences[start.request_id] for start in plan.starts]
-        # All hits are held before any memory is taken, so that no start takes them from another.
-        hits = [self._find(sequence, start.num_cached) for start, sequence in zip(plan.starts, sequences, strict=True)]
+        # All hits are held before any memory is taken, and are the last that the cache drops to make room for it.
+        hits = [self._hit(sequence, start.num_cached) for start, sequence in zip(plan.starts, sequences, strict=True)]
         for start, sequence, hit in zip(plan.starts, sequences, hits, strict=True):
             error = "" if sequence.slot else self._start(sequence)
             self._load(sequence, hit)
@@ -144,7 +144,7 @@ class Batch:
 
     def keep(self, sequence: Sequence) -> None:
         """Put what a running request has computed into the prefix cache, as far as there is room."""
-        if self._cache and sequence.chain and isinstance(sequence.slot, KvSlot):
+        if self._cache and sequence.chain and isinstance(sequence.slot, RequestKv):
             room = self._cache_room(self.kv_bytes_in_use)
             self._cache.store(sequence.chain, self._cacheable(sequence), sequence.slot, sequence.num_computed, room)
 
@@ -161,13 +161,20 @@ class Batch:
         usable = len(token_ids) - 1
         return self._cache.find(sequence.chain, token_ids, usable if tokens_max is None else min(usable, tokens_max))
 
+    def _hit(self, sequence: Sequence, tokens: int) -> Hit | None:
+        """Those tokens of a request from the prefix cache, which notes that they are used."""
+        hit = self._find(sequence, tokens)
+        if self._cache and sequence.chain and hit:
+            self._cache.touch(sequence.chain, len(hit.blocks))
+        return hit
+
     def _find_more(self, sequence: Sequence) -> Hit | None:
         """What the prefix cache has for one that runs and is still at its prompt."""
         return self._find(sequence) if sequence.num_computed + 1 < sequence.num_prompt else None
 
     def _cacheable(self, sequence: Sequence) -> list[int] | tuple[int, ...]:
-        """The tokens that the cache may hold of a request: where bits depend on the cut, those of its prompt only."""
-        return sequence.token_ids if self.limits.is_row_invariant else sequence.submit.prompt_token_ids
+        """The tokens that the cache may hold of a request: where bits depend on the cut alone, those of its prompt only."""
+        return sequence.token_ids if self.limits.has_free_cuts else sequence.submit.prompt_token_ids
 
     def _cache_room(self, kv_bytes_in_use: int) -> int:
         return max(0, min(self._cache_bytes_max, self._budget_bytes_now - kv_bytes_in_use))
@@ -197,11 +204,10 @@ class Batch:
         return ""
 
     def _load(self, sequence: Sequence, hit: Hit | None) -> None:
-        """Copy a hit into the memory of its request."""
-        if self._cache is None or sequence.chain is None or hit is None or not isinstance(sequence.slot, KvSlot):
+        """Put a hit into the memory of its request."""
+        if self._cache is None or sequence.chain is None or hit is None or not isinstance(sequence.slot, RequestKv):
             return
         self._cache.load(hit, sequence.slot, sequence.num_computed)
-        self._cache.touch(sequence.chain, len(hit.blocks))
         if sequence.counts_hits:
             sequence.num_cached += hit.num_tokens - sequence.num_computed
         sequence.num_computed = hit.num_tokens

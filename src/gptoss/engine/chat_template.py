@@ -5,7 +5,8 @@ Rules:
   an HTML-free ``tojson``, ``raise_exception``, ``strftime_now``, an inert ``generation`` tag); no transformers import.
 - Templates come from the model's folder only, never from a request, and run in Jinja's immutable sandbox.
 - Rendering is a pure function of its arguments: ``strftime_now`` formats the date it is given, never the clock.
-- Work is bounded: loop iterations over the whole rendering, output characters, and Jinja's own limit on ``range``.
+- Work is bounded: loop iterations and calls over the whole rendering (a macro can call itself twice without any loop),
+  output characters, and Jinja's own limit on ``range``.
   What the sandbox cannot bound is a single huge expression such as a string times a large number, so templates are
   rendered off the event loop and the request's deadline covers the rest.
 """
@@ -26,13 +27,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from gptoss.errors import ModelLoadError
 
 MAX_OUTPUT_CHARS = 16 * 1024 * 1024
-MAX_ITERATIONS = 5_000_000
+MAX_STEPS = 1_000_000
+"""Loop iterations, and calls by ``STEPS_PER_CALL``: about two seconds of rendering."""
+STEPS_PER_CALL = 10
 
 PRIVATE_FIRST = "\U000f0000"
 """First code point of the private-use area that ``tojson`` never escapes, so that marks set by the caller survive."""
 PRIVATE_LAST = "\U000f00ff"
 
-_STEPS = "_iterations_left"
+_STEPS = "_steps_left"
 _ESCAPED = re.compile(f"[^\x00-\x7f{PRIVATE_FIRST}-{PRIVATE_LAST}]")
 
 
@@ -45,6 +48,7 @@ class ChatTemplate:
 
     Attributes:
         uses_tools: the template reads ``tools``.
+        uses_reasoning_effort: it reads ``reasoning_effort``.
     """
 
     def __init__(self, source: str) -> None:
@@ -55,6 +59,7 @@ class ChatTemplate:
         cast("dict[str, Any]", environment.globals)["raise_exception"] = _raise_exception
         self.source = source
         self.uses_tools = re.search(r"\btools\b", source) is not None
+        self.uses_reasoning_effort = re.search(r"\breasoning_effort\b", source) is not None
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -70,7 +75,7 @@ class ChatTemplate:
         Raises:
             TemplateRefused: the template raised, or exceeded a bound.
         """
-        steps = [MAX_ITERATIONS]
+        steps = [MAX_STEPS]
         pieces: list[str] = []
         num_chars = 0
         try:
@@ -87,7 +92,11 @@ class ChatTemplate:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with every ``for`` counted, because a template can loop over loops without end."""
+    """Jinja's sandbox with every ``for`` and every call counted: loops and macros multiply without end."""
+
+    def call(self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        _count(__context.parent[_STEPS], STEPS_PER_CALL)
+        return super().call(__context, __obj, *args, **kwargs)
 
     def _generate(
         self, source: nodes.Template, name: str | None, filename: str | None, defer_init: bool = False
@@ -119,15 +128,18 @@ class _Counted:
         self._steps = steps
 
     def __iter__(self) -> Iterator[Any]:
-        steps = self._steps
         for item in self._items:
-            steps[0] -= 1
-            if steps[0] < 0:
-                raise TemplateRefused(f"the chat template looped more than {MAX_ITERATIONS} times")
+            _count(self._steps, 1)
             yield item
 
     def __len__(self) -> int:
         return len(self._items)  # pyright: ignore[reportArgumentType] - TypeError is what Jinja expects of an iterator
+
+
+def _count(steps: list[int], num: int) -> None:
+    steps[0] -= num
+    if steps[0] < 0:
+        raise TemplateRefused(f"the chat template took more than {MAX_STEPS} steps")
 
 
 def _tojson(

@@ -9,7 +9,7 @@ Rules:
 - A row that found no memory is run again once, after the worst other request gave its own back.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import psutil
@@ -114,16 +114,17 @@ class EngineCore:
             is_row_invariant=runner.is_row_invariant,
             target_ms=PREFILL_TARGET_MS,
             draft_streams_max=DRAFT_STREAMS_MAX if options.speculates and runner.is_row_invariant else 0,
+            is_batch_invariant=runner.is_batch_invariant,
         )
         cache = None
         cache_bytes_max = min(options.prefix_cache_bytes, capabilities.kv_budget_bytes)
         if cache_bytes_max > 0 and runner.geometry is not None:
-            block_tokens = limits.align_tokens if runner.is_row_invariant else limits.chunk_tokens
+            block_tokens = limits.align_tokens if limits.has_free_cuts else limits.chunk_tokens
             cache = PrefixCache(runner.geometry, block_tokens, options.provenance)
         self.capabilities = msgspec.structs.replace(
             capabilities, limits=limits, prefix_cache_bytes=cache_bytes_max if cache else 0
         )
-        self.notes = _notes(options, self.capabilities)
+        self.notes = _notes(options, limits, has_cache=cache is not None)
         self._batch = Batch(runner, limits, capabilities.kv_budget_bytes, cache, cache_bytes_max)
         self._pace = PrefillPace()
         self._num_steps = 0
@@ -247,17 +248,12 @@ class EngineCore:
             sequence.learn(row.num_draft, num_right)
         if sequence.end:
             ends.append(self._finish(sequence, sequence.end))
-        return StepRow(
-            request_id=row.request_id,
-            attempt=row.attempt,
+        return _came_of(
+            row,
             token_ids=tuple(draw.token_id for draw in draws if draw.token_id is not None),
             text="".join(texts),
             prefilled=max(0, min(row.start + row.num_tokens, sequence.num_prompt) - row.start),
             logprobs=tuple(self._token_logprob(draw) for draw in draws if draw.logprob is not None),
-            start=row.start,
-            num_tokens=row.num_tokens,
-            num_logits=row.num_logits,
-            num_draft=row.num_draft,
             failure=failure,
             ended=bool(failure or sequence.end),
             text_lengths=tuple(map(len, texts)) if len(texts) > 1 else (),
@@ -270,16 +266,7 @@ class EngineCore:
             ends.append(self._fail(sequence, EngineError(f"the model failed on this request: {fault.message}")))
         elif sequence.num_memory_faults >= MEMORY_FAULTS_MAX:
             ends.append(self._fail(sequence, _no_memory(fault.message)))
-        return StepRow(
-            request_id=row.request_id,
-            attempt=row.attempt,
-            start=row.start,
-            num_tokens=row.num_tokens,
-            num_logits=row.num_logits,
-            num_draft=row.num_draft,
-            failure=fault.failure,
-            ended=row.request_id not in self._batch.sequences,
-        )
+        return _came_of(row, failure=fault.failure, ended=row.request_id not in self._batch.sequences)
 
     def _token_logprob(self, draw: Draw) -> TokenLogprob:
         assert draw.token_id is not None
@@ -365,12 +352,19 @@ class EngineCore:
         )
 
 
-def _notes(options: CoreOptions, capabilities: EngineCapabilities) -> tuple[str, ...]:
+def _came_of(row: PlannedRow, **outcome: Any) -> StepRow:
+    """What the log keeps of a planned row: the row and its outcome."""
+    return StepRow(**msgspec.structs.asdict(row), **outcome)
+
+
+def _notes(options: CoreOptions, limits: Limits, *, has_cache: bool) -> tuple[str, ...]:
     notes: list[str] = []
-    if options.prefix_cache_bytes > 0 and not capabilities.prefix_cache_bytes:
+    if options.prefix_cache_bytes > 0 and not has_cache:
         notes.append("no prefix cache: this runner's KV memory cannot be copied")
-    if options.speculates and not (capabilities.limits and capabilities.limits.draft_streams_max):
+    if options.speculates and not limits.draft_streams_max:
         notes.append("no speculation: with this runner's kernels it would change the bits of logits")
+    if not limits.is_batch_invariant:
+        notes.append("not batch-invariant: on this device a token may depend on which requests share its steps")
     return tuple(notes)
 
 

@@ -79,9 +79,15 @@ class HarmonyPrompt:
         self._config = harmony.RenderConversationConfig(auto_drop_analysis=False)
 
     def render(
-        self, messages: tuple[ChatMessage, ...], tools: tuple[Json, ...], *, date: str, reasoning_effort: str
+        self,
+        messages: tuple[ChatMessage, ...],
+        tools: tuple[Json, ...],
+        *,
+        date: str,
+        reasoning_effort: str,
+        add_generation_prompt: bool = True,
     ) -> tuple[int, ...]:
-        """Token ids of the conversation up to where the assistant's next message begins.
+        """Token ids of the conversation, up to where the assistant's next message begins unless that is not wanted.
 
         Raises:
             RequestError: a message cannot be said in harmony.
@@ -102,12 +108,15 @@ class HarmonyPrompt:
         said += _turns(messages[num_leading:])
         conversation = harmony.Conversation.from_messages(said)
         try:
-            ids = self._encoding.render_conversation_for_completion(
-                conversation, harmony.Role.ASSISTANT, config=self._config
+            if not add_generation_prompt:
+                return tuple(self._encoding.render_conversation(conversation, config=self._config))
+            return tuple(
+                self._encoding.render_conversation_for_completion(
+                    conversation, harmony.Role.ASSISTANT, config=self._config
+                )
             )
         except (HarmonyError, UnicodeError) as error:
             raise RequestError(f"the messages cannot be rendered: {str(error)[:200]}", param="messages") from None
-        return tuple(ids)
 
 
 def _developer(instructions: str, tools: tuple[Json, ...]) -> list[harmony.Message]:

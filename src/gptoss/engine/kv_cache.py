@@ -1,17 +1,20 @@
-"""KV memory of one running request: a contiguous slot for each layer, as long as the request can become.
+"""KV memory of one running request: what every layout can do, and the contiguous one. ``kv_pages`` has the paged one.
 
 Rules:
-- A slot is allocated once, for prompt plus ``max_tokens``, and never grows; its bytes are those that
-  ``memory_model.kv_bytes`` estimates. On a CPU the pages are touched only as tokens arrive.
-- Full layers keep position ``p`` at index ``p``. Sliding layers keep the last ``window`` positions in a ring, ``p`` at
-  ``p % window``: a decoding query attends to the whole ring, since the order of keys does not matter.
+- KV memory is taken once, for prompt plus ``max_tokens``, and never grows; its bytes are those that
+  ``memory_model.kv_bytes`` estimates. On a CPU the memory of a slot is touched only as tokens arrive.
+- Full layers keep position ``p`` at place ``p``. Sliding layers keep the last positions in a ring, ``p`` at ``p % ring``,
+  which is no shorter than the window: a decoding query attends to the ring, since the order of keys does not matter.
 - Writing a position twice is harmless where nothing is overwritten. In a ring a chunk overwrites what its own first
   rows attend to: whoever may have to undo a chunk keeps that with ``keep_overwritten``.
 
-Shapes: ``[layer, 2, kv_heads, tokens, head_dim]``, with K at 0 and V at 1, for each distinct window of the model.
+Layers of one window are a *store*. Keys and values of some positions are ``[2, kv_heads, tokens, head_dim]``, K at 0 and V
+at 1, with the layers of a store in front where all of them are meant.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 import torch
@@ -36,12 +39,14 @@ class KvGeometry:
         device: where they live.
 
     Attributes:
-        windows: distinct windows; each has one tensor in every slot.
-        places: of each layer, (index into ``windows``, index within that tensor).
+        windows: distinct windows; each is a store.
+        counts: layers of each store.
+        places: of each layer, (store, index within it).
         layout: the same as numbers for ``memory_model``.
+        layer_token_bytes: K and V of one position in one layer.
 
     Raises:
-        ValueError: the layers differ in a way that slots cannot hold.
+        ValueError: the layers differ in a way that no layout here can hold.
     """
 
     def __init__(self, layers: list[LayerGeometry], dtype: torch.dtype, device: torch.device) -> None:
@@ -69,17 +74,117 @@ class KvGeometry:
             head_dim=self.head_dim,
             dtype_bytes=dtype.itemsize,
         )
+        self.layer_token_bytes = 2 * self.kv_heads * self.head_dim * dtype.itemsize
 
 
-class KvSlot:
-    """The KV memory of one request.
+class RequestKv(ABC):
+    """The KV memory of one request, however it is laid out.
+
+    Attributes:
+        geometry: of the model.
+        num_bytes: what it counts as.
+    """
+
+    geometry: KvGeometry
+    num_bytes: int
+
+    @abstractmethod
+    def ring(self, store: int) -> int:
+        """Places of a store: a later position overwrites the one so many before it."""
+
+    @abstractmethod
+    def read(self, store: int, index: int | None, first: int, end: int) -> torch.Tensor:
+        """Keys and values of positions ``first`` to ``end``, at most a ring of them.
+
+        Args:
+            store: of the layers.
+            index: of a layer within its store; None is all of them.
+            first: first position.
+            end: position after the last.
+
+        Returns:
+            a view where that can be.
+        """
+
+    @abstractmethod
+    def write(self, store: int, index: int | None, first: int, kv: torch.Tensor) -> None:
+        """Set what ``read`` gives, of as many positions from ``first`` on."""
+
+    @abstractmethod
+    def copy_out(self, first: int, end: int, computed: int) -> list[Any]:
+        """What is kept of positions ``first`` to ``end``, for each store, to be held beyond this request's life.
+
+        Args:
+            first: first position.
+            end: position after the last.
+            computed: positions that were written so far; a ring holds the last of them.
+
+        Returns:
+            something for ``copy_in``; None for a store where some of the positions have been overwritten.
+        """
+
+    @abstractmethod
+    def copy_in(self, end: int, parts: Sequence[Any]) -> None:
+        """Take what ``copy_out`` gave of the positions before ``end``; None leaves a store as it is."""
+
+    def copy_bytes(self, first: int, end: int, computed: int) -> int:
+        """Bytes of what ``copy_out`` gives."""
+        kept = [self.oldest_kept(store, first, end, computed) for store in range(len(self.geometry.windows))]
+        layer_tokens = sum(
+            count * (end - oldest)
+            for count, oldest in zip(self.geometry.counts, kept, strict=True)
+            if oldest is not None
+        )
+        return layer_tokens * self.geometry.layer_token_bytes
+
+    def oldest_kept(self, store: int, first: int, end: int, computed: int) -> int | None:
+        """The first position that ``copy_out`` gives of a store: at most a ring's length before ``end``."""
+        ring = self.ring(store)
+        oldest = max(first, end - ring)
+        return oldest if oldest >= computed - ring else None
+
+    def extend(self, layer: int, kv: torch.Tensor, start: int) -> tuple[torch.Tensor, int]:
+        """Write a chunk's keys and values. Returns those that its rows attend to, and the first one's position."""
+        store, index = self.geometry.places[layer]
+        ring = self.ring(store)
+        end = start + kv.shape[2]
+        if end <= ring:
+            self.write(store, index, start, kv)
+            return self.read(store, index, 0, end), 0
+        first = max(0, start - ring + 1)
+        keys = torch.cat((self.read(store, index, first, start), kv), dim=2)
+        kept = max(start, end - ring)
+        self.write(store, index, kept, kv[:, :, kept - start :])
+        return keys, first
+
+    def keep_overwritten(self, start: int, end: int) -> list[torch.Tensor | None]:
+        """Copies of what writing positions ``start`` to ``end`` overwrites, for each store; None for nothing."""
+        rings = [self.ring(store) for store in range(len(self.geometry.windows))]
+        return [
+            self.read(store, None, max(start, end - ring), end).clone() if end > ring else None
+            for store, ring in enumerate(rings)
+        ]
+
+    def undo(self, start: int, end: int, kept: list[torch.Tensor | None]) -> None:
+        """Make as if positions ``start`` to ``end`` had not been written.
+
+        Args:
+            start: first position to undo.
+            end: as given to ``keep_overwritten``.
+            kept: what that returned, for this or an earlier start.
+        """
+        for store, part in enumerate(kept):
+            if part is not None:
+                count = min(end - start, part.shape[3])
+                self.write(store, None, end - count, part[:, :, :, part.shape[3] - count :])
+
+
+class KvSlot(RequestKv):
+    """The contiguous layout: for each store one tensor, ``[layer, 2, kv_heads, tokens, head_dim]``.
 
     Args:
         geometry: of the model.
         tokens: capacity in positions.
-
-    Attributes:
-        num_bytes: what it occupies.
     """
 
     def __init__(self, geometry: KvGeometry, tokens: int) -> None:
@@ -93,63 +198,36 @@ class KvSlot:
             )
             for count, window in zip(geometry.counts, geometry.windows, strict=True)
         ]
-        self.num_bytes = sum(store.numel() * store.element_size() for store in self.stores)
+        self.num_bytes = sum(store.nbytes for store in self.stores)
 
-    def layer(self, layer: int) -> torch.Tensor:
-        """K and V of one layer, ``[2, kv_heads, tokens, head_dim]``."""
-        store, index = self.geometry.places[layer]
-        return self.stores[store][index]
+    def ring(self, store: int) -> int:
+        """See ``RequestKv``."""
+        return self.stores[store].shape[3]
+
+    def read(self, store: int, index: int | None, first: int, end: int) -> torch.Tensor:
+        """See ``RequestKv``."""
+        return self._of(store, index)[..., _places(first, end, self.ring(store)), :]
+
+    def write(self, store: int, index: int | None, first: int, kv: torch.Tensor) -> None:
+        """See ``RequestKv``."""
+        places = _places(first, first + kv.shape[-2], self.ring(store))
+        self._of(store, index)[..., places, :] = kv
+
+    def _of(self, store: int, index: int | None) -> torch.Tensor:
+        return self.stores[store] if index is None else self.stores[store][index]
 
     def copy_out(self, first: int, end: int, computed: int) -> list[torch.Tensor | None]:
-        """Copies of what is kept of positions ``first`` to ``end``, for each distinct window.
+        """See ``RequestKv``; copies, ``[layer, 2, kv_heads, tokens, head_dim]``."""
+        kept = [self.oldest_kept(store, first, end, computed) for store in range(len(self.stores))]
+        return [
+            None if oldest is None else self.read(store, None, oldest, end).clone() for store, oldest in enumerate(kept)
+        ]
 
-        Args:
-            first: first position.
-            end: position after the last.
-            computed: positions that the slot has seen; a ring holds the last of them.
-
-        Returns:
-            ``[layer, 2, kv_heads, tokens, head_dim]`` each. Of a ring at most its length, the last of the positions; None
-            where some of those have been overwritten.
-        """
-        parts: list[torch.Tensor | None] = []
-        for store in self.stores:
-            ring = store.shape[3]
-            oldest = max(first, end - ring)
-            is_there = oldest >= computed - ring
-            kept = store[:, :, :, _places(oldest, end, ring)] if is_there else None
-            parts.append(None if kept is None else kept.clone(memory_format=torch.contiguous_format))
-        return parts
-
-    def copy_in(self, end: int, parts: list[torch.Tensor | None]) -> None:
-        """Put back what ``copy_out`` gave of the positions before ``end``; None leaves a store as it is."""
-        for store, part in zip(self.stores, parts, strict=True):
+    def copy_in(self, end: int, parts: Sequence[torch.Tensor | None]) -> None:
+        """See ``RequestKv``."""
+        for store, part in enumerate(parts):
             if part is not None:
-                store[:, :, :, _places(end - part.shape[3], end, store.shape[3])] = part
-
-    def keep_overwritten(self, start: int, end: int) -> list[torch.Tensor | None]:
-        """Copies of what writing positions ``start`` to ``end`` overwrites, for each distinct window; None for nothing."""
-        kept: list[torch.Tensor | None] = []
-        for store in self.stores:
-            ring = store.shape[3]
-            places = _places(max(start, end - ring), end, ring)
-            part = store[:, :, :, places].clone(memory_format=torch.contiguous_format) if end > ring else None
-            kept.append(part)
-        return kept
-
-    def undo(self, start: int, end: int, kept: list[torch.Tensor | None]) -> None:
-        """Make as if positions ``start`` to ``end`` had not been written.
-
-        Args:
-            start: first position to undo.
-            end: as given to ``keep_overwritten``.
-            kept: what that returned, for this or an earlier start.
-        """
-        for store, part in zip(self.stores, kept, strict=True):
-            if part is not None:
-                count = min(end - start, part.shape[3])
-                places = _places(end - count, end, store.shape[3])
-                store[:, :, :, places] = part[:, :, :, part.shape[3] - count :]
+                self.write(store, None, end - part.shape[3], part)
 
     def decode_views(self, position: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """For each layer, where the K and V of ``position`` go, and the keys and values to attend to after that."""

@@ -32,7 +32,7 @@ from gptoss.engine.native.runner import ARCHITECTURES
 from gptoss.engine.port import Load
 from gptoss.engine.prompt import eos_token_ids, load_tokenizer
 from gptoss.engine.runner import Runner
-from gptoss.engine.runner_choice import Native, choose_runner
+from gptoss.engine.runner_choice import KvOptions, Native, choose_runner
 from gptoss.errors import ModelLoadError
 from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
 
@@ -70,13 +70,18 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
     max_model_len = _max_model_len(load, config)
     tokenizer = load_tokenizer(load.folder)
     native, notes = _choose_kernels(load, config, device, max_model_len, progress)
+    is_paged = load.kv_layout == "paged" or (load.kv_layout == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if native else _choose_dtype(load, folder, device)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as hasher:
         fingerprint = hasher.submit(_fingerprint, folder)
         try:
             layout = kv_layout_from_config(config, dtype_bytes=dtype.itemsize)
             weights = _Weights(folder, config, dtype, device)
-            choice = choose_runner(lambda: weights.load(progress), layout, device, native)
+            kv = KvOptions(
+                is_paged,
+                lambda layout: load.kv_budget_bytes or _kv_budget(layout, load.max_batch_size, max_model_len, device),
+            )
+            choice = choose_runner(lambda: weights.load(progress), layout, device, native, kv)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ModelLoadError(f"not enough memory for {folder} on {device}: {_one_line(error)}") from None
         except ModelLoadError:
@@ -91,20 +96,32 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         vocab_size=choice.vocab_size,
         max_model_len=max_model_len,
         max_batch_size=load.max_batch_size,
-        kv_budget_bytes=load.kv_budget_bytes or _kv_budget(runner.layout, load.max_batch_size, max_model_len, device),
+        kv_budget_bytes=choice.kv_budget_bytes,
         kv_layout=runner.layout,
         weights_bytes=choice.weights_bytes,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         num_threads=torch.get_num_threads(),
         eos_token_ids=eos_token_ids(load.folder, tokenizer),
+        kv_pages=choice.kv_pages,
     )
     return LoadedModel(
         runner=runner,
         tokenizer=tokenizer,
         capabilities=capabilities,
         fingerprint=hashes,
-        notes=(*notes, *weights.notes, *choice.notes),
+        notes=(*notes, *weights.notes, *choice.notes, *_page_notes(capabilities)),
+    )
+
+
+def _page_notes(capabilities: EngineCapabilities) -> tuple[str, ...]:
+    if not capabilities.kv_pages:
+        return ()
+    longest = kv_bytes(capabilities.kv_layout, capabilities.max_model_len)
+    return (
+        f"KV memory in {capabilities.kv_pages} pages of {capabilities.kv_layout.block_tokens} tokens, "
+        f"{capabilities.kv_budget_bytes / 1e9:.1f} GB: {capabilities.kv_budget_bytes / longest:.1f} requests "
+        f"of {capabilities.max_model_len} tokens",
     )
 
 
@@ -143,12 +160,13 @@ def _choose_kernels(
 ) -> tuple[Native | None, tuple[str, ...]]:
     """The CPU kernels, if they are wanted and may be had for this model, and a note if they are missed."""
     form = "int8" if load.quantization == "int8" else "bfloat16"
-    is_wanted = device.type == "cpu" and load.kernels != "torch" and load.dtype in {"auto", "bfloat16"}
+    fits = load.dtype in {"auto", "bfloat16"} and load.kv_layout != "paged"
+    is_wanted = device.type == "cpu" and load.kernels != "torch" and fits
     is_known = not ARCHITECTURES.isdisjoint(config.get("architectures") or ())
     must = "quantization int8 needs" if form == "int8" else "kernels native needs" if load.kernels == "native" else ""
     if not is_wanted or not is_known:
         if must:
-            raise ModelLoadError(f"{must} a CPU, bfloat16 and one of {', '.join(sorted(ARCHITECTURES))}")
+            raise ModelLoadError(f"{must} a CPU, bfloat16, KV slots and one of {', '.join(sorted(ARCHITECTURES))}")
         return None, ()
     try:
         folder = Settings(cache_dir=load.cache_folder).cache_path
@@ -247,6 +265,7 @@ def _report_weights(progress: Progress) -> Generator[None]:
 
 def _kv_budget(layout: KvLayout, max_batch_size: int, max_model_len: int, device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading left over
         free, _ = torch.cuda.mem_get_info(device)
     else:
         free = psutil.virtual_memory().available

@@ -5,6 +5,8 @@ Rules:
   neighbours. MKL's GEMM, which ``nn.Linear`` takes in float32, changes its order of summation with the number of rows
   (1, 2-12, 16 and more). oneDNN does so between 1 row and 2, so a single row is doubled; and with AMX, which it uses
   for bfloat16, between 32 rows and 33, so there it gets at most 32 at a time.
+- oneDNN has no bfloat16 for CPUs without AVX-512. There the weight stays as it is, and torch's own loops sum each number
+  by itself, again but for a single row.
 - They are faster as well from two rows on. Measured on two cores without bfloat16 instructions, 576 x 1536, microseconds
   at 1, 8 and 136 rows: float32 99, 154, 1023 packed against 77, 213, 786 plain; bfloat16 59, 269, 4090 packed against
   95, 398, 3977 plain. With AMX, taking 256 rows by 32 costs 1.5 to 2 times what taking them at once does.
@@ -13,6 +15,7 @@ Rules:
 from typing import Any, cast
 
 import torch
+from torch.nn import functional
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch is only partly typed.
@@ -23,6 +26,8 @@ AMX_ROWS = 32
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """``weight``, ``[out, in]``, as oneDNN wants it for ``packed_product``: opaque, it cannot be read or moved."""
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - as below
+        return weight.detach().contiguous()
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())  # noqa: SLF001 - no public name
 
 
@@ -49,6 +54,8 @@ def packed_product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor 
 
 
 def _product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if not packed.is_mkldnn:
+        return functional.linear(rows, packed, bias)
     return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")  # noqa: SLF001 - no public name
 
 

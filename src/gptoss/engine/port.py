@@ -47,6 +47,7 @@ class Load(_Wire, frozen=True, kw_only=True):
             without a change of bits.
         kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
         quantization: ``int8`` stores weights in 8 bits; only with the CPU kernels.
+        kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         cache_folder: where compiled kernels are kept; empty is the user's cache folder.
     """
 
@@ -63,6 +64,7 @@ class Load(_Wire, frozen=True, kw_only=True):
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["none", "int8"] = "none"
     cache_folder: str = ""
+    kv_layout: Literal["auto", "slots", "paged"] = "auto"
 
 
 class Submit(_Wire, frozen=True, kw_only=True):
@@ -319,11 +321,13 @@ class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         template: sha256 of the template that made it, or the name and version of the library that did.
         opens_reasoning: it ends inside of a thought, which the answer goes on with.
+        grammar: of the answer; empty if nothing binds it.
     """
 
     token_ids: tuple[int, ...]
     template: str
     opens_reasoning: bool = False
+    grammar: str = ""
 
 
 class Renderer(Protocol):
@@ -334,6 +338,16 @@ class Renderer(Protocol):
         """How the answers of this model are to be read."""
         ...
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        ...
+
+    @property
+    def takes_reasoning_effort(self) -> bool:
+        """Whether ``reasoning_effort`` changes anything."""
+        ...
+
     def render_chat(
         self,
         messages: tuple[ChatMessage, ...],
@@ -341,6 +355,7 @@ class Renderer(Protocol):
         tools: tuple[dict[str, Any], ...],
         date: str,
         reasoning_effort: str = "",
+        add_generation_prompt: bool = True,
     ) -> RenderedPrompt:
         """Apply the model's chat template.
 
@@ -349,16 +364,29 @@ class Renderer(Protocol):
             tools: OpenAI tool definitions, may be empty.
             date: today as ``YYYY-MM-DD``; templates that print a date get this one.
             reasoning_effort: how much to think, for templates that take it; empty leaves it to the template.
+            add_generation_prompt: end with the beginning of the assistant's turn.
 
         Raises:
             RequestError: the template refuses these messages.
         """
         ...
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of plain text; special tokens written in it are ordinary text."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of plain text; special tokens written in it are ordinary text.
+
+        Args:
+            text: any text.
+            add_special_tokens: begin with the tokens that the tokenizer itself puts first, such as BOS.
+
+        Raises:
+            RequestError: the text is not valid Unicode.
+        """
         ...
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
-        """Text of token ids, special tokens left out."""
+    def decode(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Raises ``RequestError`` for an id that no vocabulary has."""
+        ...
+
+    def pieces(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        """Each token as the tokenizer's vocabulary writes it."""
         ...

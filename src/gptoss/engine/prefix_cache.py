@@ -4,8 +4,8 @@ Rules:
 - A block is the KV of ``block_tokens`` consecutive tokens. Its key hashes those tokens and the key of the block before
   it, from a root of model, numerics and the tenant's salt: equal keys mean equal beginnings. The ids are compared on
   a hit besides, so that not even a collision gives a request another's keys.
-- Blocks are copies. A hit is copied into the request's own slot, so blocks may be dropped at any time, and outlive the
-  requests that made them.
+- Blocks may be dropped at any time and outlive the requests that made them: KV slots give copies and take copies; pages
+  are shared by counted references, and only those of rings, which are overwritten, are copied (``kv_pages``).
 - At most all but the last token of a request may hit: the logits of the last one are needed.
 - A sliding layer needs the last ``window`` positions before a hit's end. Blocks have them only if they were copied
   before the ring moved on, so a hit ends at the longest beginning whose last blocks do.
@@ -18,10 +18,9 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-
-from gptoss.engine.kv_cache import KvGeometry, KvSlot
+from gptoss.engine.kv_cache import KvGeometry, RequestKv
 
 
 class Block:
@@ -29,16 +28,16 @@ class Block:
 
     Attributes:
         token_ids: of the block.
-        parts: for each distinct window of the model, as ``KvSlot.copy_out`` gives them.
-        num_bytes: of ``parts``.
+        parts: for each distinct window of the model, as ``RequestKv.copy_out`` gives them.
+        num_bytes: what ``parts`` count as.
     """
 
     __slots__ = ("num_bytes", "parts", "token_ids")
 
-    def __init__(self, token_ids: tuple[int, ...], parts: list[torch.Tensor | None]) -> None:
+    def __init__(self, token_ids: tuple[int, ...], parts: list[Any], num_bytes: int) -> None:
         self.token_ids = token_ids
         self.parts = parts
-        self.num_bytes = _size(parts)
+        self.num_bytes = num_bytes
 
 
 class Chain:
@@ -72,7 +71,7 @@ class PrefixCache:
     """Blocks of one engine.
 
     Args:
-        geometry: of the slots.
+        geometry: of the KV memory.
         block_tokens: length of a block.
         provenance: names the model and its numerics; blocks of one are of no use to another.
 
@@ -110,8 +109,8 @@ class PrefixCache:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
 
-    def load(self, hit: Hit, slot: KvSlot, computed: int = 0) -> None:
-        """Copy a hit into a slot that has the first ``computed`` tokens already."""
+    def load(self, hit: Hit, slot: RequestKv, computed: int = 0) -> None:
+        """Put a hit into KV memory that has the first ``computed`` tokens already."""
         first = computed // self.block_tokens
         for index, block in enumerate(hit.blocks):
             needs_ring = index >= len(hit.blocks) - self._tail
@@ -123,7 +122,7 @@ class PrefixCache:
             ]
             slot.copy_in((index + 1) * self.block_tokens, parts)
 
-    def store(self, chain: Chain, token_ids: Sequence[int], slot: KvSlot, computed: int, bytes_max: int) -> None:
+    def store(self, chain: Chain, token_ids: Sequence[int], slot: RequestKv, computed: int, bytes_max: int) -> None:
         """Keep the blocks of a request that were completed since the last call.
 
         Args:
@@ -142,12 +141,13 @@ class PrefixCache:
             known = self._blocks.get(key)
             if known is not None and _is_whole(known):
                 continue
-            end = (index + 1) * self.block_tokens
-            block = Block(self._tokens(token_ids, index), slot.copy_out(end - self.block_tokens, end, computed))
+            first, end = index * self.block_tokens, (index + 1) * self.block_tokens
+            num_bytes = slot.copy_bytes(first, end, computed)
             chain.is_open = index == 0 or chain.keys[index - 1] in self._blocks
-            chain.is_open = chain.is_open and self._put(key, block, own, bytes_max)
+            chain.is_open = chain.is_open and self._make_room(key, num_bytes, own, bytes_max)
             if not chain.is_open:
                 break
+            self._put(key, Block(self._tokens(token_ids, index), slot.copy_out(first, end, computed), num_bytes))
             own.add(key)
         chain.num_stored = num_blocks
         self.touch(chain, num_blocks)
@@ -165,18 +165,21 @@ class PrefixCache:
             _, block = self._blocks.popitem(last=False)
             self.num_bytes -= block.num_bytes
 
-    def _put(self, key: bytes, block: Block, own: set[bytes], bytes_max: int) -> bool:
-        """Keep a block in place of an older copy; False if that would cost a block of the chain's own."""
+    def _make_room(self, key: bytes, num_bytes: int, own: set[bytes], bytes_max: int) -> bool:
+        """Drop blocks until one fits in place of its older copy; False if that would cost a block of the chain's own."""
         older = self._blocks.get(key)
-        growth = block.num_bytes - (older.num_bytes if older else 0)
+        growth = num_bytes - (older.num_bytes if older else 0)
         while self.num_bytes + growth > bytes_max:
             oldest = next(iter(self._blocks), None)
             if oldest is None or oldest in own or oldest == key:
                 return False
             self.num_bytes -= self._blocks.pop(oldest).num_bytes
-        self._blocks[key] = block
-        self.num_bytes += growth
         return True
+
+    def _put(self, key: bytes, block: Block) -> None:
+        older = self._blocks.get(key)
+        self.num_bytes += block.num_bytes - (older.num_bytes if older else 0)
+        self._blocks[key] = block
 
     def _key(self, chain: Chain, token_ids: Sequence[int], index: int) -> bytes:
         while len(chain.keys) <= index:
@@ -191,7 +194,3 @@ class PrefixCache:
 
 def _is_whole(block: Block) -> bool:
     return all(part is not None for part in block.parts)
-
-
-def _size(parts: list[torch.Tensor | None]) -> int:
-    return sum(part.numel() * part.element_size() for part in parts if part is not None)

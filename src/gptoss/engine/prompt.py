@@ -130,6 +130,8 @@ class TokenizerRenderer:
         self._special_pattern = re.compile(self._special)
         self.dialect: Dialect = choose_dialect(tokenizer, "\n".join(template.source for template in templates.values()))
         self._harmony = _harmony(tokenizer) if isinstance(self.dialect, HarmonyDialect) else None
+        uses_effort = any(template.uses_reasoning_effort for template in templates.values())
+        self.takes_reasoning_effort = self._harmony is not None or uses_effort
         # SentencePiece tokenizers put a space before whatever starts a string; see _encode_piece.
         self._adds_prefix = tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")
 
@@ -140,10 +142,17 @@ class TokenizerRenderer:
         tools: tuple[dict[str, Any], ...],
         date: str,
         reasoning_effort: str = "",
+        add_generation_prompt: bool = True,
     ) -> RenderedPrompt:
         """See ``engine.port.Renderer``."""
         if self._harmony:
-            ids = self._harmony.render(messages, tools, date=date, reasoning_effort=reasoning_effort)
+            ids = self._harmony.render(
+                messages,
+                tools,
+                date=date,
+                reasoning_effort=reasoning_effort,
+                add_generation_prompt=add_generation_prompt,
+            )
             return RenderedPrompt(token_ids=ids, template=self._harmony.library)
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._templates.get(name)
@@ -154,11 +163,12 @@ class TokenizerRenderer:
         conversation: list[Json] = [_template_message(message) for message in messages]
         variables: Json = {"messages": conversation, "tools": list(tools) or None, "documents": None}
         start, end = _free_marks(variables)
-        marked = self._mark(variables, start, end)
+        given = {**self._special_tokens, **self._mark(variables, start, end)}
+        given["add_generation_prompt"] = add_generation_prompt
         if reasoning_effort:
-            marked["reasoning_effort"] = reasoning_effort
+            given["reasoning_effort"] = reasoning_effort
         try:
-            text = template.render({**self._special_tokens, **marked, "add_generation_prompt": True}, date=date)
+            text = template.render(given, date=date)
         except TemplateRefused as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
         return RenderedPrompt(
@@ -167,16 +177,20 @@ class TokenizerRenderer:
             opens_reasoning=self.dialect.opens_reasoning(text),
         )
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """See ``engine.port.Renderer``; begins with the tokens that the tokenizer itself puts first, such as BOS."""
-        return tuple(self._encode(self._textual, text, add_special_tokens=True))
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """See ``engine.port.Renderer``."""
+        return tuple(self._encode(self._textual, text, add_special_tokens=add_special_tokens))
 
-    def decode(self, token_ids: tuple[int, ...]) -> str:
+    def decode(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool = True) -> str:
         """See ``engine.port.Renderer``."""
         try:
-            return self.tokenizer.decode(token_ids)
+            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         except OverflowError:
             raise RequestError("a token id is negative or above 4294967295", param="tokens") from None
+
+    def pieces(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        """See ``engine.port.Renderer``."""
+        return tuple(self.tokenizer.id_to_token(token_id) or "" for token_id in token_ids)
 
     def _mark(self, value: Any, start: str, end: str) -> Any:
         """``value`` with every special token inside its strings, keys included, between ``start`` and ``end``."""

@@ -1,7 +1,7 @@
 """Runs the model on the chunks of a step.
 
 Rules:
-- ``PackedRunner`` puts all chunks of a step into one forward, ``[1, T]``, over this engine's KV slots.
+- ``PackedRunner`` puts all chunks of a step into one forward, ``[1, T]``, over this engine's KV slots or pages.
 - ``GenericRunner`` runs one request at a time with transformers' own cache. Slow, but it takes any model.
 """
 
@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
-from gptoss.engine.attention import Chunk, PackedRows
+from gptoss.engine.attention import Chunk, PackedRows, SlotDecodes
 from gptoss.engine.kv_cache import KvGeometry, KvSlot
+from gptoss.engine.kv_pages import PagedKv, PagePool
 from gptoss.engine.memory_model import kv_bytes
+from gptoss.engine.paged_attention import PagedDecodes
 from gptoss.messages.model import KvLayout
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -37,15 +39,17 @@ class Runner(Protocol):
         layout: KV geometry, exact for ``memory_model.kv_bytes``.
         is_batched: a step is one forward; otherwise each chunk is run alone.
         is_row_invariant: the bits of a row do not depend on how its request was cut into chunks.
+        is_batch_invariant: nor, with the same cuts, on which other requests are in the step.
     """
 
     layout: KvLayout
     is_batched: bool
     is_row_invariant: bool
+    is_batch_invariant: bool
 
     @property
     def geometry(self) -> KvGeometry | None:
-        """Of its slots if they are ``KvSlot``, which the prefix cache can copy from and to; None if not."""
+        """Of its slots if they are ``RequestKv``, which the prefix cache can copy from and to; None if not."""
         ...
 
     def new_slot(self, tokens: int) -> Slot:
@@ -62,20 +66,31 @@ class Runner(Protocol):
 
 
 class PackedRunner:
-    """All chunks of a step in one forward."""
+    """All chunks of a step in one forward.
+
+    On a CPU a row has the same bits in any company: linear layers are packed for that, and attention is each request's
+    own. The matrix products of other devices are chosen by the number of rows.
+
+    Args:
+        model: with this engine's attention set.
+        geometry: of the model.
+        pool: to take KV memory from; None gives each request a slot of its own.
+    """
 
     is_batched = True
     is_row_invariant = False
 
-    def __init__(self, model: Any, geometry: KvGeometry) -> None:
+    def __init__(self, model: Any, geometry: KvGeometry, pool: PagePool | None = None) -> None:
         self._model = model
         self.geometry = geometry
-        self.layout = geometry.layout
+        self.pool = pool
+        self.layout = pool.layout if pool else geometry.layout
         self.dtype = geometry.dtype
+        self.is_batch_invariant = geometry.device.type == "cpu"
 
     def new_slot(self, tokens: int) -> Slot:
         """See ``Runner``."""
-        return KvSlot(self.geometry, tokens)
+        return PagedKv(self.pool, tokens) if self.pool else KvSlot(self.geometry, tokens)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
@@ -100,7 +115,7 @@ class PackedRunner:
             position_ids=torch.tensor([positions + [0] * padding], device=device),
             use_cache=False,
             logits_to_keep=torch.tensor(kept or [0], device=device),
-            packed=PackedRows(ordered, padding),
+            packed=PackedRows(ordered, padding, PagedDecodes if self.pool else SlotDecodes),
         ).logits[0]
         rows: list[torch.Tensor | None] = [None] * len(chunks)
         first = 0
@@ -123,6 +138,7 @@ class GenericRunner:
 
     is_batched = False
     is_row_invariant = False
+    is_batch_invariant = True
 
     def __init__(self, model: Any, layout: KvLayout, device: torch.device) -> None:
         self._model = model

@@ -1,8 +1,7 @@
 """Picks the way to run a given model: the CPU kernels, packed rows through its own code, or one request at a time.
 
 Rules:
-- Neither the model nor this code is trusted: a way is taken only if it gives the logits of the model's own eager
-  attention, over a prompt in two chunks, decoding steps and a stranger in the batch.
+- Neither the model nor this code is trusted: a way is taken only if it computes what the model itself does (``parity``).
 - What is not the fastest way is said in the notes, with the reason.
 - The kernels free the model's weights as they pack them, so a model that fails there is loaded a second time.
 """
@@ -15,32 +14,20 @@ import msgspec
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gptoss.engine.attention import (
-    ATTENTION_NAME,
-    Chunk,
-    GeometryProbe,
-    slot_attention,
-)
+from gptoss.engine.attention import ATTENTION_NAME, GeometryProbe, packed_attention
 from gptoss.engine.kv_cache import KvGeometry
+from gptoss.engine.kv_pages import PagePool, paged_layout
+from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.native.runner import NativeRunner, UnsupportedModelError
 from gptoss.engine.native.weights import WeightFormat
 from gptoss.engine.packed_linear import pack_linears
-from gptoss.engine.rounding import rounding_noise
+from gptoss.engine.parity import REQUESTS, TOLERANCE, TOLERANCE_INT8, TOLERANCE_MAX, ParityError, Reference
 from gptoss.engine.runner import MIN_ROWS, GenericRunner, PackedRunner, Runner
 from gptoss.errors import ModelLoadError
 from gptoss.messages.model import KvLayout
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
-
-PARITY_TOKENS = 20
-PARITY_DECODES = 3
-PARITY_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest norm of the difference, relative to the norm of the eager logits; more where rounding alone does more."""
-PARITY_TOLERANCE_INT8 = 0.2
-PARITY_NOISES = 3
-"""A difference may be so many times what rounding does, but at most ``PARITY_TOLERANCE_MAX``."""
-PARITY_TOLERANCE_MAX = 0.7
 
 LoadWeights: TypeAlias = Callable[[], Any]
 """Loads the model anew, with eager attention, in evaluation mode."""
@@ -54,22 +41,27 @@ class Native(msgspec.Struct, frozen=True):
     max_model_len: int
 
 
+class KvOptions(msgspec.Struct, frozen=True):
+    """How KV memory is to be laid out. ``budget`` gives the bytes to take, once the weights are in."""
+
+    is_paged: bool
+    budget: Callable[[KvLayout], int]
+
+
 class RunnerChoice(msgspec.Struct, frozen=True):
-    """What runs the model, and what the model was before its weights were packed."""
+    """What runs the model, and what the model was before its weights were packed. ``kv_pages`` 0 are slots."""
 
     runner: Runner
     notes: tuple[str, ...]
     architecture: str
     vocab_size: int
     weights_bytes: int
-
-
-class ParityError(Exception):
-    """A runner's logits are not those of the model."""
+    kv_budget_bytes: int
+    kv_pages: int = 0
 
 
 def choose_runner(
-    load_weights: LoadWeights, layout: KvLayout, device: torch.device, native: Native | None
+    load_weights: LoadWeights, layout: KvLayout, device: torch.device, native: Native | None, kv: KvOptions
 ) -> RunnerChoice:
     """The fastest runner that gives this model's logits.
 
@@ -78,6 +70,7 @@ def choose_runner(
         layout: KV geometry that the model's config states, for the generic runner.
         device: where the model is loaded.
         native: None leaves the kernels out.
+        kv: layout of KV memory; neither the CPU kernels nor the generic runner have pages.
 
     Raises:
         ModelLoadError: int8 weights are wanted and the kernels cannot run this model.
@@ -85,19 +78,19 @@ def choose_runner(
     model = load_weights()
     vocab_size = int(model.get_input_embeddings().num_embeddings)
     weights_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    prompt = [(7919 * index + 13) % vocab_size for index in range(PARITY_TOKENS + PARITY_DECODES)]
-    expected = _eager_logits(model, prompt, device)
-    noise = rounding_noise(model, lambda: _eager_logits(model, prompt, device), expected)
+    reference = Reference(model, device)
     architecture = type(model).__name__
 
     def choice(runner: Runner, *notes: str, size: int = weights_bytes) -> RunnerChoice:
-        return RunnerChoice(runner, notes, architecture, vocab_size, size)
+        pool = runner.pool if isinstance(runner, PackedRunner) else None
+        budget, pages = (pool.num_bytes, pool.num_pages) if pool else (kv.budget(runner.layout), 0)
+        return RunnerChoice(runner, notes, architecture, vocab_size, size, budget, pages)
 
     notes: list[str] = []
     if native is not None:
         try:
             _check_windows(layout, native.max_model_len)
-            runner = _native_runner(model, native, _Parity(prompt, expected, noise))
+            runner = _native_runner(model, native, reference)
             return choice(runner, size=runner.weights_bytes)
         except (UnsupportedModelError, ParityError) as error:
             if native.form == "int8":
@@ -106,24 +99,16 @@ def choose_runner(
             is_spent = isinstance(error, ParityError)
         if is_spent:
             model = load_weights()
+            reference = Reference(model, device)
     try:
-        return choice(_packed_runner(model, _Parity(prompt, expected, noise), device), *notes)
+        geometry = _packed_geometry(model, reference, device, is_paged=kv.is_paged)
     except Exception as error:  # noqa: BLE001 - whatever the model cannot do in slots, it can do in the generic runner
         model.set_attn_implementation("eager")
         cause = " ".join(str(error).split())[:200]
         generic = GenericRunner(model, layout, device)
         return choice(generic, *notes, f"generic runner, one request at a time: {cause}")
-
-
-class _Parity(msgspec.Struct, frozen=True):
-    """What a runner must reproduce: eager logits ``expected`` of ``prompt``, within what ``noise`` leaves uncertain."""
-
-    prompt: list[int]
-    expected: torch.Tensor
-    noise: float
-
-    def tolerance(self, least: float) -> float:
-        return max(least, min(PARITY_NOISES * self.noise, PARITY_TOLERANCE_MAX))
+    pool = PagePool(geometry, kv.budget(paged_layout(geometry))) if kv.is_paged else None
+    return choice(PackedRunner(model, geometry, pool), *notes)
 
 
 def _check_windows(layout: KvLayout, max_model_len: int) -> None:
@@ -132,7 +117,7 @@ def _check_windows(layout: KvLayout, max_model_len: int) -> None:
         raise UnsupportedModelError(f"the CPU kernels have no windows of {layout.sliding_window} tokens")
 
 
-def _native_runner(model: Any, native: Native, parity: _Parity) -> NativeRunner:
+def _native_runner(model: Any, native: Native, reference: Reference) -> NativeRunner:
     runner = NativeRunner(
         native.library,
         model,
@@ -140,26 +125,23 @@ def _native_runner(model: Any, native: Native, parity: _Parity) -> NativeRunner:
         max_model_len=native.max_model_len,
         num_threads=torch.get_num_threads(),
     )
-    tolerance = PARITY_TOLERANCE_INT8 if native.form == "int8" else PARITY_TOLERANCE[runner.dtype]
-    _check_parity(runner, parity, tolerance)
+    reference.check_logits(runner, TOLERANCE_INT8 if native.form == "int8" else TOLERANCE[runner.dtype])
     return runner
 
 
-def _packed_runner(model: Any, parity: _Parity, device: torch.device) -> PackedRunner:
+def _packed_geometry(model: Any, reference: Reference, device: torch.device, *, is_paged: bool) -> KvGeometry:
+    """Make the model attend over this engine's KV memory; its geometry, if its numbers are right then."""
     if device.type == "cpu":
         pack_linears(model)
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, cast("Any", slot_attention))
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, cast("Any", packed_attention))
     model.set_attn_implementation(ATTENTION_NAME)
-    runner = PackedRunner(model, _probe_geometry(model, device))
-    _check_parity(runner, parity, PARITY_TOLERANCE.get(runner.dtype, max(PARITY_TOLERANCE.values())))
-    return runner
-
-
-@torch.inference_mode()
-def _eager_logits(model: Any, prompt: list[int], device: torch.device) -> torch.Tensor:
-    """Logits after the parity prompt and after each of the decoding steps, ``[1 + PARITY_DECODES, vocab]``."""
-    logits = model(input_ids=torch.tensor([prompt], device=device), use_cache=False).logits
-    return logits[0, PARITY_TOKENS - 1 :].float()
+    geometry = _probe_geometry(model, device)
+    num_bytes = REQUESTS * kv_bytes(paged_layout(geometry), reference.length)
+    runner = PackedRunner(model, geometry, PagePool(geometry, num_bytes) if is_paged else None)
+    tolerance = TOLERANCE.get(runner.dtype, max(TOLERANCE.values()))
+    if reference.check_logits(runner, TOLERANCE_MAX) > tolerance:
+        reference.check_parts(runner, tolerance)
+    return geometry
 
 
 @torch.inference_mode()
@@ -168,26 +150,3 @@ def _probe_geometry(model: Any, device: torch.device) -> KvGeometry:
     rows = torch.zeros((1, MIN_ROWS), dtype=torch.long, device=device)
     model(input_ids=rows, position_ids=rows, use_cache=False, logits_to_keep=1, packed=probe)
     return KvGeometry(probe.layers(), probe.dtype, device)
-
-
-def _check_parity(runner: PackedRunner | NativeRunner, parity: _Parity, tolerance: float) -> None:
-    """Run the prompt in two chunks and single tokens, with a stranger beside it; ``tolerance`` is the least allowed.
-
-    Raises:
-        ParityError: the logits are not the eager ones.
-    """
-    prompt = parity.prompt
-    slot, strange_slot = runner.new_slot(len(prompt)), runner.new_slot(len(prompt))
-    stops = [PARITY_TOKENS // 2 - 1, *range(PARITY_TOKENS, len(prompt) + 1)]
-    start = 0
-    found: list[torch.Tensor] = []
-    for stop in stops:
-        mine = Chunk(slot=slot, token_ids=prompt[start:stop], start=start, num_logits=1)
-        stranger = Chunk(slot=strange_slot, token_ids=prompt[::-1][start:stop], start=start, num_logits=0)
-        logits, _ = runner.forward([mine, stranger])
-        assert logits is not None
-        found.append(logits.float())
-        start = stop
-    gap = (torch.cat(found[1:]) - parity.expected).norm() / parity.expected.norm()
-    if not gap <= parity.tolerance(tolerance):
-        raise ParityError(f"logits differ from eager attention by {gap:.1e} of their norm")

@@ -10,9 +10,9 @@ Rules:
   memory turned out to be short, lose their places in the same way.
 - A step holds every decoding request, then prefill up to a budget: as many tokens as take ``target_ms`` at the speed
   last seen while others decode, two chunks if none does. Some prefill is always done, or a long prompt never ends.
-- Where the bits of a row depend on the cut, a prompt is cut at multiples of ``chunk_tokens`` of its own positions, and
+- Where the bits of a row depend on the cut and on nothing else, a prompt is cut at multiples of ``chunk_tokens`` of its own positions, and
   output is computed one token at a time, also when it is computed again. So the cuts are the same whoever else runs,
-  after a preemption and after a resumption. Where they do not depend on it, cuts follow the budget.
+  after a preemption and after a resumption. Elsewhere (``Limits.has_free_cuts``) cuts follow the budget.
 """
 
 import bisect
@@ -182,7 +182,7 @@ def _is_decoding(candidate: Candidate, limits: Limits) -> bool:
     """Whether its next row is a single token of output, new or computed again."""
     if candidate.num_computed < candidate.num_prompt:
         return False
-    return candidate.num_tokens - candidate.num_computed == 1 or not limits.is_row_invariant
+    return candidate.num_tokens - candidate.num_computed == 1 or not limits.has_free_cuts
 
 
 def _prefill_budget(state: SchedulerState, *, is_anyone_decoding: bool) -> int:
@@ -198,7 +198,7 @@ def _prefill_rows(candidates: Iterable[Candidate], budget: int, limits: Limits) 
     rows: list[PlannedRow] = []
     for candidate in candidates:
         pending = candidate.num_tokens - candidate.num_computed
-        if limits.is_row_invariant:
+        if limits.has_free_cuts:
             size = min(pending, _aligned(candidate.num_computed, budget, limits)) if pending > budget else pending
         else:
             until_boundary = limits.chunk_tokens - candidate.num_computed % limits.chunk_tokens

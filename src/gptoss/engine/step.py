@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from gptoss.engine.attention import Chunk
-from gptoss.engine.kv_cache import KvSlot
+from gptoss.engine.kv_cache import RequestKv
 from gptoss.engine.runner import Runner
 from gptoss.engine.sampler import Draw, SamplerState, draw_tokens
 from gptoss.messages.plan import RowFailure
@@ -113,12 +113,12 @@ def _draw(tasks: Sequence[Task], logits: dict[int, torch.Tensor]) -> dict[int, l
 
 
 class Undo:
-    """A chunk that can be undone: it remembers what it overwrites, which is nothing but in the rings of KV slots."""
+    """A chunk that can be undone: it remembers what it overwrites, which is nothing but in rings."""
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk
         self._end = chunk.start + len(chunk.token_ids)
-        has_rings = isinstance(chunk.slot, KvSlot) and len(chunk.token_ids) > 1 and any(chunk.slot.geometry.windows)
+        has_rings = isinstance(chunk.slot, RequestKv) and len(chunk.token_ids) > 1 and any(chunk.slot.geometry.windows)
         self._kept = chunk.slot.keep_overwritten(chunk.start, self._end) if has_rings else None
 
     def since(self, position: int) -> None:

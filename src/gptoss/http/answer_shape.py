@@ -76,8 +76,6 @@ def _format(wire: ChatCompletionRequest) -> AnswerFormat | None:
     found: list[AnswerFormat] = []
     if wire.response_format is not None and wire.response_format.type != "text":
         found.append(_response_format(wire.response_format))
-    if wire.guided_grammar is not None:
-        raise RequestError("guided_grammar is not supported; use a JSON schema or a regex", param="guided_grammar")
     if wire.guided_json is not None:
         found.append(AnswerFormat(kind="json", text=_schema_text(wire.guided_json), param="guided_json"))
     if wire.guided_regex is not None:

@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from gptoss.actors.generation import GenerateRequest, Generation
+from gptoss.actors.rendering import Rendering
 from gptoss.clock import Clock
 from gptoss.config import Settings
 from gptoss.errors import GptossError
@@ -23,6 +24,16 @@ class RequestGateway(Protocol):
     @property
     def served_model(self) -> str:
         """The name under which the model is served."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that prompt and output may have together; 0 until a model is loaded."""
+        ...
+
+    @property
+    def rendering(self) -> Rendering:
+        """Prompts and texts without a request."""
         ...
 
     def name_request(self, wanted: str) -> str:

@@ -9,7 +9,9 @@ from aiohttp import web
 
 from gptoss.http.context import CONTEXT, REQUEST_ID
 
-COMPLETION_PREFIX = "chatcmpl-"
+CHAT_PREFIX = "chatcmpl-"
+TEXT_PREFIX = "cmpl-"
+RESPONSE_PREFIX = "resp_"
 _NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _TRACEPARENT = re.compile(r"(?P<version>[0-9a-f]{2})-(?P<trace>[0-9a-f]{32})-(?P<parent>[0-9a-f]{16})-[0-9a-f]{2}")
 
@@ -45,10 +47,10 @@ def response_request_id(request: web.Request) -> str:
 
 
 def path_request_ids(request: web.Request) -> tuple[str, ...]:
-    """What the ``request_id`` of the path may mean: that id, or the one inside a completion's ``id``."""
+    """What the ``request_id`` of the path may mean: that id, or the one inside an answer's ``id``."""
     written = request.match_info["request_id"]
-    inner = written.removeprefix(COMPLETION_PREFIX)
-    return (written,) if inner == written else (written, inner)
+    prefixes = (CHAT_PREFIX, TEXT_PREFIX, RESPONSE_PREFIX)
+    return (written, *(written.removeprefix(prefix) for prefix in prefixes if written.startswith(prefix)))
 
 
 def _name_header(request: web.Request, name: str) -> str:

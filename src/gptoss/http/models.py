@@ -1,7 +1,8 @@
 """``/v1/models``: what is served, by its served name and no other."""
 
-from typing import Any
+from typing import Literal
 
+import msgspec
 from aiohttp import web
 
 from gptoss.clock import NS_PER_S
@@ -9,12 +10,32 @@ from gptoss.errors import ModelNotFound
 from gptoss.http.context import CONTEXT
 from gptoss.http.errors import json_response
 
+
+class ModelBody(msgspec.Struct, frozen=True):
+    """A model, with vLLM's fields beside OpenAI's. ``max_model_len`` is null until the model is loaded."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int | None
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """The answer of ``GET /v1/models``."""
+
+    object: Literal["list"]
+    data: list[ModelBody]
+
+
 STARTED_S: web.AppKey[int] = web.AppKey("started_s", int)
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
     """``GET /v1/models``."""
-    return json_response({"object": "list", "data": [_model(request)]})
+    return json_response(ModelList("list", [_model(request)]))
 
 
 async def show_model(request: web.Request) -> web.StreamResponse:
@@ -30,6 +51,14 @@ def started_s(app: web.Application) -> int:
     return app[CONTEXT].clock.wall_ns() // NS_PER_S
 
 
-def _model(request: web.Request) -> dict[str, Any]:
-    served = request.app[CONTEXT].gateway.served_model
-    return {"id": served, "object": "model", "created": request.app[STARTED_S], "owned_by": "gptoss"}
+def _model(request: web.Request) -> ModelBody:
+    gateway = request.app[CONTEXT].gateway
+    return ModelBody(
+        id=gateway.served_model,
+        object="model",
+        created=request.app[STARTED_S],
+        owned_by="gptoss",
+        root=gateway.served_model,
+        parent=None,
+        max_model_len=gateway.max_model_len or None,
+    )

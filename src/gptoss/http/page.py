@@ -25,12 +25,9 @@ pre{overflow-x:auto;margin:0;padding:.8rem 1rem;background:var(--soft);border:1p
 a{color:var(--link)}a:focus-visible,pre:focus-visible{outline:3px solid var(--link);outline-offset:2px}
 ul{padding-left:1.2rem}.ok{color:var(--ok)}.bad{color:var(--bad)}
 """
-_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-CSP = (
-    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 _LINKS = (
+    ("docs", "every endpoint and its fields"),
     ("v1/models", "the model that is served"),
     ("health", "health in one answer"),
     ("health/ready", "would a request sent now be served?"),
@@ -96,5 +93,19 @@ async def home(request: web.Request) -> web.StreamResponse:
         python=escape(_PYTHON.format(base=base, model=model)),
         links="\n".join(f'<li><a href="{path}">/{path}</a>: {escape(text)}</li>' for path, text in _LINKS),
     )
-    headers = {"Content-Security-Policy": CSP, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+    return page_response(html, _STYLE)
+
+
+def page_style_sheet(more: str) -> str:
+    """The style of all pages, and ``more``."""
+    return _STYLE + more.strip() + "\n"
+
+
+def page_response(html: str, style: str) -> web.Response:
+    """A page that may use nothing but its own style sheet."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
     return web.Response(body=html.encode(errors="replace"), content_type="text/html", charset="utf-8", headers=headers)

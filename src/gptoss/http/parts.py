@@ -11,40 +11,38 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
+from gptoss.http.answer_schema import AnswerCall, AnswerFunction, AnswerMessage
 from gptoss.messages.answer import CallPart, Part, TextPart, content_of
 
 _encode = msgspec.json.encode
 
 
-def message_body(parts: Sequence[Part]) -> dict[str, Any]:
+def answer_message(parts: Sequence[Part]) -> AnswerMessage:
     """The ``message`` of a choice."""
     content = content_of(parts)
     reasoning = "".join(part.text for part in parts if isinstance(part, TextPart) and part.kind == "reasoning")
     calls = tool_calls(parts)
-    body: dict[str, Any] = {"role": "assistant", "content": content or ("" if not calls else None), "refusal": None}
-    if reasoning:
-        body |= {"reasoning": reasoning, "reasoning_content": reasoning}
-    if calls:
-        body["tool_calls"] = calls
-    return body
+    return AnswerMessage(
+        content=content or ("" if not calls else None),
+        reasoning=reasoning or UNSET,
+        reasoning_content=reasoning or UNSET,
+        tool_calls=calls or UNSET,
+    )
 
 
-def tool_calls(parts: Sequence[Part]) -> list[dict[str, Any]]:
+def tool_calls(parts: Sequence[Part]) -> list[AnswerCall]:
     """The calls of an answer, in order."""
-    names: dict[int, CallPart] = {}
+    firsts: dict[int, CallPart] = {}
     arguments: dict[int, list[str]] = {}
     for part in parts:
         if isinstance(part, CallPart):
-            names.setdefault(part.index, part)
+            firsts.setdefault(part.index, part)
             arguments.setdefault(part.index, []).append(part.arguments)
     return [
-        {
-            "id": first.call_id,
-            "type": "function",
-            "function": {"name": first.name, "arguments": "".join(arguments[index])},
-        }
-        for index, first in names.items()
+        AnswerCall(first.call_id, "function", AnswerFunction(first.name, "".join(arguments[index])))
+        for index, first in firsts.items()
     ]
 
 

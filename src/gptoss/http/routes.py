@@ -7,11 +7,25 @@ import asyncio
 
 from aiohttp import web
 
-from gptoss.http import admin, chat, health, models, page
+from gptoss.http import (
+    admin,
+    chat,
+    completions,
+    docs_page,
+    embeddings,
+    health,
+    models,
+    openapi,
+    page,
+    responses,
+    tokenization,
+)
 from gptoss.http.context import CLOSING, CONTEXT, HttpContext
 from gptoss.http.errors import answer_errors
 from gptoss.http.guard import admit_callers
 from gptoss.http.headers import response_request_id
+from gptoss.http.intake import NAMED_FIELDS
+from gptoss.http.response_store import ResponseStore
 
 
 def make_app(context: HttpContext) -> web.Application:
@@ -19,7 +33,8 @@ def make_app(context: HttpContext) -> web.Application:
     app = web.Application(middlewares=[answer_errors, admit_callers])
     app[CONTEXT] = context
     app[CLOSING] = asyncio.Event()
-    app[chat.NAMED_FIELDS] = set()
+    app[NAMED_FIELDS] = set()
+    app[responses.STORE] = ResponseStore()
     app[models.STARTED_S] = models.started_s(app)
     app.on_response_prepare.append(_add_headers)
     app.on_shutdown.append(_note_closing)
@@ -27,6 +42,14 @@ def make_app(context: HttpContext) -> web.Application:
         [
             web.get("/", page.home),
             web.post("/v1/chat/completions", chat.chat_completions),
+            web.post("/v1/completions", completions.completions),
+            web.post("/v1/responses", responses.create),
+            web.get("/v1/responses/{response_id}", responses.retrieve),
+            web.delete("/v1/responses/{response_id}", responses.delete),
+            web.get("/v1/responses/{response_id}/input_items", responses.input_items),
+            web.post("/v1/embeddings", embeddings.embeddings),
+            web.post("/tokenize", tokenization.tokenize),
+            web.post("/detokenize", tokenization.detokenize),
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{model:.+}", models.show_model),
             web.post("/cancel/{request_id}", admin.cancel),
@@ -42,6 +65,8 @@ def make_app(context: HttpContext) -> web.Application:
             web.get("/admin/events", admin.events),
             web.get("/admin/debug/bundle", admin.debug_bundle),
             web.get("/admin/debug/bundle/{request_id}", admin.request_bundle),
+            web.get("/openapi.json", openapi.document_json),
+            web.get("/docs", docs_page.docs),
         ]
     )
     return app

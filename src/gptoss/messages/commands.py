@@ -12,7 +12,7 @@ import msgspec
 from gptoss.messages.model import EngineCapabilities, FinishReason
 from gptoss.messages.sampling import SamplingParams
 
-CancelReason: TypeAlias = Literal["client", "disconnect", "slow_client", "deadline", "shutdown"]
+CancelReason: TypeAlias = Literal["client", "disconnect", "slow_client", "deadline", "shutdown", "sibling_failed"]
 AdmissionAction: TypeAlias = Literal["accept", "shrink", "route_multi", "queue", "reject"]
 
 
@@ -26,7 +26,13 @@ class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class BeginRequest(Command, frozen=True, kw_only=True):
-    """A request has arrived and is well formed."""
+    """A request has arrived and is well formed.
+
+    Attributes:
+        is_chat: its prompt is a conversation, of ``num_messages`` messages.
+        parent_id: the request that this is a further choice of.
+        user_hmac: keyed hash of the caller's ``user``.
+    """
 
     request_id: str
     endpoint: str
@@ -43,15 +49,20 @@ class BeginRequest(Command, frozen=True, kw_only=True):
     session_id: str = ""
     traceparent: str = ""
     num_messages: int = 0
+    is_chat: bool = True
+    parent_id: str = ""
+    user_hmac: str = ""
+    num_metadata: int = 0
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
-    """The prompt was rendered. ``prompt_hmac`` and ``grammar_hmac`` are keyed hashes of the token ids and the grammar."""
+    """The prompt was rendered; ``param`` is the field that it came from. The hashes of its ids and grammar are keyed."""
 
     prompt_tokens: int
     prompt_hmac: str
     template: str
     date: str
+    param: str = "messages"
     grammar_hmac: str = ""
 
 

@@ -183,7 +183,10 @@ class EngineStalled(Event, frozen=True, kw_only=True):
 
 
 class RequestReceived(Event, frozen=True, kw_only=True):
-    """A request arrived. Nothing of its content is here."""
+    """A request arrived. Nothing of its content is here.
+
+    ``parent_id`` is the request that this is a further choice of; ``user_hmac`` a keyed hash of the caller's ``user``.
+    """
 
     request_id: str
     endpoint: str
@@ -196,6 +199,9 @@ class RequestReceived(Event, frozen=True, kw_only=True):
     traceparent: str = ""
     max_model_len: int = 0
     default_max_tokens: int = 0
+    parent_id: str = ""
+    user_hmac: str = ""
+    num_metadata: int = 0
 
 
 class RequestValidated(Event, frozen=True, kw_only=True):

@@ -37,6 +37,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         kv_budget_bytes: KV memory that may be reserved on this engine.
         limits: what its scheduler keeps to.
         prefix_cache_bytes: the most of that KV memory that cached prefixes may take while it is not reserved.
+        kv_pages: pages that it consists of; 0 where each request has a contiguous slot of its own.
     """
 
     model_name: str
@@ -53,6 +54,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     limits: Limits | None = None
     prefix_cache_bytes: int = 0
+    kv_pages: int = 0
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,9 +21,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         max_batch_size: requests that may run at once.
         chunk_tokens: largest piece of a prompt in a step.
         align_tokens: pieces end at multiples of this where they can, since the prefix cache keeps whole blocks.
-        is_row_invariant: of the runner; allows other cuts than at multiples of ``chunk_tokens``.
+        is_row_invariant: of the runner: the bits of a row do not depend on how its request was cut.
         target_ms: time for prefill in a step while others decode; 0 allows one chunk.
         draft_streams_max: with more requests decoding, drafts do not pay and are dropped.
+        is_batch_invariant: of the runner: with the same cuts they do not depend on who else is in the step either. If not,
+            only a whole recorded run gives the same bits again.
     """
 
     max_batch_size: int
@@ -32,6 +34,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     is_row_invariant: bool = False
     target_ms: float = 0.0
     draft_streams_max: int = 0
+    is_batch_invariant: bool = True
+
+    @property
+    def has_free_cuts(self) -> bool:
+        """Whether prompts may be cut anywhere: it changes no bits, or bits depend on the company whatever is done."""
+        return self.is_row_invariant or not self.is_batch_invariant
 
 
 class Start(msgspec.Struct, frozen=True, array_like=True):

@@ -282,6 +282,7 @@ class _Models:
             speculation=settings.speculation,
             kernels="torch" if settings.kernels == "torch" else "auto",
             quantization=settings.quantization,
+            kv_layout="paged" if recorded.kv_pages else "slots",
             cache_folder=str(here.cache_path),
             num_threads=recorded.num_threads,
         )

@@ -186,6 +186,8 @@ def _loaded(_meta: Meta, event: ev.EngineLoaded) -> Fields:
         "max_batch_size": can.max_batch_size,
         "kv_budget_mb": can.kv_budget_bytes >> 20,
     }
+    if can.kv_pages:
+        fields["kv_pages"] = can.kv_pages
     return fields | ({"notes": "; ".join(event.notes)} if event.notes else {})
 
 

@@ -94,6 +94,7 @@ class NativeRunner:
 
     is_batched = True
     is_row_invariant = True
+    is_batch_invariant = True
 
     def __init__(
         self, library: ctypes.CDLL, model: Any, *, form: WeightFormat, max_model_len: int, num_threads: int

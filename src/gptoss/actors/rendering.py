@@ -1,0 +1,136 @@
+"""Prompts as token ids, and tokens as text, off the event loop and within a time limit.
+
+Templates are bounded in their steps, and tokenizers are linear; the time limit is for whatever those bounds missed. The
+thread of a rendering that runs into it goes on until a bound of its own ends it, but nobody waits for it.
+"""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import msgspec
+
+from gptoss.actors.generation import GenerateRequest
+from gptoss.actors.system import System
+from gptoss.clock import NS_PER_S
+from gptoss.engine.answer_port import OutputParser
+from gptoss.engine.port import RenderedPrompt, Renderer
+from gptoss.errors import RequestError
+from gptoss.messages.sampling import check_bound_sampling
+
+RENDER_TIMEOUT_S = 10.0
+
+T = TypeVar("T")
+
+
+class Rendering:
+    """The renderer of a running system. Use it from the event loop.
+
+    Args:
+        system: whose threads do the work.
+        renderer: of the served model.
+        timeout_s: how long one call may take.
+    """
+
+    def __init__(self, system: System, renderer: Renderer, timeout_s: float = RENDER_TIMEOUT_S) -> None:
+        self._system = system
+        self._renderer = renderer
+        self._timeout_s = timeout_s
+
+    @property
+    def takes_reasoning_effort(self) -> bool:
+        """Whether prompts of the served model depend on ``reasoning_effort``."""
+        return self._renderer.takes_reasoning_effort
+
+    def today(self) -> str:
+        """The date that prompts may tell, ``YYYY-MM-DD`` in UTC."""
+        return datetime.fromtimestamp(self._system.clock.wall_ns() / NS_PER_S, tz=UTC).date().isoformat()
+
+    async def prompt(
+        self, request: GenerateRequest, *, date: str, add_generation_prompt: bool = True
+    ) -> RenderedPrompt:
+        """The prompt of ``request``.
+
+        Raises:
+            RequestError: it has none, or making it took too long; ``param`` is the field at fault.
+        """
+
+        def render() -> RenderedPrompt:
+            return _render(self._renderer, request, date, add_generation_prompt=add_generation_prompt)
+
+        return await self._off_loop(render, prompt_param(request))
+
+    def parser(self, request: GenerateRequest, prompt: RenderedPrompt, request_id: str) -> OutputParser | None:
+        """What reads the answer; None where it goes on from a plain text, and is plain text itself."""
+        if request.prompt is not None:
+            return None
+        opens = prompt.opens_reasoning
+        return self._renderer.dialect.parser(
+            _offered_tools(request), request.shape, opens_reasoning=opens, request_id=request_id
+        )
+
+    async def decode(self, token_ids: tuple[int, ...], param: str) -> str:
+        """The text of the tokens in the field ``param``, special ones included. Raises as ``prompt``."""
+
+        def decode() -> str:
+            _check_vocabulary(self._renderer, token_ids, param)
+            return self._renderer.decode(token_ids, skip_special_tokens=False)
+
+        return await self._off_loop(decode, param)
+
+    async def pieces(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        """Each token as the vocabulary writes it."""
+        return await self._off_loop(lambda: self._renderer.pieces(token_ids), "tokens")
+
+    async def _off_loop(self, work: Callable[[], T], param: str) -> T:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._system.run_in_thread(work)
+        except TimeoutError:
+            raise RequestError(f"{param} took longer than {self._timeout_s:g} s to render", param=param) from None
+
+
+def prompt_param(request: GenerateRequest) -> str:
+    """The field that a request's prompt comes from."""
+    return "messages" if request.prompt is None else "prompt"
+
+
+def _render(renderer: Renderer, request: GenerateRequest, date: str, *, add_generation_prompt: bool) -> RenderedPrompt:
+    prompt = request.prompt
+    if prompt is None:
+        return _render_chat(renderer, request, date, add_generation_prompt=add_generation_prompt)
+    if isinstance(prompt, str):
+        token_ids = renderer.encode(prompt, add_special_tokens=request.add_special_tokens)
+    else:
+        token_ids = prompt
+        _check_vocabulary(renderer, token_ids, "prompt")
+    return RenderedPrompt(token_ids=token_ids, template="")
+
+
+def _render_chat(
+    renderer: Renderer, request: GenerateRequest, date: str, *, add_generation_prompt: bool
+) -> RenderedPrompt:
+    tools = _offered_tools(request)
+    rendered = renderer.render_chat(
+        request.messages,
+        tools=tools,
+        date=date,
+        reasoning_effort=request.reasoning_effort,
+        add_generation_prompt=add_generation_prompt,
+    )
+    grammar = renderer.dialect.grammar(tools, request.shape, opens_reasoning=rendered.opens_reasoning)
+    if grammar:
+        check_bound_sampling(request.sampling)
+    return msgspec.structs.replace(rendered, grammar=grammar)
+
+
+def _offered_tools(request: GenerateRequest) -> tuple[dict[str, Any], ...]:
+    """The tools that the model is told of: none where it may call none."""
+    return request.tools if request.shape.tool_choice != "none" else ()
+
+
+def _check_vocabulary(renderer: Renderer, token_ids: tuple[int, ...], param: str) -> None:
+    wrong = next((token_id for token_id in token_ids if not 0 <= token_id < renderer.vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"{param} has token id {wrong}; ids go from 0 to {renderer.vocab_size - 1}", param=param)
