@@ -18,7 +18,7 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-clients check fmt bench bench-gpu clean
+.PHONY: help install run test simulate test-clients check fmt bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ run: $(INSTALLED) ## serve the demo model, or what ARGS says, on http://127.0.0.
 # One thread for each process: the models in the tests are tiny, and on a busy machine threads only wait for each other.
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+simulate: $(INSTALLED) ## run the system under a thousand seeded schedules and faults, or what ARGS says
+	$(BIN)/gptoss simulate $(ARGS)
 
 test-clients: $(INSTALLED) $(CLIENTS)/.installed ## run clients that people use against a server, each in its own environment
 	GPTOSS_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients $(ARGS)

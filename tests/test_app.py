@@ -24,7 +24,7 @@ from gptoss.messages.sampling import SamplingParams
 from gptoss.replay.verify import verify
 from gptoss.telemetry.recording import LiveRecording
 from gptoss.telemetry.timeline import check_complete
-from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, fake_token
+from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, fake_token, run_until_idle
 
 MODEL = PreparedModel(folder="", model_name=FAKE_MODEL, source="test", max_model_len=4096)
 
@@ -61,13 +61,7 @@ async def records(system: ServingSystem, request_id: str) -> list[Record]:
 
 
 async def settled(system: ServingSystem) -> None:
-    async with asyncio.timeout(10.0):
-        while system.gateway.running:
-            await asyncio.sleep(0.005)
-        # The deciders have consumed what the ended requests gave back.
-        for name in ("memory", "admission", "router"):
-            while system.system.mailbox_depths().get(name):
-                await asyncio.sleep(0.005)
+    await run_until_idle(system.system)
     await system.caught_up()
 
 

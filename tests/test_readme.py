@@ -6,7 +6,7 @@ import io
 import re
 import shutil
 import subprocess
-import sys
+import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -55,20 +55,23 @@ async def test_its_python_runs_and_prints_an_answer(code: str, url: str) -> None
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("command", CURLS, ids=range(len(CURLS)))
-async def test_its_curl_commands_are_answered(command: str, url: str) -> None:
+async def test_its_curl_commands_are_answered(command: str, url: str, tmp_path: Path) -> None:
     placed = command.replace(DEFAULT_URL, url)
     if "REQUEST_ID" in placed:
-        await asyncio.to_thread(_curl, f"curl {url}/v1/completions -H 'X-Request-ID: REQUEST_ID' -H 'Content-Type: "
-                                """application/json' -d '{"prompt": "x"}'""")  # fmt: skip
-    answer = await asyncio.to_thread(_curl, placed)
-    assert answer
+        named = "-H 'X-Request-ID: REQUEST_ID' -H 'Content-Type: application/json'"
+        made = f"""curl {url}/v1/completions {named} -d '{{"prompt": "x"}}'"""
+        assert await asyncio.to_thread(_curl, made, tmp_path)
+    answer = await asyncio.to_thread(_curl, placed, tmp_path)
+    saved = list(tmp_path.iterdir())
+    assert answer or saved, "printed, or with -O saved under the name that the server gave"
     assert '"error"' not in answer
+    assert all(zipfile.is_zipfile(path) for path in saved)
 
 
-def _curl(command: str) -> str:
+def _curl(command: str, folder: Path) -> str:
     done = subprocess.run(
         ["bash", "-c", command.replace("curl ", "curl -sS --fail-with-body ", 1)],
-        capture_output=True, text=True, timeout=30, check=False,
+        cwd=folder, capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, (sys.platform, done.stdout, done.stderr)
+    assert done.returncode == 0, (done.stdout, done.stderr)
     return done.stdout

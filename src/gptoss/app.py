@@ -25,7 +25,6 @@ from gptoss.actors.admission import AdmissionActor
 from gptoss.actors.decider import DeciderActor
 from gptoss.actors.deciders import deciders_of
 from gptoss.actors.directory import Directory, executor_name
-from gptoss.actors.dispatcher import Dispatcher, LiveDispatcher
 from gptoss.actors.executor import ExecutorActor, ExecutorConfig
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
@@ -34,7 +33,7 @@ from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
-from gptoss.clock import Clock, IdSource, Rng, SystemClock, SystemIds, SystemRng
+from gptoss.clock import Clock, IdSource
 from gptoss.config import Settings
 from gptoss.devices import Device, parse_devices
 from gptoss.engine.model_source import PreparedModel, prepare_in_child
@@ -45,49 +44,22 @@ from gptoss.errors import ModelLoadError, NotReady
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin, Record
+from gptoss.surroundings import BYTES_PER_MB, Surroundings, live_surroundings
 from gptoss.telemetry.logs import LogWriter
-from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.metrics import Metrics
 from gptoss.telemetry.projection import Projection
 from gptoss.telemetry.segment_recovery import record_aborted
-from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
+from gptoss.telemetry.segments import SegmentJournal
 from gptoss.telemetry.system_snapshot import without_secrets
 from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
 
 VERSION = importlib.metadata.version("gptoss")
 PACKAGES = ("aiohttp", "jinja2", "msgspec", "pykka", "tokenizers", "torch", "transformers")
-BYTES_PER_MB = 1024 * 1024
 CATCH_UP_TIMEOUT_S = 5.0
 CLOCK_ANCHOR_PERIOD_S = 60.0
 # A profile's batch and length; the settings override both.
 PROFILES = {"latency_first": (32, 512), "quality_first": (16, 2048)}
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
-
-
-class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a serving system takes from the world: a simulation has other ones than a server.
-
-    Attributes:
-        open_journal: opens the journal that the settings ask for, for a boot of this name.
-        dispatcher: chooses which actor goes next, and says whether threaded actors have threads.
-    """
-
-    clock: Clock
-    ids: IdSource
-    rng: Rng
-    dispatcher: Dispatcher
-    open_journal: Callable[[Settings, str, Clock], Journal]
-
-
-def live_surroundings() -> Surroundings:
-    """The machine's clocks and chance, threads, and the journal on its disk."""
-    return Surroundings(
-        clock=SystemClock(),
-        ids=SystemIds(),
-        rng=SystemRng(),
-        dispatcher=LiveDispatcher(),
-        open_journal=_open_journal,
-    )
 
 
 class ServingSystem:
@@ -271,7 +243,7 @@ class ServingSystem:
             version=VERSION,
             settings=msgspec.json.encode(without_secrets(msgspec.to_builtins(self.settings))).decode(),
             python=platform.python_version(),
-            packages={name: importlib.metadata.version(name) for name in PACKAGES},
+            packages=_package_versions(),
             os=platform.platform(),
             cpu_count=os.cpu_count() or 1,
             wall_ns=self.clock.wall_ns(),
@@ -372,16 +344,9 @@ class ServingSystem:
             await asyncio.sleep(0.02)
 
 
-def _open_journal(settings: Settings, boot: str, clock: Clock) -> Journal:
-    node = platform.node() or "node"
-    if settings.journal == "memory":
-        return MemoryJournal(node=node, boot=boot, clock=clock)
-    options = SegmentOptions(
-        segment_bytes=settings.journal_segment_mb * BYTES_PER_MB,
-        control_retention_bytes=settings.journal_retention_mb * BYTES_PER_MB,
-        content_retention_bytes=settings.content_retention_mb * BYTES_PER_MB,
-    )
-    return SegmentJournal.open(settings.journal_path, node=node, boot=boot, clock=clock, options=options)
+@functools.cache
+def _package_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _own_process(_: str) -> EngineDriver:

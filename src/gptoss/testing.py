@@ -1,52 +1,74 @@
-"""Public fakes for tests and load tests: engines without a model, a renderer without a tokenizer.
+"""Public fakes for tests and load tests.
 
-``FakeDriver`` keeps every rule of ``engine.port``: one terminal event a request, tokens only in steps, cancel within a
-step, resumption after delivered tokens. Token ``i`` of a request is a function of its seed and position, so a resumed
-stream goes on as it would have. ``ScriptedDriver`` is the same engine saying given tokens of a real tokenizer.
+Time that stands still, an engine without a model on a thread, one that says given tokens, a renderer without a tokenizer, and a way to wait until a
+system has nothing left to do. The engine's rules are in ``gptoss.fake_engine``.
 """
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
 from tokenizers import Tokenizer
 
-from gptoss.clock import SystemClock
+from gptoss.actors.system import System
+from gptoss.clock import NS_PER_S, SystemClock
 from gptoss.engine import port
 from gptoss.engine.answer_port import Dialect
 from gptoss.engine.detokenizer import Detokenizer
 from gptoss.engine.dialect import TaggedDialect
 from gptoss.engine.tagged_output import TagFormat
-from gptoss.messages.model import EngineCapabilities, FinishReason, KvLayout, ModelFingerprint
+from gptoss.fake_engine import FAKE_VOCAB, FakeEngine, FakeOptions, FakeSequence, fake_text, fake_token
+
+__all__ = [
+    "FAKE_MODEL",
+    "FakeDriver",
+    "FakeEngine",
+    "FakeOptions",
+    "FakeRenderer",
+    "ManualClock",
+    "ScriptedDriver",
+    "fake_text",
+    "fake_token",
+    "run_until_idle",
+]
 
 FAKE_MODEL = "fake"
-FAKE_VOCAB = 1000
 IDLE_WAIT_S = 0.5
 
 
-class FakeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a fake engine is like.
+class ManualClock:
+    """A clock that moves only when it is told to."""
 
-    Attributes:
-        step_s: how long a step takes, in seconds.
-        die_at_step: the engine exits with -9 at this step, once for each driver; 0 never.
-        kv_budget_bytes: what its capabilities say; one token costs ``2`` bytes.
+    def __init__(self, monotonic_ns: int = NS_PER_S, wall_ns: int = 1_700_000_000 * NS_PER_S) -> None:
+        self._monotonic_ns = monotonic_ns
+        self._wall_offset_ns = wall_ns - monotonic_ns
+
+    def monotonic_ns(self) -> int:
+        """See ``gptoss.clock.Clock``."""
+        return self._monotonic_ns
+
+    def wall_ns(self) -> int:
+        """See ``gptoss.clock.Clock``."""
+        return self._monotonic_ns + self._wall_offset_ns
+
+    def advance_ns(self, duration_ns: int) -> None:
+        """Let time pass; it never goes back."""
+        if duration_ns < 0:
+            raise ValueError(f"a clock cannot go back, by {duration_ns} ns")
+        self._monotonic_ns += duration_ns
+
+
+async def run_until_idle(system: System, timeout_s: float = 10.0, *, poll_s: float = 0.002) -> None:
+    """Wait until no request runs, no letter waits and nothing is being handled.
+
+    Raises:
+        TimeoutError: that did not come about within ``timeout_s`` seconds.
     """
-
-    step_s: float = 0.0
-    die_at_step: int = 0
-    max_batch_size: int = 8
-    max_model_len: int = 4096
-    kv_budget_bytes: int = 1_000_000
-    vocab_size: int = FAKE_VOCAB
-    eos_token_ids: tuple[int, ...] = (0,)
-
-
-def fake_token(seed: int, position: int) -> int:
-    """The token that a fake engine produces."""
-    return (seed * 31 + position * 7) % FAKE_VOCAB
+    async with asyncio.timeout(timeout_s):
+        while not system.is_idle():  # noqa: ASYNC110 - idleness has no single moment at which to tell
+            await asyncio.sleep(poll_s)
 
 
 class FakeRenderer:
@@ -82,31 +104,20 @@ class FakeRenderer:
 
     def pieces(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
         """See ``engine.port.Renderer``."""
-        return tuple(f"t{token_id} " for token_id in token_ids)
-
-
-class _Running:
-    def __init__(self, submit: port.Submit) -> None:
-        self.submit = submit
-        self.produced = len(submit.output_token_ids)
-        self.prefilled = False
-        self.end: FinishReason | None = None
-        self.stop_reason: str | int | None = None
-        self.rest = ""
+        return tuple(map(fake_text, token_ids))
 
 
 class FakeDriver:
-    """An engine without a model, on one thread."""
+    """A ``FakeEngine`` on a thread; ``seen`` holds the commands that it took."""
 
     def __init__(self, options: FakeOptions | None = None) -> None:
         self.options = options or FakeOptions()
         self.seen: list[port.EngineCommand] = []
         self._commands: queue.SimpleQueue[port.EngineCommand | None] = queue.SimpleQueue()
-        self._running: dict[str, _Running] = {}
-        self._step = 0
         self._killed = threading.Event()
         self._gone = threading.Event()
         self._clock = SystemClock()
+        self._engine: FakeEngine
         self._sink: Callable[[port.EngineEvent], None]
 
     # ---- the port
@@ -114,6 +125,7 @@ class FakeDriver:
     def start(self, load: port.Load, sink: Callable[[port.EngineEvent], None]) -> None:
         """See ``engine.port.EngineDriver``."""
         self._sink = sink
+        self._engine = self._make_engine(load)
         self._commands.put(load)
         threading.Thread(target=self._live, name="fake-engine", daemon=True).start()
 
@@ -131,6 +143,9 @@ class FakeDriver:
         """See ``engine.port.EngineDriver``."""
         return self._gone.wait(timeout_s)
 
+    def _make_engine(self, load: port.Load) -> FakeEngine:
+        return FakeEngine(load, self.options)
+
     # ---- its life
 
     def _live(self) -> None:
@@ -138,9 +153,8 @@ class FakeDriver:
         while not self._killed.is_set():
             if not self._take_commands():
                 break
-            if self._running:
-                self._step += 1
-                if self._step == self.options.die_at_step:
+            if self._engine.has_work:
+                if self._engine.step_number + 1 == self.options.die_at_step:
                     exit_code = -9
                     break
                 self._one_step()
@@ -153,120 +167,30 @@ class FakeDriver:
         """Take what waits, or wait when idle; False at the end."""
         while True:
             try:
-                command = self._commands.get(block=not self._running, timeout=IDLE_WAIT_S)
+                command = self._commands.get(block=not self._engine.has_work, timeout=IDLE_WAIT_S)
             except queue.Empty:
                 return True
             if command is None or isinstance(command, port.Shutdown):
                 return False
             self.seen.append(command)
-            self._obey(command)
-
-    def _obey(self, command: port.EngineCommand) -> None:
-        match command:
-            case port.Load():
-                self._sink(self._loaded(command))
-            case port.Submit():
-                self._running[command.request_id] = _Running(command)
-            case port.Cancel():
-                running = self._running.pop(command.request_id, None)
-                if running is not None:
-                    self._finish(running, "cancelled")
-            case port.Snapshot():
-                status = port.EngineStatus(
-                    nonce=command.nonce,
-                    step=self._step,
-                    waiting=0,
-                    running=len(self._running),
-                    kv_bytes_in_use=0,
-                    memory_bytes=0,
-                    device_memory_total_bytes=0,
-                )
-                self._sink(status)
-            case _:
-                pass
+            self._tell(self._engine.handle(command))
 
     def _one_step(self) -> None:
         started_ns = self._clock.monotonic_ns()
         if self.options.step_s:
             self._killed.wait(self.options.step_s)
-        rows: list[port.StepRow] = []
-        for running in self._running.values():
-            submit = running.submit
-            token, text = self._produce(running)
-            running.produced += 1
-            if running.end is None and running.produced >= (submit.sampling.max_tokens or 1):
-                running.end = "length"
-            prefilled = 0 if running.prefilled else len(submit.prompt_token_ids)
-            running.prefilled = True
-            rows.append(
-                port.StepRow(
-                    request_id=submit.request_id,
-                    attempt=submit.attempt,
-                    token_ids=(token,),
-                    text=text,
-                    prefilled=prefilled,
-                    ended=running.produced >= (submit.sampling.max_tokens or 1),
-                )
-            )
-        step = port.StepDone(
-            step=self._step,
-            started_ns=started_ns,
-            duration_ns=self._clock.monotonic_ns() - started_ns,
-            rows=tuple(rows),
-            waiting=0,
-            running=len(rows),
-            kv_bytes_in_use=0,
-        )
-        self._sink(step)
-        for request_id, running in list(self._running.items()):
-            if running.end is not None:
-                del self._running[request_id]
-                self._finish(running, running.end)
+        duration_ns = self._clock.monotonic_ns() - started_ns
+        self._tell(self._engine.step(started_ns=started_ns, duration_ns=duration_ns))
 
-    def _produce(self, running: _Running) -> tuple[int, str]:
-        """The next token of a request, and its text."""
-        token = fake_token(running.submit.sampling.seed or 0, running.produced)
-        return token, f"t{token} "
-
-    def _finish(self, running: _Running, reason: FinishReason) -> None:
-        submit = running.submit
-        finished = port.Finished(
-            request_id=submit.request_id,
-            attempt=submit.attempt,
-            reason=reason,
-            text=running.rest,
-            prompt_tokens=len(submit.prompt_token_ids),
-            completion_tokens=running.produced,
-            stop_reason=running.stop_reason,
-        )
-        self._sink(finished)
-
-    def _loaded(self, load: port.Load) -> port.Loaded:
-        options = self.options
-        capabilities = EngineCapabilities(
-            model_name=load.model_name,
-            architecture="Fake",
-            vocab_size=options.vocab_size,
-            max_model_len=options.max_model_len,
-            max_batch_size=options.max_batch_size,
-            kv_budget_bytes=options.kv_budget_bytes,
-            kv_layout=KvLayout(
-                full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=1, dtype_bytes=1
-            ),
-            weights_bytes=0,
-            device=load.device,
-            dtype="float32",
-            num_threads=1,
-            eos_token_ids=options.eos_token_ids,
-        )
-        fingerprint = ModelFingerprint(weights="", tokenizer="", chat_template="", config="")
-        return port.Loaded(capabilities=capabilities, fingerprint=fingerprint, load_ms=0.0, pid=0)
+    def _tell(self, events: list[port.EngineEvent]) -> None:
+        for event in events:
+            self._sink(event)
 
 
 class ScriptedDriver(FakeDriver):
     """An engine that says what it is given, one token a step, through the detokenizer of a real engine.
 
-    What follows the script's end, should the script not end with an end token, is the first end token.
+    After the end of a script that does not end with an end token comes the first end token.
 
     Args:
         tokenizer: spells the tokens.
@@ -275,30 +199,48 @@ class ScriptedDriver(FakeDriver):
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        script: Callable[[port.Submit], Sequence[int]],
-        options: FakeOptions,
+        self, tokenizer: Tokenizer, script: Callable[[port.Submit], Sequence[int]], options: FakeOptions
     ) -> None:
         super().__init__(options)
         self._tokenizer = tokenizer
         self._script = script
-        self._texts: dict[str, Detokenizer] = {}
 
-    def _produce(self, running: _Running) -> tuple[int, str]:
-        submit = running.submit
-        if not running.prefilled:
-            self._texts[submit.request_id] = Detokenizer(self._tokenizer, submit.sampling.stop, submit.prompt_token_ids)
-            self._texts[submit.request_id].replay(submit.output_token_ids)
-        detokenizer = self._texts[submit.request_id]
+    def _make_engine(self, load: port.Load) -> FakeEngine:
+        return _ScriptedEngine(load, self.options, self._tokenizer, self._script)
+
+
+class _ScriptedEngine(FakeEngine):
+    def __init__(
+        self,
+        load: port.Load,
+        options: FakeOptions,
+        tokenizer: Tokenizer,
+        script: Callable[[port.Submit], Sequence[int]],
+    ) -> None:
+        super().__init__(load, options)
+        self._end_ids = options.eos_token_ids
+        self._tokenizer = tokenizer
+        self._script = script
+        self._texts: dict[tuple[str, int], Detokenizer] = {}
+
+    def produce(self, sequence: FakeSequence) -> tuple[int, str]:
+        submit = sequence.submit
         script = self._script(submit)
-        token = script[running.produced] if running.produced < len(script) else self.options.eos_token_ids[0]
-        if token in self.options.eos_token_ids and not submit.sampling.ignore_eos:
-            running.end, running.stop_reason = "stop", token
-            return token, detokenizer.finish()
-        piece = detokenizer.push(token)
+        token = script[sequence.produced] if sequence.produced < len(script) else self._end_ids[0]
+        text = self._text_of(submit)
+        if token in self._end_ids and not submit.sampling.ignore_eos:
+            sequence.end, sequence.stop_reason = "stop", token
+            return token, text.finish()
+        piece = text.push(token)
         if piece.stopped is not None:
-            running.end, running.stop_reason = "stop", piece.stopped
-        elif running.produced + 1 >= (submit.sampling.max_tokens or 1):
-            running.rest = detokenizer.finish()
+            sequence.end, sequence.stop_reason = "stop", piece.stopped
+        elif sequence.produced + 1 >= sequence.max_tokens:
+            sequence.rest = text.finish()
         return token, piece.text
+
+    def _text_of(self, submit: port.Submit) -> Detokenizer:
+        key = (submit.request_id, submit.attempt)
+        if key not in self._texts:
+            self._texts[key] = Detokenizer(self._tokenizer, submit.sampling.stop, submit.prompt_token_ids)
+            self._texts[key].replay(submit.output_token_ids)
+        return self._texts[key]

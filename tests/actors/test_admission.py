@@ -91,8 +91,33 @@ def test_a_request_refused_by_memory_waits_in_front_and_nobody_overtakes_it() ->
     assert any(isinstance(e, ev.Enqueued) and e.reason == "memory" for e in events)
     state, events = run(admit("small", at=2, kv=1), state=state)
     assert not [e for e in events if isinstance(e, ev.MemoryRequested)]
-    _, events = run(cmd.MemoryFreed(now_ns=3), state=state)
-    assert [e.request_id for e in events if isinstance(e, ev.MemoryRequested)] == ["big", "small"]
+    state, events = run(cmd.MemoryFreed(now_ns=3), state=state)
+    assert [e.request_id for e in events if isinstance(e, ev.MemoryRequested)] == ["big"]
+    again = cmd.MemoryRefused(now_ns=4, request_id="big", kv_bytes_free_max=50, pressure=0.9)
+    assert not [e for e in run(again, state=state)[1] if isinstance(e, ev.MemoryRequested)]
+    _, events = run(granted("big", at=4), state=state)
+    assert [e.request_id for e in events if isinstance(e, ev.MemoryRequested)] == ["small"]
+
+
+def test_while_the_head_of_the_line_is_tried_a_newcomer_waits_unless_it_goes_first() -> None:
+    refused = cmd.MemoryRefused(now_ns=1, request_id="big", kv_bytes_free_max=0, pressure=1.0)
+    state, _ = run(capacity(slots=4), admit("big"), refused, cmd.MemoryFreed(now_ns=2))
+    assert decisions(run(admit("small", at=3, kv=1), state=state)[1]) == [("queue", "")]
+    _, events = run(admit("urgent", at=3, kv=1, priority=-1), state=state)
+    assert [e.request_id for e in events if isinstance(e, ev.MemoryRequested)] == ["urgent"]
+
+
+def test_a_request_that_leaves_the_head_of_the_line_lets_the_next_be_tried() -> None:
+    refused = cmd.MemoryRefused(now_ns=1, request_id="big", kv_bytes_free_max=0, pressure=1.0)
+    state, _ = run(capacity(slots=4), admit("big"), refused, admit("small", at=2, kv=1))
+    _, events = run(withdraw("big", at=3), state=state)
+    assert [e.request_id for e in events if isinstance(e, ev.MemoryRequested)] == ["small"]
+
+
+def test_who_leaves_while_memory_is_asked_for_has_it_released_behind_the_reservation() -> None:
+    state, events = run(capacity(), admit("a"), withdraw("a", at=1))
+    told = [told for event in events for told in ADMISSION.tells(state, event, 1)]
+    assert told == [("memory", cmd.ReleaseMemory(now_ns=1, request_id="a"))]
 
 
 def test_what_no_executor_could_hold_is_shrunk_to_what_fits() -> None:

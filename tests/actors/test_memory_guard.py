@@ -54,6 +54,13 @@ def run(*commands: Command, state: GuardState | None = None) -> tuple[GuardState
     return state, events
 
 
+def test_an_estimate_stays_what_it_was_while_no_executor_serves() -> None:
+    estimate = cmd.EstimateMemory(now_ns=0, request_id="a", prompt_tokens=10, max_tokens=5)
+    _, events = run(pool("cpu:0", 1000), cmd.DropMemoryPool(now_ns=0, executor="cpu:0"), estimate)
+    assert isinstance(events[0], ev.MemoryEstimated)
+    assert events[0].kv_bytes == 30
+
+
 def test_an_estimate_follows_the_models_layout() -> None:
     estimate = cmd.EstimateMemory(now_ns=0, request_id="a", prompt_tokens=10, max_tokens=5)
     _, events = run(pool("cpu:0", 1000), estimate)

@@ -150,7 +150,7 @@ async def test_a_call_whole_and_the_turn_after_it(stage: Stage, renderer: Tokeni
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Zürich"})
 
     stage.script = FINAL
-    turns = [
+    turns: Any = [
         *MESSAGES,
         message.model_dump(exclude_none=True),
         {"role": "tool", "tool_call_id": call.id, "content": "18"},

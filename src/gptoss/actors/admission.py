@@ -2,8 +2,10 @@
 
 Rules:
 - At most ``slots`` requests run or are about to; the queue is bounded; lower priority number goes first, then arrival.
-- Memory decides last: admission asks the guard for the request at the head, and on a no it waits at the front until
-  memory is freed. Nobody overtakes it, so a large request is never starved by small ones.
+- Memory decides last: admission asks the guard for the request at the head of the line, one at a time, and on a no it
+  waits at the front until memory is freed. Nobody behind it is asked for before, so a large request is never starved by
+  small ones.
+- What admission had set aside it also has released, over the same way: so a release can never overtake its reservation.
 - A request that no executor could ever hold is shrunk to what fits, or refused when not even that is useful.
 - Every request that was asked for gets exactly one ``AdmissionDecided`` that is not ``queue``, unless it withdraws.
 - ``retry_after_s`` comes from how long the last requests held their slots.
@@ -67,7 +69,6 @@ class AdmissionState(msgspec.Struct, frozen=True, kw_only=True):
     pending: dict[str, Ask] = {}
     running: dict[str, int] = {}
     ran_ns_mean: float = 0.0
-    memory_blocked: bool = False
     closed: bool = False
 
     @property
@@ -88,6 +89,16 @@ class AdmissionState(msgspec.Struct, frozen=True, kw_only=True):
     def line(self) -> list[str]:
         """Waiting requests, next first."""
         return sorted(self.waiting, key=lambda key: (self.waiting[key].priority, self.waiting[key].enqueued_ns))
+
+    def has_line(self, priority: int) -> bool:
+        """Whether anyone goes before a newcomer of this priority, memory already asked for or not."""
+        queued = (*self.waiting.values(), *self.tried)
+        return any(ask.priority <= priority for ask in queued)
+
+    @property
+    def tried(self) -> tuple[Ask, ...]:
+        """Those out of the line for whom memory has been asked and not answered; a no puts them back in front."""
+        return tuple(ask for ask in self.pending.values() if ask.enqueued_ns >= 0)
 
     def retry_after_s(self) -> float:
         """When a slot should be free for one more, in seconds, at least 1."""
@@ -124,8 +135,8 @@ class Admission:
             case cmd.WithdrawRequest():
                 return self._withdraw(state, command)
             case cmd.MemoryFreed():
-                # Freed memory may be enough for the request at the head, so it is asked for again.
-                return self._then_pump(msgspec.structs.replace(state, memory_blocked=False), [], command.now_ns)
+                # It may be enough for the request at the head, so it is asked for again.
+                return self._then_pump(state, [], command.now_ns)
             case cmd.CheckDeadlines():
                 return self._expire(state, command)
             case cmd.StartDraining() if not state.closed:
@@ -139,16 +150,15 @@ class Admission:
         match event:
             case CapacitySet():
                 capacity = Capacity(event.slots, event.kv_budget_bytes)
-                return replace(state, capacities={**state.capacities, event.executor: capacity}, memory_blocked=False)
+                return replace(state, capacities={**state.capacities, event.executor: capacity})
             case Enqueued():
                 pending = _without(state.pending, event.request_id)
                 waiting = {**state.waiting, event.request_id: event.ask}
-                return replace(state, waiting=waiting, pending=pending, memory_blocked=event.reason == "memory")
+                return replace(state, waiting=waiting, pending=pending)
             case Dequeued():
                 return replace(state, waiting=_without(state.waiting, event.request_id))
             case MemoryRequested():
-                pending = {**state.pending, event.request_id: event.ask}
-                return replace(state, pending=pending, memory_blocked=False)
+                return replace(state, pending={**state.pending, event.request_id: event.ask})
             case AdmissionDecided(action="accept" | "shrink"):
                 pending = _without(state.pending, event.request_id)
                 return replace(state, pending=pending, running={**state.running, event.request_id: event.at_ns})
@@ -169,6 +179,8 @@ class Admission:
             case MemoryRequested():
                 reserve = cmd.ReserveMemory(now_ns=now_ns, request_id=event.request_id, kv_bytes=event.ask.kv_bytes)
                 return [("memory", reserve)]
+            case SlotReleased():
+                return [("memory", cmd.ReleaseMemory(now_ns=now_ns, request_id=event.request_id))]
             case AdmissionDecided(action="accept" | "shrink"):
                 granted = cmd.AdmissionGranted(
                     now_ns=now_ns, action=event.action, max_tokens=event.max_tokens, kv_bytes=event.kv_bytes
@@ -193,7 +205,7 @@ class Admission:
         if fitted is None:
             reason = f"needs {command.kv_bytes} bytes of KV memory; the largest executor has {state.kv_bytes_max}"
             return [self._refuse(state, command, "memory_exhausted", reason)]
-        if not state.waiting and state.free_slots:
+        if state.free_slots and not state.has_line(command.priority):
             return [_request_memory(command.request_id, fitted)]
         if len(state.waiting) >= self.policy.max_queue:
             return [self._refuse(state, command, "queue_full", f"{len(state.waiting)} requests are waiting already")]
@@ -207,7 +219,8 @@ class Admission:
         action: AdmissionAction = "shrink" if ask.shrunk else "accept"
         reason = "fits after shrinking max_tokens" if ask.shrunk else "fits"
         decided = self._decided(state, command.request_id, ask, command.now_ns)
-        return [msgspec.structs.replace(decided, action=action, reason=reason)]
+        accepted = msgspec.structs.replace(decided, action=action, reason=reason)
+        return self._then_pump(state, [accepted], command.now_ns)
 
     def _memory_refused(self, state: AdmissionState, command: cmd.MemoryRefused) -> list[Event]:
         ask = state.pending.get(command.request_id)
@@ -248,17 +261,15 @@ class Admission:
     # ---- parts of decisions
 
     def _then_pump(self, state: AdmissionState, events: list[Event], now_ns: int) -> list[Event]:
-        """``events``, then memory requests for as many waiting requests as now have slots."""
+        """``events``, then a memory request for the head of the line if there is a slot for it and none is tried yet."""
         for event in events:
             state = self.evolve(state, event)
-        if state.memory_blocked:
+        if not (state.waiting and state.free_slots) or state.tried:
             return events
-        for request_id in state.line()[: state.free_slots]:
-            ask = state.waiting[request_id]
-            waited_ns = now_ns - ask.enqueued_ns
-            events += [_dequeue(state, request_id, waited_ns, "tried"), _request_memory(request_id, ask)]
-            state = self.evolve(self.evolve(state, events[-2]), events[-1])
-        return events
+        request_id = state.line()[0]
+        ask = state.waiting[request_id]
+        dequeued = _dequeue(state, request_id, now_ns - ask.enqueued_ns, "tried")
+        return [*events, dequeued, _request_memory(request_id, ask)]
 
     def _enqueue(self, state: AdmissionState, request_id: str, ask: Ask, reason: str, now_ns: int) -> list[Event]:
         waiting = msgspec.structs.replace(ask, enqueued_ns=now_ns)

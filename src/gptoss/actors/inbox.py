@@ -105,6 +105,10 @@ class Inbox:
         """Whether no letter waits."""
         return not (self._control or self._data)
 
+    def is_at_rest(self) -> bool:
+        """Whether no letter waits and the consumer, having handled all, sleeps; also once nobody can come any more."""
+        return self.empty() and (self._idle or self._closed)
+
     # ---- the senders' side
 
     def put(self, letter: Letter, lane: Lane = DATA) -> Letter | None:

@@ -5,7 +5,7 @@
 
 ``STEPS`` is the whole table: for each phase, the commands it takes and the function that decides. A command that the
 phase does not list is late or stale (a token of an attempt that was given up, say) and leads to nothing. Cancelling
-works in every phase; while the engine runs the request, the end waits for the engine's word, so that the tokens are
+works in every phase, and so does giving up when the request's own actor failed; while the engine runs the request, the end waits for the engine's word, so that the tokens are
 counted and the memory is free when it comes.
 """
 
@@ -68,6 +68,8 @@ class Lifecycle:
         """See the module's table."""
         if isinstance(command, cmd.CancelRequest):
             return _cancel(state, command)
+        if isinstance(command, cmd.FailRequest):
+            return _give_up(state, command)
         step = STEPS[state.phase].get(type(command))
         return step(state, command) if step else []
 
@@ -99,7 +101,6 @@ class Lifecycle:
             case ev.RequestCompleted() | ev.RequestFailed() | ev.RequestCancelled() | ev.RequestRejected():
                 return [
                     ("router", cmd.ForgetRoute(now_ns=now_ns, request_id=request_id)),
-                    ("memory", cmd.ReleaseMemory(now_ns=now_ns, request_id=request_id)),
                     ("admission", cmd.WithdrawRequest(now_ns=now_ns, request_id=request_id)),
                 ]
             case _:
@@ -253,6 +254,12 @@ def _cancel(state: RequestState, command: cmd.CancelRequest) -> list[Event]:
     if state.phase == "running":
         return [requested]
     return [requested, ev.RequestCancelled(reason=command.reason, completion_tokens=state.tokens_out)]
+
+
+def _give_up(state: RequestState, command: cmd.FailRequest) -> list[Event]:
+    if state.phase in {"new", "ended"}:
+        return []
+    return [ev.RequestFailed(code=command.code, message=command.message, completion_tokens=command.tokens_out)]
 
 
 def _cancelled(state: RequestState, completion_tokens: int) -> ev.RequestCancelled:

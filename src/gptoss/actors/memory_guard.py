@@ -26,7 +26,7 @@ from gptoss.messages.events import (
     ReservationRefused,
     ReservationReleased,
 )
-from gptoss.messages.model import EngineCapabilities
+from gptoss.messages.model import EngineCapabilities, KvLayout
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -37,10 +37,15 @@ class Grant(msgspec.Struct, frozen=True):
 
 
 class GuardState(msgspec.Struct, frozen=True):
-    """Pools by executor and grants by request."""
+    """Pools by executor and grants by request.
+
+    Attributes:
+        kv_layout: of the newest pool that there ever was; None before the first.
+    """
 
     pools: dict[str, EngineCapabilities] = {}
     grants: dict[str, Grant] = {}
+    kv_layout: KvLayout | None = None
 
     def reserved_bytes(self, executor: str) -> int:
         """Bytes granted on one executor; ``""`` counts the unbound ones."""
@@ -95,21 +100,22 @@ class MemoryGuard:
         pools, grants = state.pools, state.grants
         match event:
             case MemoryPoolSet():
-                return GuardState({**pools, event.executor: event.capabilities}, grants)
+                return GuardState({**pools, event.executor: event.capabilities}, grants, event.capabilities.kv_layout)
             case MemoryPoolDropped():
                 kept = {name: pool for name, pool in pools.items() if name != event.executor}
                 unbound = {
                     key: Grant(grant.kv_bytes) if grant.executor == event.executor else grant
                     for key, grant in grants.items()
                 }
-                return GuardState(kept, unbound)
+                return GuardState(kept, unbound, state.kv_layout)
             case ReservationGranted():
-                return GuardState(pools, {event.request_id: Grant(event.kv_bytes), **grants})
+                return msgspec.structs.replace(state, grants={event.request_id: Grant(event.kv_bytes), **grants})
             case ReservationBound():
                 grant = Grant(grants[event.request_id].kv_bytes, event.executor)
-                return GuardState(pools, {**grants, event.request_id: grant})
+                return msgspec.structs.replace(state, grants={**grants, event.request_id: grant})
             case ReservationReleased():
-                return GuardState(pools, {key: grant for key, grant in grants.items() if key != event.request_id})
+                kept_grants = {key: grant for key, grant in grants.items() if key != event.request_id}
+                return msgspec.structs.replace(state, grants=kept_grants)
             case _:
                 return state
 
@@ -136,8 +142,8 @@ class MemoryGuard:
 
 
 def _estimate(state: GuardState, command: cmd.EstimateMemory) -> MemoryEstimated:
-    # Executors serve the same model; without one there is nothing to compute and admission refuses as not ready.
-    layout = next((pool.kv_layout for pool in state.pools.values()), None)
+    # Executors serve the same model. Before the first has loaded there is nothing to compute, and nobody is let in.
+    layout = state.kv_layout
     prompt = kv_bytes(layout, command.prompt_tokens) if layout else 0
     whole = kv_bytes(layout, command.prompt_tokens + command.max_tokens) if layout else 0
     return MemoryEstimated(

@@ -26,7 +26,7 @@ from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
 from gptoss.engine.answer_port import OutputParser
 from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
-from gptoss.errors import EngineError, GptossError, RequestError, error_from
+from gptoss.errors import ActorError, EngineError, GptossError, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.answer import Part
@@ -119,7 +119,7 @@ class RequestActor(DeciderActor[RequestState]):
         }
 
     def on_start(self) -> None:
-        """Begin at once."""
+        """Begin at once, before any letter: a cancellation that is there already must find a request that has begun."""
         system, request = self.context.system, self._request
         now_ns = system.now_ns()
         timeout_s = request.timeout_s if request.timeout_s is not None else self._services.request_timeout_s
@@ -127,7 +127,7 @@ class RequestActor(DeciderActor[RequestState]):
         self._deadline = system.send_after(
             timeout_s, self.context.ref, lambda: cmd.CancelRequest(now_ns=system.now_ns(), reason="deadline")
         )
-        self.context.ref.tell(
+        super().on_receive(
             cmd.BeginRequest(
                 now_ns=now_ns,
                 request_id=self._id,
@@ -149,8 +149,7 @@ class RequestActor(DeciderActor[RequestState]):
                 parent_id=request.parent_id,
                 user_hmac=_keyed_hash(self._services.hmac_key, request.user) if request.user else "",
                 num_metadata=len(request.metadata),
-            ),
-            correlation=self._id,
+            )
         )
 
     def on_receive(self, message: Command | TokensProduced) -> None:
@@ -159,9 +158,6 @@ class RequestActor(DeciderActor[RequestState]):
             self._deliver(message)
         elif isinstance(message, cmd.EngineDone):
             super().on_receive(self._read_to_end(message))
-        elif isinstance(message, cmd.CancelRequest) and self.state.phase == "new":
-            # On the control lane it has overtaken the beginning; it is to be heard after it, not lost.
-            self.context.ref.tell(message, correlation=self._id)
         else:
             super().on_receive(message)
 
@@ -170,6 +166,19 @@ class RequestActor(DeciderActor[RequestState]):
         if self._deadline is not None:
             self._deadline.cancel()
         self._generation.end(Outcome(error=EngineError("the request's actor stopped before the request ended")))
+
+    def on_failure(self, *_: object) -> None:
+        """End the request after a crash of this actor, so that it holds nothing and its consumer is told."""
+        if self.state.phase == "running":
+            self._stop_in_engine()
+        failed = cmd.FailRequest(
+            now_ns=self._now(),
+            code=ActorError.code,
+            message="the request's actor failed",
+            tokens_out=len(self._delivered),
+        )
+        super().on_receive(failed)
+        self.on_stop()
 
     # ---- reactions, in the order of a request's life
 
@@ -188,15 +197,16 @@ class RequestActor(DeciderActor[RequestState]):
         date = rendering.today()
         try:
             self._prompt = prompt = await rendering.prompt(request, date=date)
-            if not prompt.token_ids:
-                param = prompt_param(request)
-                raise RequestError(f"{param} is empty; it needs at least one token", param=param)
         except GptossError as error:
-            param = error.param if isinstance(error, RequestError) else None
-            unusable = cmd.PromptUnusable(
-                now_ns=system.now_ns(), code=error.code, status=error.status, message=error.message, param=param or ""
-            )
-            self.context.ref.tell(unusable, cause=cause, correlation=self._id)
+            self._tell_unusable(error, cause)
+            return
+        except Exception as error:  # noqa: BLE001 - a foreign renderer's edge: its failure must end the request
+            self._fail("render", error)
+            self._tell_unusable(EngineError("the prompt could not be rendered"), cause)
+            return
+        if not prompt.token_ids:
+            param = prompt_param(request)
+            self._tell_unusable(RequestError(f"{param} is empty; it needs at least one token", param=param), cause)
             return
         self._parser = rendering.parser(request, prompt, self._id)
         ready = cmd.PromptReady(
@@ -209,6 +219,16 @@ class RequestActor(DeciderActor[RequestState]):
             param=prompt_param(request),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
+
+    def _tell_unusable(self, error: GptossError, cause: int) -> None:
+        unusable = cmd.PromptUnusable(
+            now_ns=self._now(),
+            code=error.code,
+            status=error.status,
+            message=error.message,
+            param=(error.param or "") if isinstance(error, RequestError) else "",
+        )
+        self.context.ref.tell(unusable, cause=cause, correlation=self._id)
 
     def _keep_prompt(self, _: ev.PromptRendered) -> None:
         assert self._prompt is not None
@@ -282,9 +302,12 @@ class RequestActor(DeciderActor[RequestState]):
 
     def _cancel(self, _: ev.CancelRequested) -> None:
         if self.state.phase == "running":
-            # On the same lane as the Submit, so that it cannot overtake it and be lost.
-            cancel = CancelInEngine(request_id=self._id)
-            self.directory.tell(executor_name(self.state.executor), cancel, cause=self.event_pos)
+            self._stop_in_engine()
+
+    def _stop_in_engine(self) -> None:
+        # On the same lane as the Submit, so that it cannot overtake it and be lost.
+        cancel = CancelInEngine(request_id=self._id)
+        self.directory.tell(executor_name(self.state.executor), cancel, cause=self.event_pos)
 
     # ---- terminal events
 

@@ -221,6 +221,13 @@ class System:
         """Letters that wait, by actor."""
         return {name: len(cell.inbox) for name, cell in tuple(self._cells.items())}
 
+    def is_idle(self) -> bool:
+        """Whether nothing happens before a timer or someone outside says so: no letter waits or is being handled.
+
+        Short-lived (``quiet``) actors count as work of their own, since each lives for as long as its request runs.
+        """
+        return all(cell.inbox.is_at_rest() and not cell.quiet for cell in tuple(self._cells.values()))
+
     # ---- work beside actors
 
     def run_task(self, coro: Coroutine[Any, Any, T], *, name: str) -> "asyncio.Task[T | None]":

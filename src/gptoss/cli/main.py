@@ -23,6 +23,7 @@ from gptoss.cli.journal import journal
 from gptoss.cli.replay import replay
 from gptoss.cli.report import report
 from gptoss.cli.serve import serve
+from gptoss.cli.simulate import simulate
 from gptoss.config import load_settings
 from gptoss.errors import BundleError, ConfigError, GptossError, JournalWriteFailed, UnsupportedSchema
 
@@ -87,6 +88,7 @@ main.add_command(events)
 main.add_command(bundle)
 main.add_command(replay)
 main.add_command(journal)
+main.add_command(simulate)
 bundle.add_command(report)
 
 

@@ -147,6 +147,14 @@ class CancelRequest(Command, frozen=True, kw_only=True):
     reason: CancelReason
 
 
+class FailRequest(Command, frozen=True, kw_only=True):
+    """The request cannot go on, whatever its phase; ``code`` is one of ``gptoss.errors``. See ``EngineFailure``."""
+
+    code: str
+    message: str
+    tokens_out: int = 0
+
+
 class FirstByteWritten(Command, frozen=True, kw_only=True):
     """The first byte of the answer went to the client."""
 
@@ -163,6 +171,7 @@ RequestCommand: TypeAlias = (
     | EngineDone
     | EngineFailure
     | CancelRequest
+    | FailRequest
     | FirstByteWritten
 )
 
@@ -206,7 +215,7 @@ class BindMemory(Command, frozen=True, kw_only=True):
 
 
 class ReleaseMemory(Command, frozen=True, kw_only=True):
-    """Give a request's reservation back; without one it does nothing."""
+    """Give a request's reservation back, from who asked for it; without one it does nothing."""
 
     request_id: str
 

@@ -1,0 +1,52 @@
+"""What must hold in every run, whatever the scenario; each is a function named for what it says."""
+
+from gptoss.simulation.log_invariants import (
+    decisions_replay,
+    log_recovers,
+    nothing_fails_unexpectedly,
+    nothing_leaks_text,
+    positions_are_gapless,
+    projections_rebuild,
+)
+from gptoss.simulation.observed import Invariant
+from gptoss.simulation.request_invariants import (
+    cancel_frees_memory,
+    cancels_are_heeded,
+    deadlines_fire,
+    every_request_ends,
+    text_is_delivered_whole,
+    tokens_are_contiguous,
+)
+from gptoss.simulation.resource_invariants import (
+    asks_resolve,
+    grants_cover_requests,
+    letters_balance,
+    mailboxes_are_empty,
+    nobody_jumps_the_queue,
+    nothing_is_held_at_rest,
+)
+
+AT_REST: tuple[Invariant, ...] = (
+    mailboxes_are_empty,
+    asks_resolve,
+    decisions_replay,
+    nothing_is_held_at_rest,
+    every_request_ends,
+    deadlines_fire,
+    tokens_are_contiguous,
+    text_is_delivered_whole,
+    cancels_are_heeded,
+    cancel_frees_memory,
+    nobody_jumps_the_queue,
+    grants_cover_requests,
+    projections_rebuild,
+    nothing_fails_unexpectedly,
+    log_recovers,
+)
+"""Once all requests have ended and nothing happens any more."""
+
+AT_THE_END: tuple[Invariant, ...] = (letters_balance, positions_are_gapless, nothing_leaks_text)
+"""After the system was stopped."""
+
+AFTER_A_CRASH: tuple[Invariant, ...] = (log_recovers, positions_are_gapless, nothing_leaks_text)
+"""When the process died in the middle."""

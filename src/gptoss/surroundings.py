@@ -1,0 +1,53 @@
+"""What a serving system takes from the world around it: a server has the machine's, a simulation its own."""
+
+import platform
+from collections.abc import Callable
+
+import msgspec
+
+from gptoss.actors.dispatcher import Dispatcher, LiveDispatcher
+from gptoss.actors.journal import Journal
+from gptoss.clock import Clock, IdSource, Rng, SystemClock, SystemIds, SystemRng
+from gptoss.config import Settings
+from gptoss.telemetry.memory_journal import MemoryJournal
+from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
+
+BYTES_PER_MB = 1024 * 1024
+
+
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """See the module.
+
+    Attributes:
+        open_journal: opens the journal that the settings ask for, for a boot of this name.
+        dispatcher: chooses which actor goes next, and says whether threaded actors have threads.
+    """
+
+    clock: Clock
+    ids: IdSource
+    rng: Rng
+    dispatcher: Dispatcher
+    open_journal: Callable[[Settings, str, Clock], Journal]
+
+
+def live_surroundings() -> Surroundings:
+    """The machine's clocks and chance, threads, and the journal on its disk."""
+    return Surroundings(
+        clock=SystemClock(),
+        ids=SystemIds(),
+        rng=SystemRng(),
+        dispatcher=LiveDispatcher(),
+        open_journal=_open_journal,
+    )
+
+
+def _open_journal(settings: Settings, boot: str, clock: Clock) -> Journal:
+    node = platform.node() or "node"
+    if settings.journal == "memory":
+        return MemoryJournal(node=node, boot=boot, clock=clock)
+    options = SegmentOptions(
+        segment_bytes=settings.journal_segment_mb * BYTES_PER_MB,
+        control_retention_bytes=settings.journal_retention_mb * BYTES_PER_MB,
+        content_retention_bytes=settings.content_retention_mb * BYTES_PER_MB,
+    )
+    return SegmentJournal.open(settings.journal_path, node=node, boot=boot, clock=clock, options=options)

@@ -1,0 +1,276 @@
+"""Bugs to plant: each breaks the real code while its context lasts, as a careless change of that code might."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+from gptoss.actors import kernel
+from gptoss.actors.admission import Admission, AdmissionState
+from gptoss.actors.executor import ExecutorActor
+from gptoss.actors.inbox import DATA, Inbox, Lane, Letter
+from gptoss.actors.kernel import Kernel
+from gptoss.actors.lifecycle import Lifecycle, RequestState
+from gptoss.actors.memory_guard import GuardState
+from gptoss.actors.request import RequestActor
+from gptoss.actors.router import Router, RouterState
+from gptoss.actors.system import Timer
+from gptoss.messages import commands as cmd
+from gptoss.messages import events as ev
+from gptoss.messages.commands import Command
+from gptoss.messages.envelope import Event, Record
+from gptoss.telemetry import segment_recovery
+from gptoss.telemetry.telemetry_actor import TelemetryActor
+
+Plant = Callable[[], Any]
+
+
+def returns(answer: Any) -> Callable[[Any], Any]:
+    """A function in whose place another stands, that returns ``answer`` whatever it is given."""
+
+    def make(_: Any) -> Any:
+        def wrong(*_: Any) -> Any:
+            return answer
+
+        return wrong
+
+    return make
+
+
+def patched(target: object, name: str, make: Callable[[Any], Any]) -> Any:
+    """``target.name`` replaced by what ``make`` makes of it."""
+    return mock.patch.object(target, name, make(getattr(target, name)))
+
+
+def skipped_release() -> Any:
+    """Memory is not given back by who leaves while it is asked for."""
+
+    def make(tells: Any) -> Any:
+        def wrong(self: Admission, state: AdmissionState, event: Event, now_ns: int) -> Any:
+            if isinstance(event, ev.SlotReleased) and event.ran_ns == 0:
+                return []
+            return tells(self, state, event, now_ns)
+
+        return wrong
+
+    return patched(Admission, "tells", make)
+
+
+def reordered_delivery() -> Any:
+    """A mailbox with three letters gives the second one first."""
+
+    def make(get: Any) -> Any:
+        def wrong(self: Inbox) -> Letter | None:
+            if len(self._data) >= 2 and not self._control:
+                self._data[0], self._data[1] = self._data[1], self._data[0]
+            return get(self)
+
+        return wrong
+
+    return patched(Inbox, "get", make)
+
+
+def double_terminal_event() -> Any:
+    """A request that was cancelled while it ran ends as cancelled and as completed."""
+
+    def make(decide: Any) -> Any:
+        def wrong(self: Lifecycle, state: RequestState, command: Command) -> list[Event]:
+            events = decide(self, state, command)
+            if state.cancel is not None and isinstance(command, cmd.EngineDone):
+                events.append(events[-1])
+            return events
+
+        return wrong
+
+    return patched(Lifecycle, "decide", make)
+
+
+def leaked_reservation() -> Any:
+    """While others wait in line, who leaves keeps the grant."""
+
+    def make(tells: Any) -> Any:
+        def wrong(self: Admission, state: AdmissionState, event: Event, now_ns: int) -> Any:
+            told = tells(self, state, event, now_ns)
+            return [each for each in told if not isinstance(each[1], cmd.ReleaseMemory)] if state.waiting else told
+
+        return wrong
+
+    return patched(Admission, "tells", make)
+
+
+def memory_granted_twice() -> Any:
+    """The guard forgets that unbound grants count."""
+
+    def wrong(self: GuardState) -> int:
+        free = [pool.kv_budget_bytes - self.reserved_bytes(name) for name, pool in self.pools.items()]
+        return max(0, max(free, default=0))
+
+    return mock.patch.object(GuardState, "free_bytes_max", wrong)
+
+
+def lost_wake_up() -> Any:
+    """A letter that arrives while the consumer falls asleep does not wake it, now and then."""
+    counter = iter(range(10**9))
+
+    def make(put: Any) -> Any:
+        def wrong(self: Inbox, letter: Letter, lane: Lane = DATA) -> Letter | None:
+            if self._idle and next(counter) % 50 == 49:
+                self._idle = False
+            return put(self, letter, lane)
+
+        return wrong
+
+    return patched(Inbox, "put", make)
+
+
+def token_twice_after_a_retry() -> Any:
+    """A resumed attempt goes on one token too early."""
+
+    def make(submit: Any) -> Any:
+        def wrong(self: RequestActor, event: ev.SamplingBound) -> None:
+            delivered = self._delivered
+            self._delivered = delivered[:-1]
+            try:
+                submit(self, event)
+            finally:
+                self._delivered = delivered
+
+        return wrong
+
+    return patched(RequestActor, "_submit", make)
+
+
+def deadline_that_never_fires() -> Any:
+    """Timers that fire once do not."""
+
+    def make(fire: Any) -> Any:
+        def wrong(self: Timer, when_s: float) -> None:
+            if self._period_s is not None:
+                fire(self, when_s)
+
+        return wrong
+
+    return patched(Timer, "_fire", make)
+
+
+def queue_deadline_that_never_fires() -> Any:
+    """Nobody looks for passed deadlines in the line."""
+    return patched(Admission, "_expire", returns([]))
+
+
+def queue_slot_leak() -> Any:
+    """Who leaves while memory is asked for keeps the slot."""
+
+    def make(withdraw: Any) -> Any:
+        def wrong(self: Admission, state: AdmissionState, command: cmd.WithdrawRequest) -> list[Event]:
+            return [] if command.request_id in state.pending else withdraw(self, state, command)
+
+        return wrong
+
+    return patched(Admission, "_withdraw", make)
+
+
+def dropped_dead_letter() -> Any:
+    """A letter for a dead actor vanishes."""
+
+    def make(bury: Any) -> Any:
+        def wrong(self: Kernel, letter: Letter, to: str, reason: Any) -> None:
+            if reason != "dead" or letter.reply_to is not None:
+                bury(self, letter, to, reason)
+
+        return wrong
+
+    return patched(Kernel, "bury", make)
+
+
+def forgotten_ask() -> Any:
+    """An ask has no time-out."""
+    return patched(Kernel, "expire", returns(None))
+
+
+def jumped_queue() -> Any:
+    """Whoever fits goes first, as long as there is a slot."""
+    return patched(AdmissionState, "has_line", returns(False))
+
+
+def unheard_cancel() -> Any:
+    """A cancellation that comes before the prompt is rendered is lost."""
+
+    def make(decide: Any) -> Any:
+        def wrong(self: Lifecycle, state: RequestState, command: Command) -> list[Event]:
+            is_lost = isinstance(command, cmd.CancelRequest) and state.phase == "rendering"
+            return [] if is_lost else decide(self, state, command)
+
+        return wrong
+
+    return patched(Lifecycle, "decide", make)
+
+
+def late_cancel() -> Any:
+    """The executor does not pass on that a request is cancelled."""
+    return patched(ExecutorActor, "_cancel", returns(None))
+
+
+def impure_decision() -> Any:
+    """A decision depends on something that is not recorded."""
+    counter = iter(range(10**9))
+
+    def make(decide: Any) -> Any:
+        def wrong(self: Router, state: RouterState, command: Command) -> list[Event]:
+            events = decide(self, state, command)
+            return [*events[:-1]] if events and next(counter) % 20 == 19 else events
+
+        return wrong
+
+    return patched(Router, "decide", make)
+
+
+def missed_record() -> Any:
+    """The live projections miss a record now and then, and do not say so."""
+    counter = iter(range(10**9))
+
+    def make(watch: Any) -> Any:
+        def wrong(self: TelemetryActor, record: Record) -> None:
+            if next(counter) % 100 != 99:
+                watch(self, record)
+
+        return wrong
+
+    return patched(TelemetryActor, "_watch", make)
+
+
+def forgotten_unfinished_request() -> Any:
+    """Recovery does not see which requests a crash cut off."""
+    return patched(segment_recovery, "_unfinished", returns(()))
+
+
+def text_in_a_failure() -> Any:
+    """The text of a foreign exception, which may quote a prompt, goes into the journal."""
+
+    def wrong(error: BaseException) -> tuple[str, str]:
+        return "actor_error", str(error)
+
+    return mock.patch.object(kernel, "describe", wrong)
+
+
+PLANTED: dict[str, tuple[Plant, str]] = {
+    "a skipped release": (skipped_release, "nothing_is_held_at_rest"),
+    "a reordered delivery": (reordered_delivery, "text_is_delivered_whole"),
+    "a double terminal event": (double_terminal_event, "one_terminal_event"),
+    "a leaked reservation": (leaked_reservation, "nothing_is_held_at_rest"),
+    "memory granted twice": (memory_granted_twice, "reservations_within_budget"),
+    "a lost wake-up": (lost_wake_up, "mailboxes_are_empty"),
+    "a token twice after a retry": (token_twice_after_a_retry, "tokens_are_contiguous"),
+    "a deadline that never fires": (deadline_that_never_fires, "deadlines_fire"),
+    "a deadline in the line that never fires": (queue_deadline_that_never_fires, "deadlines_fire"),
+    "a queue slot leak": (queue_slot_leak, "nothing_is_held_at_rest"),
+    "a dropped dead letter": (dropped_dead_letter, "letters_balance"),
+    "a forgotten ask": (forgotten_ask, "asks_resolve"),
+    "a jumped queue": (jumped_queue, "nobody_jumps_the_queue"),
+    "an unheard cancel": (unheard_cancel, "cancels_are_heeded"),
+    "a late cancel": (late_cancel, "cancel_frees_memory"),
+    "an impure decision": (impure_decision, "decisions_replay"),
+    "a record that the live view misses": (missed_record, "projections_rebuild"),
+    "an unfinished request that recovery forgets": (forgotten_unfinished_request, "log_recovers"),
+    "a prompt in a failure": (text_in_a_failure, "nothing_leaks_text"),
+}
+"""What is planted -> how, and the invariant that must find it."""

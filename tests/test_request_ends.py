@@ -1,0 +1,99 @@
+"""Requests that end where the simulator once found that they did not, or that they left something behind."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from gptoss.actors.generation import GenerateRequest, Generation
+from gptoss.app import ServingSystem
+from gptoss.config import Settings
+from gptoss.engine.model_source import PreparedModel
+from gptoss.engine.port import ChatMessage, RenderedPrompt
+from gptoss.errors import ActorError, EngineError, GptossError
+from gptoss.messages import events as ev
+from gptoss.messages.envelope import Record
+from gptoss.messages.sampling import SamplingParams
+from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, run_until_idle
+
+MODEL = PreparedModel(folder="", model_name=FAKE_MODEL, source="test", max_model_len=4096)
+SECRET = "do-not-tell"
+
+
+def serving(renderer: FakeRenderer | None = None, **options: Any) -> ServingSystem:
+    return ServingSystem(
+        Settings(journal="memory", devices="cpu"),
+        drivers=lambda _: FakeDriver(FakeOptions(**options)),
+        renderer=renderer or FakeRenderer(),
+        model=MODEL,
+    )
+
+
+def submit(system: ServingSystem, max_tokens: int = 4000) -> Generation:
+    message = ChatMessage(role="user", content=SECRET)
+    return system.submit(GenerateRequest(messages=(message,), sampling=SamplingParams(max_tokens=max_tokens, seed=1)))
+
+
+async def error_of(generation: Generation) -> GptossError:
+    with pytest.raises(GptossError) as caught:
+        await asyncio.wait_for(generation.text(), 5.0)
+    return caught.value
+
+
+def ends(system: ServingSystem) -> list[Record]:
+    return [record for record in system.journal.read() if isinstance(record.event, ev.TERMINAL_EVENTS)]
+
+
+class Broken(FakeRenderer):
+    def render_chat(
+        self,
+        messages: tuple[ChatMessage, ...],
+        *,
+        tools: tuple[dict[str, Any], ...],
+        date: str,
+        reasoning_effort: str = "",
+        add_generation_prompt: bool = True,
+    ) -> RenderedPrompt:
+        raise ValueError(f"cannot render {messages}")
+
+
+async def test_a_renderer_that_crashes_fails_the_request_at_once_and_quotes_no_prompt() -> None:
+    async with serving(Broken()) as system:
+        await system.ready(10.0)
+        error = await error_of(submit(system))
+        assert isinstance(error, EngineError)
+        await run_until_idle(system.system)
+        assert [record.meta.type for record in ends(system)] == ["RequestFailed"]
+        assert SECRET not in str([record.event for record in system.journal.read()])
+        failed = [record.event for record in system.journal.read() if isinstance(record.event, ev.ActorFailed)]
+        assert [event.message_type for event in failed] == ["render"]
+
+
+async def test_a_request_whose_actor_crashes_ends_and_gives_everything_back() -> None:
+    async with serving(step_s=0.002) as system:
+        await system.ready(10.0)
+        generation = submit(system)
+        async for _ in generation:
+            system.directory.tell(f"request/{generation.request_id}", object())
+            break
+        assert isinstance(await error_of(generation), ActorError)
+        await run_until_idle(system.system)
+        found = list(system.journal.read())
+        assert [record.meta.type for record in ends(system)] == ["RequestFailed"]
+        for given_back in (ev.ReservationReleased, ev.SlotReleased, ev.RouteForgotten):
+            assert sum(isinstance(record.event, given_back) for record in found) == 1
+        async with asyncio.timeout(5.0):
+            while not any(isinstance(record.event, ev.CancelApplied) for record in system.journal.read()):
+                await asyncio.sleep(0.005)
+
+
+async def test_the_end_of_a_request_that_is_cancelled_before_it_runs_carries_its_id() -> None:
+    async with serving() as system:
+        await system.ready(10.0)
+        generation = submit(system)
+        generation.cancel()
+        await asyncio.wait_for(generation.text(), 5.0)
+        await run_until_idle(system.system)
+        assert [(record.meta.type, record.meta.correlation) for record in ends(system)] == [
+            ("RequestCancelled", generation.request_id)
+        ]
