@@ -26,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--kernels", default="auto", choices=("auto", "native", "torch"))
-    parser.add_argument("--quantization", default="none", choices=("none", "int8"))
+    parser.add_argument("--quantization", default="none", choices=("none", "int8", "int4"))
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
 
 

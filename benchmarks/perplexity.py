@@ -1,6 +1,6 @@
 """What a way of storing and computing weights costs in quality: perplexity on a text, and distance from a reference.
 
-    python benchmarks/perplexity.py                                     the demo: float32, bfloat16, int8
+    python benchmarks/perplexity.py                                     the demo: float32, bfloat16, int8, int4
     python benchmarks/perplexity.py --model DIR --ways bfloat16,int8 --text FILE
 
 The text is cut into windows that are read on their own, each through the runner that the server would use. Every token
@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, str]] = {
     "bfloat16-torch": {"dtype": "bfloat16", "kernels": "torch"},
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "int4": {"dtype": "bfloat16", "quantization": "int4"},
 }
 
 
@@ -99,7 +100,7 @@ def main() -> None:
     add_model_options(parser)
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--window", type=int, default=1024, help="tokens")
-    parser.add_argument("--ways", default="float32,bfloat16-torch,bfloat16,int8", help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--ways", default="float32,bfloat16-torch,bfloat16,int8,int4", help=f"of {', '.join(WAYS)}")
     arguments = parser.parse_args()
     models: dict[str, LoadedModel] = {}
     with torch.inference_mode():

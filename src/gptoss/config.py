@@ -36,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         data_dir: journal and node key; ``cache_dir``: prepared models.
         devices: ``auto``, ``cpu``, ``cpu:2`` (two CPU executors), or a list such as ``cuda:0,cuda:1``.
         kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
-        quantization: ``int8`` stores weights in 8 bits, with the CPU kernels; see docs/performance.md for what it costs.
+        quantization: ``int8`` or ``int4`` packs weights, with the CPU kernels; see docs/performance.md for what it costs.
         num_threads: threads of each CPU executor.
         profile: ``latency_first`` or ``quality_first``; sets the defaults for batch, tokens and temperature.
         max_batch_size, max_model_len, kv_budget_mb: limits of each executor.
@@ -66,7 +66,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     devices: str = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
-    quantization: Literal["none", "int8"] = "none"
+    quantization: Literal["none", "int8", "int4"] = "none"
     num_threads: CountOrAuto = 0
     profile: Literal["latency_first", "quality_first"] = "latency_first"
     max_batch_size: CountOrAuto = 0

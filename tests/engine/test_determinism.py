@@ -45,6 +45,7 @@ WAYS: dict[str, tuple[str, dict[str, str]]] = {
     "torch's kernels in bfloat16": ("llama32", {"dtype": "bfloat16", "kernels": "torch"}),
     "own kernels": ("llama32", {"dtype": "bfloat16", "kernels": "native"}),
     "own kernels with int8": ("llama32", {"quantization": "int8", "dtype": "bfloat16"}),
+    "own kernels with int4": ("llama32", {"quantization": "int4", "dtype": "bfloat16"}),
     "generic runner": ("gemma2", {"dtype": "float32"}),
 }
 """Of running a model: its kind and how it is loaded."""
@@ -144,7 +145,7 @@ def test_a_stream_is_the_same_after_preemptions(way: str, load: Callable[..., Lo
         assert found[name] == expected, name
 
 
-@pytest.mark.parametrize("way", ["own kernels", "own kernels with int8"])
+@pytest.mark.parametrize("way", ["own kernels", "own kernels with int4"])
 def test_a_stream_is_the_same_when_its_tokens_are_guessed(
     way: str, load: Callable[..., LoadedModel], alone: Alone
 ) -> None:

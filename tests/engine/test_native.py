@@ -18,7 +18,7 @@ from gptoss.engine.model_folder import check_folder, no_progress
 from gptoss.engine.native import build
 from gptoss.engine.native.build import NativeUnavailableError, open_kernels
 from gptoss.engine.native.runner import NativeRunner
-from gptoss.engine.native.weights import WeightFormat
+from gptoss.engine.native.weights import WeightFormat, quantise
 from gptoss.engine.port import Load
 from gptoss.engine.runner import PackedRunner
 from gptoss.engine.runner_choice import KvOptions, Native, RunnerChoice, choose_runner
@@ -134,7 +134,7 @@ def test_logits_are_nearer_to_float32_than_those_of_bfloat16_eager_attention(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
 def test_bits_do_not_depend_on_the_cut_the_company_or_the_threads(kind: str, form: WeightFormat, make: Make) -> None:
     ids = text(LENGTH)
     whole = logits_of(make(kind, form), ids, [LENGTH])
@@ -146,17 +146,70 @@ def test_bits_do_not_depend_on_the_cut_the_company_or_the_threads(kind: str, for
     assert torch.equal(logits_of(make(kind, form, 3), ids, [LENGTH]), whole)
 
 
-def test_int8_weights_cost_little_and_take_half_the_memory(make: Make) -> None:
+@pytest.mark.parametrize(("form", "gap_max", "share"), [("int8", 0.03, 0.6), ("int4", 0.5, 0.45)])
+def test_packed_weights_cost_little_and_take_less_memory(
+    form: WeightFormat, gap_max: float, share: float, make: Make
+) -> None:
     ids = text(LENGTH)
-    exact, rounded = make("llama"), make("llama", "int8")
+    exact, rounded = make("smollm"), make("smollm", form)
     expected = logits_of(exact, ids, [LENGTH])
     gap = (logits_of(rounded, ids, [LENGTH]) - expected).norm() / expected.norm()
-    assert 0 < gap < 0.1
-    assert rounded.weights_bytes < 0.6 * exact.weights_bytes
+    assert 0 < gap < gap_max
+    assert rounded.weights_bytes < share * exact.weights_bytes
 
 
-def test_not_a_number_stays_in_its_row(make: Make) -> None:
-    runner = make("llama")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_packed_weights_are_multiplied_as_exactly_as_bfloat16(
+    kind: str, form: WeightFormat, make: Make, folder: Callable[[str], Path]
+) -> None:
+    ids = text(LENGTH)
+
+    def eager(dtype: torch.dtype) -> torch.Tensor:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder(kind), dtype=dtype, attn_implementation="eager").eval()
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                stored: WeightFormat = "int8" if name == "lm_head" else form
+                module.weight = torch.nn.Parameter(as_stored(module.weight.detach(), stored).to(dtype))
+        if model.config.tie_word_embeddings:
+            model.model.embed_tokens.weight = model.lm_head.weight
+        with torch.inference_mode():
+            return model(torch.tensor([ids])).logits[0].float()
+
+    exact, rounded = eager(torch.float32), eager(torch.bfloat16)
+    found = logits_of(make(kind, form), ids, [LENGTH])
+    assert (found - exact).norm() < (rounded - exact).norm()
+
+
+def as_stored(weight: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+    """What a matrix is once it was packed, in float32."""
+    whole, scales = quantise(weight, form)
+    blocks = whole.float().view(weight.shape[0], -1, 32) * scales[..., :1].float()
+    return (blocks + scales[..., 1:].float().sum(-1, keepdim=True)).view_as(weight)
+
+
+def test_int4_finds_the_numbers_of_a_4_bit_file_again_and_comes_nearer_to_it_than_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(5)
+    whole = torch.randint(0, 16, (64, 6, 32), generator=generator)
+    whole[..., 3], whole[..., 9] = 0, 15  # as in every block that was rounded between its least and its largest weight
+    scale = (0.002 + 0.03 * torch.rand((64, 6, 1), generator=generator)).half().float()
+    minimum = (scale * (-8 + torch.randn((64, 6, 1), generator=generator))).half().float()
+    written = (minimum + scale * whole).view(64, -1)
+    stored = written.bfloat16()
+    assert torch.equal(quantise(stored, "int4")[0].view_as(whole), whole)
+    assert (as_stored(stored, "int4") - written).norm() < 0.6 * (stored.float() - written).norm()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_weights_that_are_all_alike_or_zero_can_be_packed(form: WeightFormat) -> None:
+    weight = torch.zeros(32, 64)
+    weight[:, 32:] = 0.5
+    assert torch.allclose(as_stored(weight, form), weight, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+def test_not_a_number_stays_in_its_row(form: WeightFormat, make: Make) -> None:
+    runner = make("llama", form)
     ids = text(20)
     alone = logits_of(runner, ids, [19, 1])
     slots = [runner.new_slot(20), runner.new_slot(20)]
@@ -201,12 +254,13 @@ def load(folder: str, **options: Any) -> LoadedModel:
     return load_model(Load(folder=folder, model_name="tiny", kv_budget_bytes=1 << 26, **options), no_progress)
 
 
-def test_a_model_that_they_know_runs_on_them(demo_folder: str) -> None:
-    model = load(demo_folder)
+@pytest.mark.parametrize(("quantization", "weights_bytes"), [("none", 269e6), ("int8", 143e6), ("int4", 97e6)])
+def test_a_model_that_they_know_runs_on_them(quantization: str, weights_bytes: float, demo_folder: str) -> None:
+    model = load(demo_folder, quantization=quantization)
     assert isinstance(model.runner, NativeRunner)
     assert model.notes == ()
     assert model.capabilities.dtype == "bfloat16"
-    assert model.capabilities.weights_bytes == pytest.approx(269e6, rel=0.01)
+    assert model.capabilities.weights_bytes == pytest.approx(weights_bytes, rel=0.01)
 
 
 def test_without_a_compiler_torch_computes_and_the_note_says_what_to_do(
@@ -217,14 +271,23 @@ def test_without_a_compiler_torch_computes_and_the_note_says_what_to_do(
     assert isinstance(model.runner, PackedRunner)
     (note,) = model.notes
     assert "apt install g++" in note
-    with pytest.raises(ModelLoadError, match="quantization int8 needs the CPU kernels: no C\\+\\+ compiler"):
-        load(demo_folder, quantization="int8")
+    for form in ("int8", "int4"):
+        with pytest.raises(ModelLoadError, match=f"quantization {form} needs the CPU kernels: no C\\+\\+ compiler"):
+            load(demo_folder, quantization=form)
 
 
-def test_a_model_that_they_do_not_know_runs_on_torch_or_is_refused_int8(tiny_folder: Callable[[str], str]) -> None:
+def test_a_model_that_they_do_not_know_runs_on_torch_or_is_refused_packed_weights(
+    tiny_folder: Callable[[str], str],
+) -> None:
     assert isinstance(load(tiny_folder("gpt_oss")).runner, PackedRunner)
-    with pytest.raises(ModelLoadError, match="quantization int8 needs a CPU, bfloat16, KV slots and one of"):
-        load(tiny_folder("gpt_oss"), quantization="int8")
+    for form in ("int8", "int4"):
+        with pytest.raises(ModelLoadError, match=f"quantization {form} needs a CPU, bfloat16, KV slots and one of"):
+            load(tiny_folder("gpt_oss"), quantization=form)
+
+
+def test_the_embedding_counts_where_it_is_not_the_head(make: Make) -> None:
+    apart, tied = make("llama"), make("smollm")
+    assert apart.weights_bytes == tied.weights_bytes + 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"]
 
 
 def test_a_window_shorter_than_the_context_is_left_to_torch(folder: Callable[[str], Path]) -> None:

@@ -9,6 +9,7 @@ from typing import get_args
 from unittest import mock
 
 import msgspec
+import pykka
 import pytest
 
 from gptoss.actors.generation import Generation
@@ -103,6 +104,14 @@ def test_a_finding_is_written_with_a_recording_that_can_be_read(
     assert read_scenario(finding.folder / "scenario.json") == finding.smallest.scenario
     types = [record.meta.type for record in SegmentReader(finding.folder / "journal").read()]
     assert "RequestCompleted" in types
+
+
+def test_a_run_leaves_no_actor_behind_even_when_its_process_dies() -> None:
+    before = pykka.ActorRegistry.get_all()
+    deaths = [scenario for scenario in map(generate, range(SEEDS)) if scenario.dies]
+    for scenario in deaths[:3]:
+        assert simulate(scenario)[0].broken == ""
+    assert pykka.ActorRegistry.get_all() == before
 
 
 def test_virtual_time_costs_no_real_time() -> None:

@@ -24,7 +24,10 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "served_model_name": ("NAME", "The name that clients use; by default derived from the model."),
         "profile": ("NAME", "latency_first or quality_first: defaults for batch size, answer length and temperature."),
         "dtype": ("", "Number format of the weights."),
-        "quantization": ("", "int8: weights in 8 bits, on a CPU; faster, half the memory, slightly less exact."),
+        "quantization": (
+            "",
+            "int8 or int4: packed weights, on a CPU; faster, a half or a third of the memory, less exact.",
+        ),
     },
     "Network": {
         "host": ("ADDRESS", "Where HTTP listens."),

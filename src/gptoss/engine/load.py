@@ -159,11 +159,13 @@ def _choose_kernels(
     load: Load, config: dict[str, Any], device: torch.device, max_model_len: int, progress: Progress
 ) -> tuple[Native | None, tuple[str, ...]]:
     """The CPU kernels, if they are wanted and may be had for this model, and a note if they are missed."""
-    form = "int8" if load.quantization == "int8" else "bfloat16"
+    form = "bfloat16" if load.quantization == "none" else load.quantization
     fits = load.dtype in {"auto", "bfloat16"} and load.kv_layout != "paged"
     is_wanted = device.type == "cpu" and load.kernels != "torch" and fits
     is_known = not ARCHITECTURES.isdisjoint(config.get("architectures") or ())
-    must = "quantization int8 needs" if form == "int8" else "kernels native needs" if load.kernels == "native" else ""
+    must = "kernels native needs" if load.kernels == "native" else ""
+    if load.quantization != "none":
+        must = f"quantization {load.quantization} needs"
     if not is_wanted or not is_known:
         if must:
             raise ModelLoadError(f"{must} a CPU, bfloat16, KV slots and one of {', '.join(sorted(ARCHITECTURES))}")

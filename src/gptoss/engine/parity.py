@@ -35,7 +35,8 @@ DECODES = 3
 REQUESTS = 2
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest norm of a difference, relative to the norm of what the model gives, by dtype."""
-TOLERANCE_INT8 = 0.2
+TOLERANCE_PACKED = {"int8": 0.2, "int4": 0.5}
+"""Of packed weights: a model that was neither trained nor stored in 4 bits is some way from itself in them."""
 TOLERANCE_MAX = 0.7
 """Of logits at a second look; those of another text or of a wrong head differ by more than 1."""
 

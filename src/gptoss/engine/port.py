@@ -46,7 +46,7 @@ class Load(_Wire, frozen=True, kw_only=True):
         speculation: ``ngram`` guesses tokens that stood in the request before, where the runner can verify guesses
             without a change of bits.
         kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
-        quantization: ``int8`` stores weights in 8 bits; only with the CPU kernels.
+        quantization: ``int8`` or ``int4`` packs weights; only with the CPU kernels.
         kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         cache_folder: where compiled kernels are kept; empty is the user's cache folder.
     """
@@ -62,7 +62,7 @@ class Load(_Wire, frozen=True, kw_only=True):
     speculation: Literal["off", "ngram"] = "off"
     num_threads: int = 0
     kernels: Literal["auto", "native", "torch"] = "auto"
-    quantization: Literal["none", "int8"] = "none"
+    quantization: Literal["none", "int8", "int4"] = "none"
     cache_folder: str = ""
     kv_layout: Literal["auto", "slots", "paged"] = "auto"
 

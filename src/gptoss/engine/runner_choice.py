@@ -21,7 +21,7 @@ from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.native.runner import NativeRunner, UnsupportedModelError
 from gptoss.engine.native.weights import WeightFormat
 from gptoss.engine.packed_linear import pack_linears
-from gptoss.engine.parity import REQUESTS, TOLERANCE, TOLERANCE_INT8, TOLERANCE_MAX, ParityError, Reference
+from gptoss.engine.parity import REQUESTS, TOLERANCE, TOLERANCE_MAX, TOLERANCE_PACKED, ParityError, Reference
 from gptoss.engine.runner import MIN_ROWS, GenericRunner, PackedRunner, Runner
 from gptoss.errors import ModelLoadError
 from gptoss.messages.model import KvLayout
@@ -73,7 +73,7 @@ def choose_runner(
         kv: layout of KV memory; neither the CPU kernels nor the generic runner have pages.
 
     Raises:
-        ModelLoadError: int8 weights are wanted and the kernels cannot run this model.
+        ModelLoadError: packed weights are wanted and the kernels cannot run this model.
     """
     model = load_weights()
     vocab_size = int(model.get_input_embeddings().num_embeddings)
@@ -93,8 +93,8 @@ def choose_runner(
             runner = _native_runner(model, native, reference)
             return choice(runner, size=runner.weights_bytes)
         except (UnsupportedModelError, ParityError) as error:
-            if native.form == "int8":
-                raise ModelLoadError(f"quantization int8 needs the CPU kernels: {error}") from None
+            if native.form != "bfloat16":
+                raise ModelLoadError(f"quantization {native.form} needs the CPU kernels: {error}") from None
             notes.append(f"torch's kernels: {error}")
             is_spent = isinstance(error, ParityError)
         if is_spent:
@@ -125,7 +125,7 @@ def _native_runner(model: Any, native: Native, reference: Reference) -> NativeRu
         max_model_len=native.max_model_len,
         num_threads=torch.get_num_threads(),
     )
-    reference.check_logits(runner, TOLERANCE_INT8 if native.form == "int8" else TOLERANCE[runner.dtype])
+    reference.check_logits(runner, TOLERANCE_PACKED.get(native.form, TOLERANCE[runner.dtype]))
     return runner
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
+import pykka
 
 from gptoss.errors import ActorError
 from gptoss.simulation.clients import Client
@@ -82,6 +83,7 @@ class _Run:
         self.world = World(scenario)
         self.python_log = io.StringIO()
         self._tasks: list[asyncio.Task[None]] = []
+        self._foreign = pykka.ActorRegistry.get_all()
 
     async def to_the_end(self) -> None:
         """See the module's table. Raises ``BrokenInvariant``."""
@@ -114,6 +116,11 @@ class _Run:
             task.cancel()
         self.world.loop.run_ready()
         self.world.loop.close()
+        for (
+            ref
+        ) in pykka.ActorRegistry.get_all():  # of a system that was not stopped: its process died, or its run broke
+            if ref not in self._foreign:
+                pykka.ActorRegistry.unregister(ref)
 
     # ---- parts
 

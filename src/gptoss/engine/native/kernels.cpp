@@ -1,4 +1,4 @@
-// One step of a Llama-like model on a CPU: bfloat16 or int8 weights, float32 between them, all rows of a step at once.
+// One step of a Llama-like model on a CPU: bfloat16 or packed weights, float32 between them, all rows of a step at once.
 //
 // Rules:
 // - Every row's bits depend on its own token, position and keys alone, never on how many rows run beside it, on the
@@ -6,12 +6,17 @@
 // - A product is summed in blocks of 32 along the inner dimension: even and odd elements each in order by fused
 //   multiply-add, their sum, then onto what the earlier blocks gave. That is the order of the AMX instruction
 //   TDPBF16PS, and the vector code keeps to it, so both give the same bits.
+// - Packed weights (8 or 4 bits) have a scale for each 32 inputs. What they are multiplied with is 32 whole numbers of 16
+//   bits and a power of two, made of each row alone. Their sum of products is a whole number, so any instruction gives the
+//   same; the blocks' sums are added in order by fused multiply-add.
 // - Denormals are zero, as in AMX.
-// - All threads run the same program, `Engine::run`. Work is handed out by a counter, phases are parted by a barrier.
+// - All threads run the same program, `Engine::run`, phase by phase; work is handed out by a counter (`Team`).
 // - Weights: blocks of 32 (inner) x 16 (outer): 16 pairs of rows, each 16 columns x 2. An outer column is an output.
+//   Packed ones stand so that 16 bits hold one weight of each of 2 (4) successive pairs, the first in the low bits.
 //
 // Plain C interface, no library besides threads. Compiled for the machine it runs on.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -19,6 +24,7 @@
 #include <cstring>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include <sched.h>
@@ -53,6 +59,17 @@ template <class V, class T> inline V load(const T* from) {
 template <class V, class T> inline void store(T* to, V v) { std::memcpy(to, &v, sizeof v); }
 inline f32x16 splat(float x) { return x - f32x16{}; }
 inline f32x16 as_float(u32x16 v) { return reinterpret_cast<f32x16>(v); }
+
+inline float float_of(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+inline uint32_t bits_of(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
 
 inline f32x16 widen(const uint16_t* bf16) {
     return as_float(__builtin_convertvector(load<u16x16>(bf16), u32x16) << 16);
@@ -97,6 +114,36 @@ inline f32x16 exponential(f32x16 x) {
     return p * reinterpret_cast<f32x16>(exponent + (127 << 23));
 }
 
+// Inner loops are written in registers of the machine, `PARTS` of which hold what belongs to 16 outputs: GCC keeps wider
+// vectors than those on the stack, and is 5 times slower.
+#if defined(__AVX512BW__)
+constexpr int PART_LANES = 16;
+#else
+constexpr int PART_LANES = 8;
+#endif
+constexpr int PARTS = LANES / PART_LANES;
+using Sums = int32_t __attribute__((vector_size(PART_LANES * 4)));
+using Pairs = int16_t __attribute__((vector_size(PART_LANES * 4)));
+using Words = uint32_t __attribute__((vector_size(PART_LANES * 4)));
+using Bits = uint16_t __attribute__((vector_size(PART_LANES * 4)));
+using Halves = uint16_t __attribute__((vector_size(PART_LANES * 2)));
+using Floats = float __attribute__((vector_size(PART_LANES * 4)));
+
+inline Floats splat_part(float x) { return x - Floats{}; }
+
+// a x b + c, rounded once where the machine can: said aloud, because a compiler may see it in one loop and not in the next.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512BW__)
+    return reinterpret_cast<Floats>(_mm512_fmadd_ps(
+        reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return reinterpret_cast<Floats>(_mm256_fmadd_ps(
+        reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
 inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 // ---------------------------------------------------------------- memory
@@ -129,73 +176,112 @@ inline void relax() {
 #endif
 }
 
+// Threads that run one program together. Its phases come one after the other; within a phase, whoever is free takes the
+// next item. A phase is over when its items are done, not when all threads have come: one that the machine gives no time
+// holds up nobody, and finds itself in the phase that the others are at by then.
 class Team {
    public:
+    // What a thread knows of the run that it takes part in.
+    class Member {
+       public:
+        Member(Team& team, int index) : index(index), team_(team) {}
+
+        // One phase: calls `work(item)` for each item on whichever thread is free; returns when all are done. Every
+        // thread of the team calls `each` in the same order, with the same number of items.
+        template <class Work> void each(int items, Work work) {
+            const uint32_t phase = phase_++;
+            for (int spins = 0;;) {
+                uint64_t claim = team_.claim_.load(std::memory_order_acquire);
+                if (phase_of(claim) != phase) return;
+                const int item = int(uint32_t(claim));
+                if (item < items) {
+                    if (!team_.claim_.compare_exchange_weak(claim, claim + 1, std::memory_order_relaxed)) continue;
+                    work(item);
+                    if (team_.done_.fetch_add(1, std::memory_order_acq_rel) + 1 == items) return team_.end(phase);
+                } else if (items == 0) {
+                    if (team_.claim_.compare_exchange_strong(claim, first_of(phase + 1), std::memory_order_acq_rel)) return;
+                } else {
+                    wait(spins);
+                }
+            }
+        }
+
+        const int index;
+
+       private:
+        Team& team_;
+        uint32_t phase_ = 0;
+    };
+
     explicit Team(int size) : size_(size) {}
     ~Team() {
         is_over_ = true;
-        start();
+        wake();
         for (auto& thread : threads_) thread.join();
     }
 
-    int size() const { return size_; }
-
-    // Runs `program(arg, index)` on all threads, this one included.
-    void run(void (*program)(void*, int), void* arg) {
+    // Runs `program(arg, member)` on this thread, and on the others as far as they come in time.
+    void run(void (*program)(void*, Member&), void* arg) {
         program_ = program;
         arg_ = arg;
         while (static_cast<int>(threads_.size()) < size_ - 1) {
             int index = static_cast<int>(threads_.size()) + 1;
             threads_.emplace_back([this, index, seen = round_.load()] { serve(index, seen); });
         }
-        start();
-        program(arg, 0);
-    }
-
-    // All threads have come here before any goes on. The last one resets the work counter.
-    void barrier() {
-        uint32_t phase = phase_.load(std::memory_order_acquire);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            next_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
-            return;
-        }
-        // Others may need this core, the thread that is waited for among them: spin for some microseconds only.
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
-            if (spins < 4096) relax();
-            else sched_yield();
-    }
-
-    // Calls `work(item)` for each item on whichever thread is free, then waits for all.
-    template <class Work> void each(int items, Work work) {
-        for (int item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < items;) work(item);
-        barrier();
+        claim_.store(first_of(0), std::memory_order_relaxed);
+        inside_.fetch_and(~CLOSED, std::memory_order_release);
+        wake();
+        Member member(*this, 0);
+        program(arg, member);
+        // What the program works on is the caller's again once all who came in have left.
+        inside_.fetch_or(CLOSED, std::memory_order_acq_rel);
+        for (int spins = 0; inside_.load(std::memory_order_acquire) != CLOSED;) wait(spins);
     }
 
    private:
-    void start() {
+    static constexpr uint32_t CLOSED = 1u << 31;
+
+    static uint64_t first_of(uint32_t phase) { return uint64_t(phase) << 32; }
+    static uint32_t phase_of(uint64_t claim) { return uint32_t(claim >> 32); }
+
+    // Others may need this core, the thread that is waited for among them: spin for some microseconds only.
+    static void wait(int& spins) {
+        if (spins++ < 4096) relax();
+        else sched_yield();
+    }
+
+    void end(uint32_t phase) {
+        done_.store(0, std::memory_order_relaxed);
+        claim_.store(first_of(phase + 1), std::memory_order_release);
+    }
+
+    void wake() {
         round_.fetch_add(1);
         round_.notify_all();
     }
+
     void serve(int index, uint32_t seen) {
         for (;;) {
             round_.wait(seen);
             seen = round_.load();
             if (is_over_) return;
-            program_(arg_, index);
+            if (!(inside_.fetch_add(1, std::memory_order_acq_rel) & CLOSED)) {
+                Member member(*this, index);
+                program_(arg_, member);
+            }
+            inside_.fetch_sub(1, std::memory_order_release);
         }
     }
 
     const int size_;
     std::vector<std::thread> threads_;
-    void (*program_)(void*, int) = nullptr;
+    void (*program_)(void*, Member&) = nullptr;
     void* arg_ = nullptr;
     std::atomic<bool> is_over_{false};
     alignas(64) std::atomic<uint32_t> round_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> phase_{0};
-    alignas(64) std::atomic<int> next_{0};
+    alignas(64) std::atomic<uint32_t> inside_{CLOSED};  // other threads that are in the program; `CLOSED`: nobody may enter
+    alignas(64) std::atomic<uint64_t> claim_{0};        // the phase, and the next item of it
+    alignas(64) std::atomic<int> done_{0};              // items of the phase
 };
 
 // Denormals are zero while a thread computes.
@@ -216,11 +302,67 @@ class FlushDenormals {
 // ---------------------------------------------------------------- matrix products
 
 struct Weights {
-    const void* blocks;   // packed; bf16 or int8
-    const float* scales;  // of each output, for int8; else null
-    const float* bias;    // of each output, or null
+    const void* blocks;
+    const uint16_t* scales;  // float16, null for bits = 16; each block's 16 scales, then, for bits = 4, its 16 minima
+    const float* bias;       // of each output, or null
     int32_t outputs;
     int32_t inputs;
+    int32_t bits;            // 16: bfloat16; 8: scale x (-127 to 127); 4: minimum + scale x (0 to 15)
+};
+
+inline int blocks_of(int count, int size) { return (count + size - 1) / size; }
+
+// Where a weight stands in its block, in units of 16 bits, and from which bit on.
+struct Place {
+    int word;
+    int shift;
+};
+inline Place place_of(int input, int output, int bits) {
+    const int pair = input / 2, together = 16 / bits;
+    return {(pair / together * LANES + output) * 2 + input % 2, pair % together * bits};
+}
+
+// Rows that are multiplied with weights: in bfloat16 and, for packed weights, as whole numbers besides.
+class Activations {
+   public:
+    bool reserve(size_t rows, int width) {
+        width_ = width;
+        const size_t blocks = rows * (width / DEPTH);
+        return floats_.reserve(rows * width) && whole_.reserve(rows * width) && scales_.reserve(2 * blocks);
+    }
+    uint16_t* floats(size_t row) const { return floats_.get() + row * width_; }
+    const int16_t* whole(size_t row) const { return whole_.get() + row * width_; }
+    const float* scales(size_t row) const { return scales_.get() + 2 * row * (width_ / DEPTH); }
+    int width() const { return width_; }
+
+    // Makes whole numbers of some blocks of a row. Their unit is the power of two that leaves the largest 15 bits: what is
+    // at least 1/128 of that, and has the 8 bits of a bfloat16, is taken exactly. A NaN or an infinity makes it NaN.
+    void round(size_t row, int first, int count) {
+        for (int block = first; block < first + count; block++) {
+            const uint16_t* from = floats(row) + block * DEPTH;
+            uint32_t largest = 0;
+            for (int i = 0; i < DEPTH; i++) largest = std::max<uint32_t>(largest, from[i] & 0x7fffu);
+            const uint32_t exponent = std::max(largest >> 7, 15u);  // biased by 127
+            const float inverse = float_of((268 - exponent) << 23);
+            const float unit = exponent == 255 ? NAN : float_of((exponent - 14) << 23);
+            int16_t* to = whole_.get() + row * width_ + block * DEPTH;
+            int32_t sum = 0;
+            for (int i = 0; i < DEPTH; i++) {
+                const float scaled = float_of(uint32_t(from[i]) << 16) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds
+                to[i] = int16_t(bits_of(scaled) - bits_of(12582912.0f));
+                sum += to[i];
+            }
+            float* scales = scales_.get() + 2 * (row * (width_ / DEPTH) + block);
+            scales[0] = unit;
+            scales[1] = float(sum) * unit;
+        }
+    }
+
+   private:
+    int width_ = 0;
+    Scratch<uint16_t> floats_;
+    Scratch<int16_t> whole_;
+    Scratch<float> scales_;  // of each block its unit, and the sum of its numbers
 };
 
 // Ask for a weight block that will be needed soon; an address past the end does no harm.
@@ -228,40 +370,31 @@ inline void prefetch_block(const uint16_t* block) {
     for (int i = 0; i < BLOCK; i += 32) __builtin_prefetch(block + i);
 }
 
-inline int blocks_of(int count, int size) { return (count + size - 1) / size; }
-
 // 16 outputs of `ROWS` rows in the vector unit; see the summation rule above.
-template <int ROWS, int COLUMNS, class Weight>
-void vector_tile(const float* a, size_t stride, const Weight* w, size_t column_stride, size_t depth_stride,
+template <int ROWS, int COLUMNS>
+void vector_tile(const float* a, size_t stride, const uint16_t* w, size_t column_stride, size_t depth_stride,
                  int depth_blocks, f32x16 out[ROWS][COLUMNS]) {
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLUMNS; c++) out[r][c] = f32x16{};
-    for (int kb = 0; kb < depth_blocks; kb++) {
-        f32x16 even[ROWS][COLUMNS] = {}, odd[ROWS][COLUMNS] = {};
-        for (int pair = 0; pair < DEPTH / 2; pair++) {
-            const float* x = a + kb * DEPTH + 2 * pair;
-            for (int c = 0; c < COLUMNS; c++) {
-                const Weight* at = w + c * column_stride + kb * depth_stride + pair * 2 * LANES;
-                f32x16 low, high;
-                if constexpr (sizeof(Weight) == 2) {
-                    u32x16 both = load<u32x16>(at);
-                    low = as_float(both << 16);
-                    high = as_float(both & 0xffff0000u);
-                } else {
-                    u16x16 both = load<u16x16>(at);
-                    i32x16 wide = __builtin_convertvector(both, i32x16);
-                    low = __builtin_convertvector((wide << 24) >> 24, f32x16);
-                    high = __builtin_convertvector((wide << 16) >> 24, f32x16);
-                }
-                for (int r = 0; r < ROWS; r++) {
-                    even[r][c] += low * x[r * stride];
-                    odd[r][c] += high * x[r * stride + 1];
+    Floats total[ROWS][COLUMNS][PARTS] = {};
+    for (int kb = 0; kb < depth_blocks; kb++)
+        for (int part = 0; part < PARTS; part++) {
+            Floats even[ROWS][COLUMNS] = {}, odd[ROWS][COLUMNS] = {};
+            for (int pair = 0; pair < DEPTH / 2; pair++) {
+                const float* x = a + kb * DEPTH + 2 * pair;
+                for (int c = 0; c < COLUMNS; c++) {
+                    const uint16_t* at = w + c * column_stride + kb * depth_stride + (pair * LANES + part * PART_LANES) * 2;
+                    const Words both = load<Words>(at);
+                    const Floats low = reinterpret_cast<Floats>(both << 16);
+                    const Floats high = reinterpret_cast<Floats>(both & 0xffff0000u);
+                    for (int r = 0; r < ROWS; r++) {
+                        even[r][c] = fused(low, splat_part(x[r * stride]), even[r][c]);
+                        odd[r][c] = fused(high, splat_part(x[r * stride + 1]), odd[r][c]);
+                    }
                 }
             }
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < COLUMNS; c++) total[r][c][part] += even[r][c] + odd[r][c];
         }
-        for (int r = 0; r < ROWS; r++)
-            for (int c = 0; c < COLUMNS; c++) out[r][c] += even[r][c] + odd[r][c];
-    }
+    std::memcpy(out, total, sizeof total);
 }
 
 #if defined(__AMX_BF16__)
@@ -280,14 +413,6 @@ inline void shape_tiles(int first_rows, int second_rows) {
         shape.rows[tile] = tile >= 6 ? 16 : uint8_t(is_second ? (second_rows ? second_rows : 1) : first_rows);
     }
     _tile_loadconfig(&shape);
-}
-
-// Every int8 is a bfloat16. Not inlined: GCC 12 makes something ten times slower of it in place.
-[[gnu::noinline]] void unpack(const int8_t* from, uint16_t* to) {
-    for (int i = 0; i < BLOCK; i += LANES) {
-        const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-        store(to + i, _mm512_cvtneps_pbh(_mm512_cvtepi32_ps(wide)));
-    }
 }
 
 // Up to 32 rows x 2 column blocks.
@@ -320,51 +445,31 @@ void amx_tile(const uint16_t* a, size_t stride, const uint16_t* w, size_t column
 }
 #endif
 
-// Which rows go to the vector unit; more go to AMX where there is one.
-constexpr int VECTOR_ROWS_MAX = 1;
-constexpr int VECTOR_ROWS_MAX_INT8 = 2;
-
-// Rows x one unit of column blocks. `emit(row, block, sums)` gets 16 outputs of a row, scaled and with bias.
-template <class Weight, class Emit>
-void multiply_unit(const uint16_t* a, int rows, const Weights& w, int first_block, int num_blocks, Emit emit) {
+// Rows x one unit of column blocks. `emit(row, block, sums)` gets 16 outputs of a row.
+template <class Emit>
+void multiply_unit(const Activations& a, int rows, const Weights& w, int first_block, int num_blocks, Emit emit) {
     const int depth_blocks = blocks_of(w.inputs, DEPTH);
-    const size_t stride = size_t(depth_blocks) * DEPTH;
+    const size_t stride = a.width();
     const size_t column_stride = size_t(depth_blocks) * BLOCK;
-    const Weight* base = static_cast<const Weight*>(w.blocks) + first_block * column_stride;
-    auto finish = [&](int row, int block, f32x16 v) {
-        if (w.scales) v *= load<f32x16>(w.scales + block * LANES);
-        if (w.bias) v += load<f32x16>(w.bias + block * LANES);
-        emit(row, block, v);
-    };
+    const uint16_t* base = static_cast<const uint16_t*>(w.blocks) + first_block * column_stride;
 #if defined(__AMX_BF16__)
-    if (rows > (sizeof(Weight) == 1 ? VECTOR_ROWS_MAX_INT8 : VECTOR_ROWS_MAX)) {
-        static thread_local Scratch<uint16_t> unpacked;
+    if (rows > 1) {
         alignas(64) float out[4 * 256];
         int shaped_first = 0, shaped_second = 0;
         for (int block = 0; block < num_blocks; block += 2) {
             const bool has_pair = block + 1 < num_blocks;
-            const Weight* at = base + block * column_stride;
-            const uint16_t* panel;
-            if constexpr (sizeof(Weight) == 1) {
-                // The whole panel first: a tile cannot be loaded from a store that is still under way.
-                if (!unpacked.reserve(2 * column_stride)) std::abort();
-                for (size_t i = 0; i < column_stride * (1 + has_pair); i += BLOCK) unpack(at + i, unpacked.get() + i);
-                panel = unpacked.get();
-            } else {
-                panel = at;
-            }
+            const uint16_t* panel = base + block * column_stride;
             for (int row = 0; row < rows; row += 32) {
                 const int first = rows - row < 16 ? rows - row : 16;
                 const int left = rows - row - 16;
                 const int second = left < 0 ? 0 : left < 16 ? left : 16;
                 if (first != shaped_first || second != shaped_second) shape_tiles(first, second);
                 shaped_first = first, shaped_second = second;
-                amx_tile(a + row * stride, stride, panel, column_stride, BLOCK, depth_blocks, second > 0, has_pair, out);
+                amx_tile(a.floats(row), stride, panel, column_stride, BLOCK, depth_blocks, second > 0, has_pair, out);
                 for (int c = 0; c < 1 + has_pair; c++) {
-                    for (int r = 0; r < first; r++)
-                        finish(row + r, first_block + block + c, load<f32x16>(out + c * 256 + r * LANES));
+                    for (int r = 0; r < first; r++) emit(row + r, first_block + block + c, load<f32x16>(out + c * 256 + r * LANES));
                     for (int r = 0; r < second; r++)
-                        finish(row + 16 + r, first_block + block + c, load<f32x16>(out + 512 + c * 256 + r * LANES));
+                        emit(row + 16 + r, first_block + block + c, load<f32x16>(out + 512 + c * 256 + r * LANES));
                 }
             }
         }
@@ -376,26 +481,26 @@ void multiply_unit(const uint16_t* a, int rows, const Weights& w, int first_bloc
     if (!wide.reserve(ROWS * stride)) std::abort();
     for (int row = 0; row < rows; row += ROWS) {
         const int here = rows - row < ROWS ? rows - row : ROWS;
-        for (size_t i = 0; i < here * stride; i += LANES) store(wide.get() + i, widen(a + row * stride + i));
+        for (size_t i = 0; i < here * stride; i += LANES) store(wide.get() + i, widen(a.floats(row) + i));
         for (int block = 0; block < num_blocks;) {
-            const Weight* at = base + block * column_stride;
+            const uint16_t* at = base + block * column_stride;
             if (here == ROWS) {
                 f32x16 out[ROWS][1];
                 vector_tile<ROWS, 1>(wide.get(), stride, at, column_stride, BLOCK, depth_blocks, out);
-                for (int r = 0; r < ROWS; r++) finish(row + r, first_block + block, out[r][0]);
+                for (int r = 0; r < ROWS; r++) emit(row + r, first_block + block, out[r][0]);
                 block++;
             } else if (num_blocks - block >= UNIT_BLOCKS) {
                 for (int r = 0; r < here; r++) {
                     f32x16 out[1][UNIT_BLOCKS];
                     vector_tile<1, UNIT_BLOCKS>(wide.get() + r * stride, stride, at, column_stride, BLOCK, depth_blocks, out);
-                    for (int c = 0; c < UNIT_BLOCKS; c++) finish(row + r, first_block + block + c, out[0][c]);
+                    for (int c = 0; c < UNIT_BLOCKS; c++) emit(row + r, first_block + block + c, out[0][c]);
                 }
                 block += UNIT_BLOCKS;
             } else {
                 for (int r = 0; r < here; r++) {
                     f32x16 out[1][1];
                     vector_tile<1, 1>(wide.get() + r * stride, stride, at, column_stride, BLOCK, depth_blocks, out);
-                    finish(row + r, first_block + block, out[0][0]);
+                    emit(row + r, first_block + block, out[0][0]);
                 }
                 block++;
             }
@@ -403,14 +508,121 @@ void multiply_unit(const uint16_t* a, int rows, const Weights& w, int first_bloc
     }
 }
 
-template <class Emit>
-void multiply(Team& team, const uint16_t* a, int rows, const Weights& w, Emit emit) {
+// ---------------------------------------------------------------- products with packed weights
+
+// Two products a lane.
+inline Sums add_products(Sums sums, Pairs w, Sums x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    return reinterpret_cast<Sums>(_mm512_dpwssd_epi32(
+        reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(w), reinterpret_cast<__m512i>(x)));
+#elif defined(__AVX512BW__)
+    return sums + reinterpret_cast<Sums>(_mm512_madd_epi16(reinterpret_cast<__m512i>(w), reinterpret_cast<__m512i>(x)));
+#elif defined(__AVX2__)
+    return sums + reinterpret_cast<Sums>(_mm256_madd_epi16(reinterpret_cast<__m256i>(w), reinterpret_cast<__m256i>(x)));
+#else
+    const Sums wide = reinterpret_cast<Sums>(w);
+    return sums + ((wide << 16) >> 16) * ((x << 16) >> 16) + (wide >> 16) * (x >> 16);
+#endif
+}
+
+inline Floats widen_float16(const uint16_t* from) {
+#if defined(__AVX512BW__)
+    return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+#elif defined(__F16C__)
+    return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+    const Sums bits = __builtin_convertvector(load<Halves>(from), Sums);
+    const Sums rest = (bits & 0x7fff) << 13;
+    const Floats smallest = reinterpret_cast<Floats>((Sums{} + 113) << 23);  // 2^-14, below which float16 has no exponent
+    const Floats small = reinterpret_cast<Floats>(rest + (113 << 23)) - smallest;
+    const Floats large = reinterpret_cast<Floats>(rest + (112 << 23));
+    const Sums sign = (bits & 0x8000) << 16;
+    return reinterpret_cast<Floats>(reinterpret_cast<Sums>(rest < (1 << 23) ? small : large) | sign);
+#endif
+}
+
+// The weights of pair `which` in 16 bits each.
+template <int BITS> inline Pairs unpack(Bits bits, int which) {
+    if constexpr (BITS == 4) return reinterpret_cast<Pairs>(which == 3 ? bits >> 12 : (bits >> (4 * which)) & 15);
+    else return reinterpret_cast<Pairs>(bits << (8 - 8 * which)) >> 8;
+}
+
+// 16 outputs of `ROWS` rows.
+template <int BITS, int ROWS>
+void packed_tile(const Activations& a, int row, const uint8_t* w, const uint16_t* scales, int depth_blocks,
+                 f32x16 out[ROWS]) {
+    constexpr int PAIRS = 16 / BITS;  // that 16 bits hold a weight of
+    const int16_t* x = a.whole(row);
+    const float* units = a.scales(row);
+    const size_t stride = a.width(), units_stride = 2 * (a.width() / DEPTH);
+    Floats total[ROWS][PARTS] = {};
+    for (int kb = 0; kb < depth_blocks; kb++) {
+        for (int part = 0; part < PARTS; part++) {
+            Sums sums[ROWS] = {};
+            // Not unrolled: GCC would gather all products before it adds them, and has no registers for so many.
+#pragma GCC unroll 1
+            for (int i = 0; i < BITS; i++) {
+                const Bits bits = load<Bits>(w + (i * PARTS + part) * sizeof(Bits));
+                for (int pair = 0; pair < PAIRS; pair++) {
+                    const Pairs both = unpack<BITS>(bits, pair);
+                    for (int r = 0; r < ROWS; r++) {
+                        int32_t numbers;
+                        std::memcpy(&numbers, x + r * stride + 2 * (i * PAIRS + pair), sizeof numbers);
+                        sums[r] = add_products(sums[r], both, Sums{} + numbers);
+                    }
+                }
+            }
+            const Floats scale = widen_float16(scales + part * PART_LANES);
+            Floats minimum;
+            if constexpr (BITS == 4) minimum = widen_float16(scales + LANES + part * PART_LANES);
+            for (int r = 0; r < ROWS; r++) {
+                const float* unit = units + r * units_stride;
+                Floats& sum = total[r][part];
+                sum = fused(__builtin_convertvector(sums[r], Floats), scale * unit[0], sum);
+                if constexpr (BITS == 4) sum = fused(minimum, splat_part(unit[1]), sum);
+            }
+        }
+        w += BLOCK * BITS / 8;
+        x += DEPTH;
+        scales += BITS == 4 ? 2 * LANES : LANES;
+        units += 2;
+    }
+    std::memcpy(out, total, sizeof total);
+}
+
+// As `multiply_unit`, for packed weights.
+template <int BITS, class Emit>
+void multiply_packed(const Activations& a, int rows, const Weights& w, int first_block, int num_blocks, Emit emit) {
+    const int depth_blocks = blocks_of(w.inputs, DEPTH);
+    const size_t column_bytes = size_t(depth_blocks) * BLOCK * BITS / 8;
+    const size_t column_scales = size_t(depth_blocks) * LANES * (BITS == 4 ? 2 : 1);
+    auto tile = [&]<int ROWS>(std::integral_constant<int, ROWS>, int row, int block) {
+        f32x16 out[ROWS];
+        packed_tile<BITS, ROWS>(a, row, static_cast<const uint8_t*>(w.blocks) + block * column_bytes,
+                                w.scales + block * column_scales, depth_blocks, out);
+        for (int r = 0; r < ROWS; r++) emit(row + r, block, out[r]);
+    };
+    for (int row = 0; row < rows;) {
+        const int here = rows - row < 4 ? rows - row : 4;
+        for (int block = first_block; block < first_block + num_blocks; block++)
+            if (here == 4) tile(std::integral_constant<int, 4>{}, row, block);
+            else if (here == 3) tile(std::integral_constant<int, 3>{}, row, block);
+            else if (here == 2) tile(std::integral_constant<int, 2>{}, row, block);
+            else tile(std::integral_constant<int, 1>{}, row, block);
+        row += here;
+    }
+}
+
+// All outputs of `rows` rows: `emit(row, block, sums)` gets 16 of one row.
+template <class Emit> void multiply(Team::Member& team, const Activations& a, int rows, const Weights& w, Emit emit) {
     const int num_blocks = blocks_of(w.outputs, LANES);
+    auto finish = [&](int row, int block, f32x16 v) { emit(row, block, w.bias ? v + load<f32x16>(w.bias + block * LANES) : v); };
     team.each(blocks_of(num_blocks, UNIT_BLOCKS), [&](int unit) {
         const int first = unit * UNIT_BLOCKS;
         const int count = num_blocks - first < UNIT_BLOCKS ? num_blocks - first : UNIT_BLOCKS;
-        if (w.scales) multiply_unit<int8_t>(a, rows, w, first, count, emit);
-        else multiply_unit<uint16_t>(a, rows, w, first, count, emit);
+        if (w.bits == 4) multiply_packed<4>(a, rows, w, first, count, finish);
+        else if (w.bits == 8) multiply_packed<8>(a, rows, w, first, count, finish);
+        else multiply_unit(a, rows, w, first, count, finish);
     });
 }
 
@@ -459,7 +671,8 @@ struct RowBlock {
 class Engine {
    public:
     Engine(const Config& config, const Layer* layers)
-        : c_(config), layers_(layers, layers + config.layers), team_(config.threads), private_(config.threads) {}
+        : c_(config), is_packed_(config.head.bits < 16), layers_(layers, layers + config.layers), team_(config.threads),
+          private_(config.threads) {}
 
     bool forward(const Step& step) {
         step_ = step;
@@ -478,7 +691,7 @@ class Engine {
                 !mine.queries.reserve(size_t(GROUP_ROWS) * c_.head_dim) || !mine.tail.reserve(size_t(DEPTH) * c_.head_dim) ||
                 !mine.gate.reserve(size_t(step.rows) * (UNIT_BLOCKS / 2) * LANES))
                 return false;
-        team_.run([](void* engine, int thread) { static_cast<Engine*>(engine)->run(thread); }, this);
+        team_.run([](void* engine, Team::Member& team) { static_cast<Engine*>(engine)->run(team); }, this);
         return true;
     }
 
@@ -493,44 +706,44 @@ class Engine {
 
     bool reserve() {
         const size_t rows = step_.rows;
-        return residual_.reserve(rows * c_.hidden) && normed_.reserve(rows * c_.hidden) &&
-               qkv_.reserve(rows * qkv_width()) && queries_.reserve(rows * c_.heads * c_.head_dim) && attended_.reserve(rows * c_.heads * c_.head_dim) &&
-               gated_.reserve(rows * c_.intermediate);
+        return residual_.reserve(rows * c_.hidden) && normed_.reserve(rows, c_.hidden) &&
+               qkv_.reserve(rows * qkv_width()) && queries_.reserve(rows * c_.heads * c_.head_dim) &&
+               attended_.reserve(rows, c_.heads * c_.head_dim) && gated_.reserve(rows, c_.intermediate);
     }
 
     // The whole step, run by every thread.
-    void run(int thread) {
+    void run(Team::Member& team) {
         FlushDenormals flush;
-        Private& mine = private_[thread];
-        // A copy: once the last barrier has opened, the caller may set the next step while others still leave this one.
-        const Step step = step_;
+        Private& mine = private_[team.index];
+        const Step& step = step_;
         const int rows = step.rows;
-        team_.each(rows, [&](int row) { embed(row); });
+        team.each(rows, [&](int row) { embed(row); });
         for (int index = 0; index < c_.layers; index++) {
             const Layer& layer = layers_[index];
-            team_.each(rows, [&](int row) { normalise(row, layer.attention_norm, row); });
-            multiply(team_, normed_.get(), rows, layer.qkv, [&](int row, int block, f32x16 v) {
+            team.each(rows, [&](int row) { normalise(row, layer.attention_norm, row); });
+            multiply(team, normed_, rows, layer.qkv, [&](int row, int block, f32x16 v) {
                 store(qkv_.get() + size_t(row) * qkv_width() + block * LANES, v);
             });
             const int items = int(blocks_.size()) * c_.kv_heads;
-            team_.each(items, [&](int item) { place(blocks_[item / c_.kv_heads], item % c_.kv_heads, index); });
-            team_.each(items, [&](int item) {
+            team.each(items, [&](int item) { place(blocks_[item / c_.kv_heads], item % c_.kv_heads, index); });
+            team.each(items, [&](int item) {
                 // The longest blocks are the last ones: take them first, so that no thread ends alone with one.
                 attend(blocks_[blocks_.size() - 1 - item / c_.kv_heads], item % c_.kv_heads, index, mine);
             });
-            multiply(team_, attended_.get(), rows, layer.output, [&](int row, int block, f32x16 v) { add(row, block, v); });
-            team_.each(rows, [&](int row) { normalise(row, layer.mlp_norm, row); });
-            multiply(team_, normed_.get(), rows, layer.gate_up, [&](int row, int block, f32x16 v) {
+            multiply(team, attended_, rows, layer.output, [&](int row, int block, f32x16 v) { add(row, block, v); });
+            team.each(rows, [&](int row) { normalise(row, layer.mlp_norm, row); });
+            multiply(team, normed_, rows, layer.gate_up, [&](int row, int block, f32x16 v) {
                 float* gate = mine.gate.get() + (size_t(row) * (UNIT_BLOCKS / 2) + block / 2 % (UNIT_BLOCKS / 2)) * LANES;
                 if (block % 2 == 0) return store(gate, v);
                 const f32x16 g = load<f32x16>(gate);
-                narrow(gated_.get() + size_t(row) * c_.intermediate + block / 2 * LANES, g / (exponential(-g) + splat(1.0f)) * v);
+                narrow(gated_.floats(row) + block / 2 * LANES, g / (exponential(-g) + splat(1.0f)) * v);
+                if (is_packed_ && block % 4 == 3) gated_.round(row, block / 4, 1);
             });
-            multiply(team_, gated_.get(), rows, layer.down, [&](int row, int block, f32x16 v) { add(row, block, v); });
+            multiply(team, gated_, rows, layer.down, [&](int row, int block, f32x16 v) { add(row, block, v); });
         }
-        team_.each(step.num_logits, [&](int i) { normalise(step.logit_rows[i], c_.final_norm, i); });
+        team.each(step.num_logits, [&](int i) { normalise(step.logit_rows[i], c_.final_norm, i); });
         if (step.num_logits)
-            multiply(team_, normed_.get(), step.num_logits, c_.head, [&](int row, int block, f32x16 v) {
+            multiply(team, normed_, step.num_logits, c_.head, [&](int row, int block, f32x16 v) {
                 store(step.logits + row * step.logits_stride + block * LANES, v);
             });
     }
@@ -543,14 +756,20 @@ class Engine {
             for (int i = 0; i < c_.hidden; i += LANES) store(to + i, widen(from + i));
             return;
         }
-        const size_t at = size_t(token / LANES) * blocks_of(c_.hidden, DEPTH) * BLOCK + token % LANES * 2;
-        for (int i = 0; i < c_.hidden; i++) {
-            const size_t where = at + size_t(i / DEPTH) * BLOCK + i % DEPTH / 2 * 2 * LANES + i % 2;
-            if (c_.head.scales) {
-                to[i] = static_cast<const int8_t*>(c_.head.blocks)[where] * c_.head.scales[token];
-            } else {
-                const uint32_t bits = uint32_t(static_cast<const uint16_t*>(c_.head.blocks)[where]) << 16;
-                std::memcpy(to + i, &bits, 4);
+        const Weights& head = c_.head;
+        const int lane = token % LANES;
+        for (int kb = 0; kb < c_.hidden / DEPTH; kb++) {
+            const size_t block = size_t(token / LANES) * (c_.hidden / DEPTH) + kb;
+            const uint16_t* words = static_cast<const uint16_t*>(head.blocks) + block * BLOCK * head.bits / 16;
+            float scale = 1.0f;
+            if (head.bits == 8) {
+                const uint16_t* scales = head.scales + block * LANES + lane / PART_LANES * PART_LANES;
+                scale = widen_float16(scales)[lane % PART_LANES];
+            }
+            for (int i = 0; i < DEPTH; i++) {
+                const Place at = place_of(i, lane, head.bits);
+                const uint16_t word = words[at.word];
+                to[kb * DEPTH + i] = head.bits == 8 ? int8_t(word >> at.shift) * scale : float_of(uint32_t(word) << 16);
             }
         }
     }
@@ -565,7 +784,8 @@ class Engine {
         }
         const float factor = 1.0f / std::sqrt(sum(squares) / c_.hidden + c_.epsilon);
         for (int i = 0; i < c_.hidden; i += LANES)
-            narrow(normed_.get() + size_t(to) * c_.hidden + i, load<f32x16>(x + i) * factor * load<f32x16>(weight + i));
+            narrow(normed_.floats(to) + i, load<f32x16>(x + i) * factor * load<f32x16>(weight + i));
+        if (is_packed_) normed_.round(to, 0, c_.hidden / DEPTH);
     }
 
     void add(int row, int block, f32x16 v) {
@@ -688,9 +908,10 @@ class Engine {
                 for (int h = 0; h < HEADS; h++) out[h][i] += more[h][0];
             }
         }
-        uint16_t* to = attended_.get() + (size_t(row) * c_.heads + head) * dim;
+        uint16_t* to = attended_.floats(row) + head * dim;
         for (int h = 0; h < HEADS; h++)
             for (int i = 0; i < dim / LANES; i++) narrow(to + h * dim + i * LANES, out[h][i] * factors[h]);
+        if (is_packed_) attended_.round(row, head * dim / DEPTH, HEADS * dim / DEPTH);
     }
 
 #if defined(__AMX_BF16__)
@@ -733,7 +954,7 @@ class Engine {
                 amx_tile(mine.shares.get() + blocks * DEPTH, key_stride_, mine.tail.get() + i / LANES * BLOCK, BLOCK, 0, 1,
                          second > 0, true, rest);
             each_row([&](int r, int at) {
-                uint16_t* to = attended_.get() + (block.first + r) * stride + head * dim + i;
+                uint16_t* to = attended_.floats(block.first + r) + head * dim + i;
                 for (int half = 0; half < 2; half++) {
                     f32x16 total = load<f32x16>(out + at + half * 256);
                     if (keys % DEPTH) total += load<f32x16>(rest + at + half * 256);
@@ -741,6 +962,8 @@ class Engine {
                 }
             });
         }
+        if (is_packed_)
+            for (int r = 0; r < block.rows; r++) attended_.round(block.first + r, head * dim / DEPTH, dim / DEPTH);
     }
 #endif
 
@@ -769,6 +992,7 @@ class Engine {
     }
 
     const Config c_;
+    const bool is_packed_;  // whether products take whole numbers
     const std::vector<Layer> layers_;
     Team team_;
     std::vector<Private> private_;
@@ -776,21 +1000,26 @@ class Engine {
     std::vector<RowBlock> blocks_;
     size_t key_stride_ = 0;
     Scratch<float> residual_, qkv_;
-    Scratch<uint16_t> normed_, queries_, attended_, gated_;
+    Scratch<uint16_t> queries_;
+    Activations normed_, attended_, gated_;
 };
 
 template <class T>
-void pack_blocks(const T* from, int64_t stride, int outputs, int inputs, int first_block, int step, T* to) {
+void pack_blocks(const T* from, int outputs, int inputs, int bits, int first_block, int step, uint16_t* to) {
     const int depth_blocks = blocks_of(inputs, DEPTH);
+    const size_t words = size_t(BLOCK) * bits / 16;
     for (int block = 0; block < blocks_of(outputs, LANES); block++) {
-        T* at = to + size_t(first_block + block * step) * depth_blocks * BLOCK;
-        for (int kb = 0; kb < depth_blocks; kb++)
-            for (int pair = 0; pair < DEPTH / 2; pair++)
-                for (int lane = 0; lane < LANES; lane++)
-                    for (int odd = 0; odd < 2; odd++) {
-                        const int output = block * LANES + lane, input = kb * DEPTH + pair * 2 + odd;
-                        *at++ = output < outputs && input < inputs ? from[output * stride + input] : T{};
-                    }
+        uint16_t* column = to + size_t(first_block + block * step) * depth_blocks * words;
+        std::memset(column, 0, depth_blocks * words * sizeof *to);
+        const int lanes = std::min(outputs - block * LANES, LANES);
+        for (int lane = 0; lane < lanes; lane++) {
+            const T* row = from + size_t(block * LANES + lane) * inputs;
+            for (int input = 0; input < inputs; input++) {
+                const Place at = place_of(input % DEPTH, lane, bits);
+                const uint16_t weight = uint16_t(row[input]) & uint16_t((1 << bits) - 1);
+                column[input / DEPTH * words + at.word] |= uint16_t(weight << at.shift);
+            }
+        }
     }
 }
 
@@ -808,13 +1037,12 @@ int32_t gptoss_can_run() {
 #endif
 }
 
-// Lays out `outputs` x `inputs` numbers of 1 or 2 bytes, `stride` apart, as weight blocks: every `step`th from `first_block`.
-void gptoss_pack(const void* from, int64_t stride, int32_t outputs, int32_t inputs, int32_t bytes, int32_t first_block,
-                 int32_t step, void* to) {
-    if (bytes == 1)
-        pack_blocks(static_cast<const int8_t*>(from), stride, outputs, inputs, first_block, step, static_cast<int8_t*>(to));
-    else
-        pack_blocks(static_cast<const uint16_t*>(from), stride, outputs, inputs, first_block, step, static_cast<uint16_t*>(to));
+// Lays out `outputs` x `inputs` weights as blocks: every `step`th from `first_block`. A weight comes in 2 bytes if it has 16
+// bits, else in 1.
+void gptoss_pack(const void* from, int32_t outputs, int32_t inputs, int32_t bits, int32_t first_block, int32_t step, void* to) {
+    uint16_t* blocks = static_cast<uint16_t*>(to);
+    if (bits == 16) pack_blocks(static_cast<const uint16_t*>(from), outputs, inputs, bits, first_block, step, blocks);
+    else pack_blocks(static_cast<const uint8_t*>(from), outputs, inputs, bits, first_block, step, blocks);
 }
 
 // Null if the model's shape is not one that this file can run, or memory is short. What `config` points to must stay.

@@ -16,11 +16,16 @@ _PAGE_BYTES = 4096
 _MADV_HUGEPAGE = 14
 
 
+def round_up(count: int, to: int) -> int:
+    """The first multiple of ``to`` that is at least ``count``."""
+    return -(-count // to) * to
+
+
 def ask_for_huge_pages(memory: torch.Tensor) -> None:
     """Ask the system to back ``memory`` with huge pages from its next touch on; a refusal does not matter."""
     if sys.platform != "linux":
         return
-    start = -(-memory.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
+    start = round_up(memory.data_ptr(), _PAGE_BYTES)
     end = (memory.data_ptr() + memory.numel() * memory.element_size()) // _PAGE_BYTES * _PAGE_BYTES
     if end - start >= HUGE_PAGE_BYTES:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE)
@@ -41,5 +46,5 @@ class Arena:
             ask_for_huge_pages(chunk)
             self._room = chunk
         taken = self._room[:num_bytes]
-        self._room = self._room[-(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES :]
+        self._room = self._room[round_up(num_bytes, ALIGNMENT_BYTES) :]
         return taken

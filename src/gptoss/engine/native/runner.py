@@ -20,7 +20,7 @@ from torch import nn
 
 from gptoss.engine.attention import Chunk
 from gptoss.engine.kv_cache import KvGeometry, KvSlot, LayerGeometry
-from gptoss.engine.native.memory import Arena, ask_for_huge_pages
+from gptoss.engine.native.memory import Arena, ask_for_huge_pages, round_up
 from gptoss.engine.native.weights import DEPTH, LANES, PackedWeights, WeightFormat, WeightsStruct
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -116,6 +116,7 @@ class NativeRunner:
         is_tied = model.lm_head.weight.data_ptr() == embedding.data_ptr()
         if not is_tied:
             embedding = self._keep(embedding.detach().to(torch.bfloat16).contiguous())
+            self.weights_bytes += embedding.numel() * embedding.element_size()
         layer_structs = (_LayerStruct * config.num_hidden_layers)(
             *(self._pack_layer(each, form) for each in model.model.layers)
         )
@@ -134,7 +135,7 @@ class NativeRunner:
             sines=self._keep(sines).data_ptr(),
             final_norm=self._vector(model.model.norm.weight),
             embedding=0 if is_tied else embedding.data_ptr(),
-            head=self._pack([model.lm_head], form),
+            head=self._pack([model.lm_head], "int8" if form == "int4" else form),
         )
         library.gptoss_create.restype = ctypes.c_void_p
         self._engine = library.gptoss_create(ctypes.byref(struct), layer_structs)
@@ -147,7 +148,7 @@ class NativeRunner:
 
     def new_slot(self, tokens: int) -> KvSlot:
         """See ``Runner``."""
-        slot = KvSlot(self.geometry, -(-tokens // DEPTH) * DEPTH)
+        slot = KvSlot(self.geometry, round_up(tokens, DEPTH))
         for store in slot.stores:
             ask_for_huge_pages(store)
         return slot
@@ -167,7 +168,7 @@ class NativeRunner:
             end += length
             wanted += range(end - chunk.num_logits, end)
         logit_rows = (ctypes.c_int32 * len(wanted))(*wanted)
-        width = -(-self._vocab // LANES) * LANES
+        width = round_up(self._vocab, LANES)
         logits = torch.empty((len(wanted), width))
         step = _StepStruct(
             rows=rows,
