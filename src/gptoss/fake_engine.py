@@ -34,6 +34,8 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int = 8
     max_model_len: int = 4096
     kv_budget_bytes: int = 1_000_000
+    vocab_size: int = FAKE_VOCAB
+    eos_token_ids: tuple[int, ...] = (0,)
 
 
 def fake_token(seed: int, position: int) -> int:
@@ -46,8 +48,8 @@ def fake_text(token_id: int) -> str:
     return f"t{token_id} "
 
 
-class _Sequence:
-    """A request inside the fake engine; ``is_running`` while it has KV memory."""
+class FakeSequence:
+    """A request inside the fake engine; ``is_running`` while it has KV memory, ``end`` and what follows once it is over."""
 
     def __init__(self, submit: port.Submit, arrival: int) -> None:
         self.submit = submit
@@ -57,9 +59,13 @@ class _Sequence:
         self.max_tokens = submit.sampling.max_tokens or 1
         self.num_computed = 0
         self.is_running = False
+        self.end: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.rest = ""
 
     @property
     def candidate(self) -> Candidate:
+        """Itself as the scheduler sees it."""
         submit = self.submit
         return Candidate(
             submit.request_id,
@@ -75,6 +81,7 @@ class _Sequence:
 
     @property
     def kv_bytes(self) -> int:
+        """What its KV memory takes."""
         return kv_bytes(FAKE_LAYOUT, self.num_prompt + self.max_tokens)
 
 
@@ -92,7 +99,7 @@ class FakeEngine:
         self._load = load
         self._options = options
         self._limits = Limits(max_batch_size=options.max_batch_size, chunk_tokens=CHUNK_TOKENS, is_row_invariant=True)
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences: dict[str, FakeSequence] = {}
         self._arrivals = 0
         self._submits_taken = 0
         self._is_draining = False
@@ -147,6 +154,11 @@ class FakeEngine:
         done = self._step_done(plan, tuple(rows), started_ns, duration_ns)
         return [done, *ends, *self._drained()]
 
+    def produce(self, sequence: FakeSequence) -> tuple[int, str]:
+        """The next token of a request, and the text that it makes final; sets ``end`` if it is the last."""
+        token_id = fake_token(sequence.submit.sampling.seed or 0, sequence.produced)
+        return token_id, fake_text(token_id)
+
     # ---- parts
 
     def _submit(self, submit: port.Submit) -> list[port.EngineEvent]:
@@ -157,7 +169,7 @@ class FakeEngine:
         if older is not None and older.submit.attempt == submit.attempt:
             return []
         self._sequences.pop(submit.request_id, None)
-        self._sequences[submit.request_id] = _Sequence(submit, self._arrivals)
+        self._sequences[submit.request_id] = FakeSequence(submit, self._arrivals)
         self._arrivals += 1
         return [] if older is None else [_finished(older, "cancelled")]
 
@@ -174,31 +186,35 @@ class FakeEngine:
     def _run(self, row: PlannedRow, failure: RowFailure) -> port.StepRow:
         sequence = self._sequences[row.request_id]
         token_ids: tuple[int, ...] = ()
+        text = ""
         prefilled = 0
         if not failure:
             prefilled = max(0, min(row.start + row.num_tokens, sequence.num_prompt) - row.start)
             sequence.num_computed += row.num_tokens
             if row.num_logits:
-                token_ids = (fake_token(sequence.submit.sampling.seed or 0, sequence.produced),)
+                token_id, text = self.produce(sequence)
+                token_ids = (token_id,)
                 sequence.produced += 1
+                if sequence.end is None and sequence.produced >= sequence.max_tokens:
+                    sequence.end = "length"
         return port.StepRow(
             request_id=row.request_id,
             attempt=row.attempt,
             token_ids=token_ids,
-            text="".join(map(fake_text, token_ids)),
+            text=text,
             prefilled=prefilled,
             start=row.start,
             num_tokens=row.num_tokens,
             num_logits=row.num_logits,
             failure=failure,
-            ended=failure not in {"", "memory"} or sequence.produced >= sequence.max_tokens,
+            ended=failure not in {"", "memory"} or sequence.end is not None,
         )
 
     def _end(self, row: port.StepRow) -> port.EngineEvent:
         sequence = self._sequences.pop(row.request_id)
         if row.failure:
             return _failed(sequence.submit, "engine_error", f"the model's output is {row.failure}")
-        return _finished(sequence, "length")
+        return _finished(sequence, sequence.end or "length")
 
     def _step_done(
         self, plan: StepPlan, rows: tuple[port.StepRow, ...], started_ns: int, duration_ns: int
@@ -241,7 +257,7 @@ class FakeEngine:
         capabilities = EngineCapabilities(
             model_name=load.model_name,
             architecture="Fake",
-            vocab_size=FAKE_VOCAB,
+            vocab_size=options.vocab_size,
             max_model_len=options.max_model_len,
             max_batch_size=options.max_batch_size,
             kv_budget_bytes=options.kv_budget_bytes,
@@ -250,20 +266,22 @@ class FakeEngine:
             device=load.device,
             dtype="float32",
             num_threads=1,
-            eos_token_ids=(0,),
+            eos_token_ids=options.eos_token_ids,
             limits=self._limits,
         )
         fingerprint = ModelFingerprint(weights="", tokenizer="", chat_template="", config="")
         return port.Loaded(capabilities=capabilities, fingerprint=fingerprint, load_ms=0.0, pid=0)
 
 
-def _finished(sequence: _Sequence, reason: FinishReason) -> port.Finished:
+def _finished(sequence: FakeSequence, reason: FinishReason) -> port.Finished:
     return port.Finished(
         request_id=sequence.submit.request_id,
         attempt=sequence.submit.attempt,
         reason=reason,
         prompt_tokens=sequence.num_prompt,
         completion_tokens=sequence.produced,
+        text=sequence.rest,
+        stop_reason=sequence.stop_reason,
     )
 
 

@@ -1,19 +1,25 @@
 """Public fakes for tests and load tests.
 
-Time that stands still, an engine without a model on a thread, a renderer without a tokenizer, and a way to wait until a
+Time that stands still, an engine without a model on a thread, one that says given tokens, a renderer without a tokenizer, and a way to wait until a
 system has nothing left to do. The engine's rules are in ``gptoss.fake_engine``.
 """
 
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from gptoss.actors.system import System
 from gptoss.clock import NS_PER_S, SystemClock
 from gptoss.engine import port
-from gptoss.fake_engine import FAKE_VOCAB, FakeEngine, FakeOptions, fake_text, fake_token
+from gptoss.engine.answer_port import Dialect
+from gptoss.engine.detokenizer import Detokenizer
+from gptoss.engine.dialect import TaggedDialect
+from gptoss.engine.tagged_output import TagFormat
+from gptoss.fake_engine import FAKE_VOCAB, FakeEngine, FakeOptions, FakeSequence, fake_text, fake_token
 
 __all__ = [
     "FAKE_MODEL",
@@ -22,6 +28,7 @@ __all__ = [
     "FakeOptions",
     "FakeRenderer",
     "ManualClock",
+    "ScriptedDriver",
     "fake_text",
     "fake_token",
     "run_until_idle",
@@ -67,6 +74,7 @@ async def run_until_idle(system: System, timeout_s: float = 10.0, *, poll_s: flo
 class FakeRenderer:
     """One token for each word; token ids come back as ``t<id>`` and a space."""
 
+    dialect: Dialect = TaggedDialect(TagFormat(), {})
     vocab_size = FAKE_VOCAB
     takes_reasoning_effort = False
 
@@ -117,7 +125,7 @@ class FakeDriver:
     def start(self, load: port.Load, sink: Callable[[port.EngineEvent], None]) -> None:
         """See ``engine.port.EngineDriver``."""
         self._sink = sink
-        self._engine = FakeEngine(load, self.options)
+        self._engine = self._make_engine(load)
         self._commands.put(load)
         threading.Thread(target=self._live, name="fake-engine", daemon=True).start()
 
@@ -134,6 +142,9 @@ class FakeDriver:
     def join(self, timeout_s: float) -> bool:
         """See ``engine.port.EngineDriver``."""
         return self._gone.wait(timeout_s)
+
+    def _make_engine(self, load: port.Load) -> FakeEngine:
+        return FakeEngine(load, self.options)
 
     # ---- its life
 
@@ -174,3 +185,62 @@ class FakeDriver:
     def _tell(self, events: list[port.EngineEvent]) -> None:
         for event in events:
             self._sink(event)
+
+
+class ScriptedDriver(FakeDriver):
+    """An engine that says what it is given, one token a step, through the detokenizer of a real engine.
+
+    After the end of a script that does not end with an end token comes the first end token.
+
+    Args:
+        tokenizer: spells the tokens.
+        script: the tokens of the answer to a submit.
+        options: with the end tokens and the vocabulary of the model that is played.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, script: Callable[[port.Submit], Sequence[int]], options: FakeOptions
+    ) -> None:
+        super().__init__(options)
+        self._tokenizer = tokenizer
+        self._script = script
+
+    def _make_engine(self, load: port.Load) -> FakeEngine:
+        return _ScriptedEngine(load, self.options, self._tokenizer, self._script)
+
+
+class _ScriptedEngine(FakeEngine):
+    def __init__(
+        self,
+        load: port.Load,
+        options: FakeOptions,
+        tokenizer: Tokenizer,
+        script: Callable[[port.Submit], Sequence[int]],
+    ) -> None:
+        super().__init__(load, options)
+        self._end_ids = options.eos_token_ids
+        self._tokenizer = tokenizer
+        self._script = script
+        self._texts: dict[tuple[str, int], Detokenizer] = {}
+
+    def produce(self, sequence: FakeSequence) -> tuple[int, str]:
+        submit = sequence.submit
+        script = self._script(submit)
+        token = script[sequence.produced] if sequence.produced < len(script) else self._end_ids[0]
+        text = self._text_of(submit)
+        if token in self._end_ids and not submit.sampling.ignore_eos:
+            sequence.end, sequence.stop_reason = "stop", token
+            return token, text.finish()
+        piece = text.push(token)
+        if piece.stopped is not None:
+            sequence.end, sequence.stop_reason = "stop", piece.stopped
+        elif sequence.produced + 1 >= sequence.max_tokens:
+            sequence.rest = text.finish()
+        return token, piece.text
+
+    def _text_of(self, submit: port.Submit) -> Detokenizer:
+        key = (submit.request_id, submit.attempt)
+        if key not in self._texts:
+            self._texts[key] = Detokenizer(self._tokenizer, submit.sampling.stop, submit.prompt_token_ids)
+            self._texts[key].replay(submit.output_token_ids)
+        return self._texts[key]

@@ -130,3 +130,12 @@ def test_the_gpu_benchmark_says_in_one_line_that_there_is_no_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA devices")
     assert re.fullmatch(r"bench_gpu: no CUDA device [^\n]*\n", run("bench_gpu.py"))
+
+
+def test_the_grammar_benchmark_walks_answers_of_every_form(tiny_folder: Folders) -> None:
+    text = run(
+        "bench_grammar.py", "--tokenizer", tiny_folder("llama"), "--vocab", "300", "--end", "256", "--tokens", "40"
+    )
+    found = {row[0]: row[1:] for row in rows(text)}
+    assert {"any object", "small schema", "schema of 60 fields", "regex"} <= found.keys()
+    assert 0 < int(found["regex"][0]) <= 40

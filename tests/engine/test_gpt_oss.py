@@ -4,18 +4,25 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import jsonschema
+import openai
 import pytest
 import torch
 import transformers
 from core_run import Run, submit
 from o200k import NAMED, VOCAB_SIZE, write_tokenizer
 
+from gptoss.app import ServingSystem
+from gptoss.config import Settings
 from gptoss.engine.core import CoreOptions
 from gptoss.engine.load import LoadedModel, load_model
 from gptoss.engine.model_folder import no_progress
+from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import Finished, Load, Submit
 from gptoss.engine.runner import PackedRunner
+from gptoss.http.server import serve
 from gptoss.messages.sampling import SamplingParams
+from gptoss.serving_context import make_app
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
@@ -169,3 +176,42 @@ def test_a_conversation_goes_on_from_its_cached_beginning(kv_layout: Literal["sl
     assert cached[0] == 0
     assert cached[1] >= 256
     assert tokens[0] == tokens[1]
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Paris", "東京", "Zürich"]},
+        "days": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.timeout(300)
+async def test_a_form_is_kept_through_the_whole_server_at_a_high_temperature(folder: str) -> None:
+    """Random weights, the real vocabulary, an engine process: the answer is a final message with JSON of the schema."""
+    settings = Settings(journal="memory", devices="cpu", dtype="float32", max_model_len=2048, num_threads=1)
+    model = PreparedModel(folder=folder, model_name="gpt-oss-tiny", source="test", max_model_len=2048)
+    async with ServingSystem(settings, model=model) as serving:
+        await serving.ready(150.0)
+        server = await serve(make_app(serving), "127.0.0.1", 0)
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            for seed in range(4):
+                answer = await client.chat.completions.create(
+                    model="gpt-oss-tiny",
+                    messages=[{"role": "user", "content": "Where?"}],
+                    response_format={"type": "json_schema", "json_schema": {"name": "trip", "schema": SCHEMA}},
+                    temperature=1.5,
+                    seed=seed,
+                    max_tokens=200,
+                    logit_bias={"17196": 100},  # "final": random weights would think until the tokens are spent
+                )
+                assert answer.choices[0].finish_reason == "stop"
+                jsonschema.validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
+            free = await client.chat.completions.create(
+                model="gpt-oss-tiny", messages=[{"role": "user", "content": "Hi"}], temperature=1.5, max_tokens=50
+            )
+            assert free.choices[0].finish_reason in ("stop", "length")
+        await server.close()

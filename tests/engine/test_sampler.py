@@ -187,6 +187,10 @@ class OnlyAfter:
     def __init__(self) -> None:
         self.next = 3
 
+    @property
+    def is_over(self) -> bool:
+        return self.next > VOCAB
+
     def allowed(self) -> torch.Tensor | None:
         return torch.arange(VOCAB) == self.next if self.next < VOCAB else None
 

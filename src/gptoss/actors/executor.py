@@ -207,7 +207,13 @@ class ExecutorActor(ThreadedActor):
             produced.append(ev.ProducedRow(row.request_id, row.attempt, flight.tokens_out, row.token_ids))
             flight.tokens_out += len(row.token_ids)
             flight.last_pos = cause
-            tokens = TokensProduced(attempt=row.attempt, token_ids=row.token_ids, text=row.text, logprobs=row.logprobs)
+            tokens = TokensProduced(
+                attempt=row.attempt,
+                token_ids=row.token_ids,
+                text=row.text,
+                logprobs=row.logprobs,
+                text_lengths=row.text_lengths,
+            )
             self._directory.tell(request_name(row.request_id), tokens, cause=cause)
         if produced and self._config.keep_content:
             self.record(ev.StepTokens(executor=self._name, step=news.step, rows=tuple(produced)))

@@ -16,7 +16,7 @@ import msgspec
 
 from gptoss.engine.port import ChatMessage, TokenLogprob
 from gptoss.errors import GptossError
-from gptoss.messages.answer import Part, TextPart
+from gptoss.messages.answer import AnswerShape, Part, TextPart, content_of, joined
 from gptoss.messages.commands import CancelReason
 from gptoss.messages.model import FinishReason
 from gptoss.messages.sampling import SamplingParams
@@ -29,7 +29,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
         messages: the conversation; its bounds and the sampling bounds are checked by the request actor.
         prompt: text or token ids to go on from, instead of a conversation.
         model: the name the client asked for; empty means whatever is served.
-        reasoning_effort: how much the model is to think, where its chat template takes that; empty is its own default.
+        reasoning_effort: how much the model is to think, where it takes that; empty is its own default.
+        shape: what the answer may be made of.
         add_special_tokens: whether ``prompt`` as text begins with the tokens that the tokenizer puts first.
         priority: lower runs first.
         timeout_s: bound on the request's whole life; None takes the server's setting.
@@ -48,6 +49,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool = True
     tools: tuple[dict[str, Any], ...] = ()
     reasoning_effort: str = ""
+    shape: AnswerShape = AnswerShape()
     add_special_tokens: bool = True
     priority: int = 0
     timeout_s: float | None = None
@@ -61,15 +63,23 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
-    """What has become available since the last delta."""
+    """What has become available since the last delta.
+
+    Attributes:
+        text: as the engine decoded it, tags and thoughts and all.
+        found: what a parser found in it; None where none reads along, and all of the text is visible.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    found: tuple[Part, ...] | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The text as the parts of an answer."""
+        """What was said, as typed parts: thoughts, visible text, tool calls."""
+        if self.found is not None:
+            return self.found
         return (TextPart("content", self.text),) if self.text else ()
 
 
@@ -79,12 +89,16 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a request ended; exactly one of ``finish_reason`` and ``error`` is set."""
+    """How a request ended; exactly one of ``finish_reason`` and ``error`` is set.
 
-    finish_reason: FinishReason | None = None
+    ``tool_calls`` is a stop after which somebody has to call tools.
+    """
+
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     usage: Usage = Usage()
     stop_reason: str | int | None = None
     error: GptossError | None = None
@@ -120,6 +134,7 @@ class Generation:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self._parts: list[Part] = []
         self._admitted = asyncio.Event()
         self._news = asyncio.Event()
 
@@ -142,19 +157,25 @@ class Generation:
             delta = self.take()
             if delta is not None:
                 yield delta
-            if self.outcome is not None and not self._token_ids and not self._texts:
+            if self.outcome is not None and not self._has_more():
                 if self.outcome.error is not None:
                     raise self.outcome.error
                 return
 
     def take(self) -> Delta | None:
         """What has become available, without waiting; None when nothing has."""
-        if not self._texts and not self._token_ids:
+        if not self._has_more():
             return None
-        delta = Delta(text="".join(self._texts), token_ids=tuple(self._token_ids), logprobs=tuple(self._logprobs))
+        delta = Delta(
+            text="".join(self._texts),
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            found=tuple(joined(self._parts)),
+        )
         self._texts.clear()
         self._token_ids.clear()
         self._logprobs.clear()
+        self._parts.clear()
         return delta
 
     def announce(self, news: asyncio.Event) -> None:
@@ -164,8 +185,8 @@ class Generation:
         self._news = news
 
     async def text(self) -> str:
-        """The whole answer. Raises as iteration does."""
-        return "".join([delta.text async for delta in self])
+        """The visible text of the whole answer. Raises as iteration does."""
+        return "".join([content_of(delta.parts) async for delta in self])
 
     def cancel(self, reason: CancelReason = "client") -> None:
         """Stop the request; without effect once it has ended."""
@@ -197,6 +218,7 @@ class Generation:
             self._texts.append(delta.text)
         self._token_ids.extend(delta.token_ids)
         self._logprobs.extend(delta.logprobs)
+        self._parts.extend(delta.parts)
         self._news.set()
 
     def end(self, outcome: Outcome) -> None:
@@ -205,3 +227,6 @@ class Generation:
             self.outcome = outcome
             self._admitted.set()
             self._news.set()
+
+    def _has_more(self) -> bool:
+        return bool(self._texts or self._token_ids or self._parts)

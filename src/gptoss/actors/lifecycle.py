@@ -173,6 +173,7 @@ def _rendered(state: RequestState, command: cmd.PromptReady) -> list[Event]:
             prompt_hmac=command.prompt_hmac,
             template=command.template,
             date=command.date,
+            grammar_hmac=command.grammar_hmac,
             max_tokens=wanted if wanted is not None else min(room, state.default_max_tokens),
         )
     ]
@@ -230,6 +231,8 @@ def _done(state: RequestState, command: cmd.EngineDone) -> list[Event]:
             completion_tokens=command.completion_tokens,
             cached_tokens=command.cached_tokens,
             stop_reason=command.stop_reason if isinstance(command.stop_reason, int) else None,
+            reasoning_tokens=command.reasoning_tokens,
+            num_calls=command.num_calls,
         )
     ]
 

@@ -7,13 +7,17 @@ thread of a rendering that runs into it goes on until a bound of its own ends it
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import msgspec
 
 from gptoss.actors.generation import GenerateRequest
 from gptoss.actors.system import System
 from gptoss.clock import NS_PER_S
+from gptoss.engine.answer_port import OutputParser
 from gptoss.engine.port import RenderedPrompt, Renderer
 from gptoss.errors import RequestError
+from gptoss.messages.sampling import check_bound_sampling
 
 RENDER_TIMEOUT_S = 10.0
 
@@ -57,6 +61,15 @@ class Rendering:
 
         return await self._off_loop(render, prompt_param(request))
 
+    def parser(self, request: GenerateRequest, prompt: RenderedPrompt, request_id: str) -> OutputParser | None:
+        """What reads the answer; None where it goes on from a plain text, and is plain text itself."""
+        if request.prompt is not None:
+            return None
+        opens = prompt.opens_reasoning
+        return self._renderer.dialect.parser(
+            _offered_tools(request), request.shape, opens_reasoning=opens, request_id=request_id
+        )
+
     async def decode(self, token_ids: tuple[int, ...], param: str) -> str:
         """The text of the tokens in the field ``param``, special ones included. Raises as ``prompt``."""
 
@@ -86,19 +99,35 @@ def prompt_param(request: GenerateRequest) -> str:
 def _render(renderer: Renderer, request: GenerateRequest, date: str, *, add_generation_prompt: bool) -> RenderedPrompt:
     prompt = request.prompt
     if prompt is None:
-        return renderer.render_chat(
-            request.messages,
-            tools=request.tools,
-            date=date,
-            reasoning_effort=request.reasoning_effort,
-            add_generation_prompt=add_generation_prompt,
-        )
+        return _render_chat(renderer, request, date, add_generation_prompt=add_generation_prompt)
     if isinstance(prompt, str):
         token_ids = renderer.encode(prompt, add_special_tokens=request.add_special_tokens)
     else:
         token_ids = prompt
         _check_vocabulary(renderer, token_ids, "prompt")
     return RenderedPrompt(token_ids=token_ids, template="")
+
+
+def _render_chat(
+    renderer: Renderer, request: GenerateRequest, date: str, *, add_generation_prompt: bool
+) -> RenderedPrompt:
+    tools = _offered_tools(request)
+    rendered = renderer.render_chat(
+        request.messages,
+        tools=tools,
+        date=date,
+        reasoning_effort=request.reasoning_effort,
+        add_generation_prompt=add_generation_prompt,
+    )
+    grammar = renderer.dialect.grammar(tools, request.shape, opens_reasoning=rendered.opens_reasoning)
+    if grammar:
+        check_bound_sampling(request.sampling)
+    return msgspec.structs.replace(rendered, grammar=grammar)
+
+
+def _offered_tools(request: GenerateRequest) -> tuple[dict[str, Any], ...]:
+    """The tools that the model is told of: none where it may call none."""
+    return request.tools if request.shape.tool_choice != "none" else ()
 
 
 def _check_vocabulary(renderer: Renderer, token_ids: tuple[int, ...], param: str) -> None:

@@ -13,7 +13,7 @@ decider: their journal entry is the executor's ``StepCommitted``.
 
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -24,10 +24,12 @@ from gptoss.actors.lifecycle import Lifecycle, RequestState
 from gptoss.actors.rendering import Rendering, prompt_param
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
+from gptoss.engine.answer_port import OutputParser
 from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
 from gptoss.errors import ActorError, EngineError, GptossError, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
+from gptoss.messages.answer import Part
 from gptoss.messages.commands import Command
 from gptoss.messages.sampling import SamplingParams
 
@@ -39,6 +41,21 @@ class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    text_lengths: tuple[int, ...] = ()
+
+    def pieces(self) -> Iterator[tuple[int | None, str]]:
+        """Each token with the text that came with it; text without a token last."""
+        if len(self.token_ids) == 1:
+            yield self.token_ids[0], self.text
+            return
+        at = 0
+        for token_id, length in zip(self.token_ids, self.text_lengths, strict=False):
+            yield token_id, self.text[at : at + length]
+            at += length
+        for token_id in self.token_ids[len(self.text_lengths) :]:
+            yield token_id, ""
+        if at < len(self.text):
+            yield None, self.text[at:]
 
 
 class CancelInEngine(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +101,7 @@ class RequestActor(DeciderActor[RequestState]):
         self._generation = generation
         self._services = services
         self._prompt: RenderedPrompt | None = None
+        self._parser: OutputParser | None = None
         self._delivered: list[int] = []
         self._text: list[str] = []
         self._deadline: Timer | None = None
@@ -138,6 +156,8 @@ class RequestActor(DeciderActor[RequestState]):
         """Deliver tokens at once; everything else is a command to the lifecycle."""
         if isinstance(message, TokensProduced):
             self._deliver(message)
+        elif isinstance(message, cmd.EngineDone):
+            super().on_receive(self._read_to_end(message))
         else:
             super().on_receive(message)
 
@@ -188,12 +208,14 @@ class RequestActor(DeciderActor[RequestState]):
             param = prompt_param(request)
             self._tell_unusable(RequestError(f"{param} is empty; it needs at least one token", param=param), cause)
             return
+        self._parser = rendering.parser(request, prompt, self._id)
         ready = cmd.PromptReady(
             now_ns=system.now_ns(),
             prompt_tokens=len(prompt.token_ids),
             prompt_hmac=_keyed_hash(self._services.hmac_key, prompt.token_ids),
             template=prompt.template,
             date=date,
+            grammar_hmac=_keyed_hash(self._services.hmac_key, prompt.grammar) if prompt.grammar else "",
             param=prompt_param(request),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
@@ -211,8 +233,12 @@ class RequestActor(DeciderActor[RequestState]):
     def _keep_prompt(self, _: ev.PromptRendered) -> None:
         assert self._prompt is not None
         if self._services.keep_content:
-            stop = self._request.sampling.stop
-            given = ev.PromptTokens(request_id=self._id, token_ids=self._prompt.token_ids, stop=stop)
+            given = ev.PromptTokens(
+                request_id=self._id,
+                token_ids=self._prompt.token_ids,
+                stop=self._request.sampling.stop,
+                grammar=self._prompt.grammar,
+            )
             self.record(given, correlation=self._id)
 
     def _tell_admitted(self, event: ev.RequestAdmitted) -> None:
@@ -230,6 +256,7 @@ class RequestActor(DeciderActor[RequestState]):
             priority=self._request.priority,
             deadline_ns=self._deadline_ns,
             cache_salt=self._request.cache_salt,
+            grammar=self._prompt.grammar,
         )
         if self.directory.tell(executor_name(self.state.executor), submit, cause=self.event_pos):
             return
@@ -252,7 +279,26 @@ class RequestActor(DeciderActor[RequestState]):
         self._delivered.extend(tokens.token_ids)
         if self._services.keep_text:
             self._text.append(tokens.text)
-        self._generation.put(Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs))
+        delta = Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs, found=self._parts(tokens))
+        self._generation.put(delta)
+
+    def _parts(self, tokens: TokensProduced) -> tuple[Part, ...] | None:
+        """What the parser finds in some more tokens; None without a parser."""
+        if self._parser is None:
+            return None
+        parts: list[Part] = []
+        for token_id, text in tokens.pieces():
+            parts += self._parser.push(token_id, text)
+        return tuple(parts)
+
+    def _read_to_end(self, done: cmd.EngineDone) -> cmd.EngineDone:
+        """Hand over what the parser still holds back; returns ``done`` with what was counted in the output."""
+        if self._parser is None or self.state.phase != "running" or done.attempt != self.state.attempt:
+            return done
+        self._generation.put(Delta(found=tuple(self._parser.finish())))
+        return msgspec.structs.replace(
+            done, reasoning_tokens=self._parser.reasoning_tokens, num_calls=self._parser.num_calls
+        )
 
     def _cancel(self, _: ev.CancelRequested) -> None:
         if self.state.phase == "running":
@@ -270,8 +316,10 @@ class RequestActor(DeciderActor[RequestState]):
             prompt_tokens=event.prompt_tokens,
             completion_tokens=event.completion_tokens,
             cached_tokens=event.cached_tokens,
+            reasoning_tokens=event.reasoning_tokens,
         )
-        self._finish_with(Outcome(finish_reason=event.finish_reason, usage=usage, stop_reason=event.stop_reason))
+        reason = "tool_calls" if event.num_calls and event.finish_reason == "stop" else event.finish_reason
+        self._finish_with(Outcome(finish_reason=reason, usage=usage, stop_reason=event.stop_reason))
 
     def _failed(self, event: ev.RequestFailed) -> None:
         self._finish_with(

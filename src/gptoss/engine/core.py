@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from gptoss.clock import Clock
 from gptoss.engine.attention import Chunk
 from gptoss.engine.batch import Batch
+from gptoss.engine.grammar_mask import GrammarMasks
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.pace import PrefillPace
@@ -88,6 +89,7 @@ class EngineCore:
     Attributes:
         capabilities: with what the core itself decides on.
         notes: for people, on what is not as it was asked for.
+        grammars: of requests whose output is bound.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class EngineCore:
         self._spelling = TokenText(tokenizer)
         self._clock = clock
         self._device = torch.device(capabilities.device)
+        self.grammars = GrammarMasks(tokenizer, capabilities.vocab_size, capabilities.eos_token_ids)
         options = options or CoreOptions()
         limits = Limits(
             max_batch_size=capabilities.max_batch_size,
@@ -253,6 +256,7 @@ class EngineCore:
             logprobs=tuple(self._token_logprob(draw) for draw in draws if draw.logprob is not None),
             failure=failure,
             ended=bool(failure or sequence.end),
+            text_lengths=tuple(map(len, texts)) if len(texts) > 1 else (),
         )
 
     def _fault(self, sequence: Sequence, row: PlannedRow, fault: Fault, ends: list[EngineEvent]) -> StepRow:
@@ -278,7 +282,8 @@ class EngineCore:
         try:
             self._check_room()
             check_submit(submit, self.capabilities)
-            sequence = Sequence(submit, self._num_sequences, self.capabilities, self._tokenizer)
+            mask = self.grammars.mask(submit.grammar, self._device) if submit.grammar else None
+            sequence = Sequence(submit, self._num_sequences, self.capabilities, self._tokenizer, mask)
             sequence.kv_bytes = self._kv_bytes(sequence.capacity)
         except GptossError as error:
             return [_failed(submit, error)]

@@ -4,6 +4,8 @@ Rules:
 - The pieces of a request, put together, are the decoding of all its tokens, cut before the first stop string. It does
   not matter where the stream was interrupted: ``replay`` of the same tokens leaves the same state.
 - A piece is final: it never ends inside a character, and text that may become part of a stop string is held back.
+- A special token is a boundary: no character and no stop string goes across it, and what was held back comes with it. So
+  every piece lies on the side of the special token that its own tokens lie on, and output parsers need no positions.
 - The first stop string is the one whose last character comes first; of several that end there, the longest.
 - A push costs the same however long the output is: a window of a few tokens is decoded, and each stop string keeps
   only the length of its longest prefix that the text ends with (Knuth, Morris and Pratt).
@@ -58,18 +60,26 @@ class Detokenizer:
 
     def push(self, token_id: int) -> Piece:
         """Take one token and return the text that became final. After a stop string every piece is empty."""
-        if self._stopped is not None or token_id in self._special_ids:
+        if self._stopped is not None:
             return Piece("", self._stopped)
+        if token_id in self._special_ids:
+            return Piece(self.finish(), self._stopped)
         return Piece(self._release(self._next_text(token_id)), self._stopped)
 
     def finish(self) -> str:
         """The text still held back: a possible stop string that did not come, or a character cut short (U+FFFD)."""
         if self._stopped is not None:
             return ""
-        rest = self._release(self._decode()[self._given :])
+        text = self._decode()
+        rest = self._release(text[self._given :])
         if self._stopped is None:
             rest += self._held
-        self._window, self._clean, self._given, self._held = [], 0, 0, ""
+        self._held = ""
+        for stop in self._stops:
+            stop.matched = 0
+        # What follows needs a neighbour to keep its leading space, but must not complete a character cut short.
+        self._window = [] if text.endswith(REPLACEMENT) else self._window[-MAX_PENDING_TOKENS:]
+        self._clean, self._given = len(self._window), len(self._decode()) if self._window else 0
         return rest
 
     def replay(self, token_ids: Iterable[int]) -> None:

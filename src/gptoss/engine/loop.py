@@ -62,6 +62,8 @@ def serve(
         emit(LoadFailed(code=error.code, message=error.message))
         return EXIT_LOAD_FAILED
     core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock, core_options(load, model))
+    emit(LoadProgressed(stage="grammars", done=0, total=0, unit="tokens"))
+    core.grammars.prepare()  # a second or two for a large vocabulary, which no step should have to wait for
     emit(
         Loaded(
             capabilities=core.capabilities,

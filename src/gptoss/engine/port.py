@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
+from gptoss.engine.answer_port import Dialect
 from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
 from gptoss.messages.plan import Preemption, RowFailure, Start
 from gptoss.messages.sampling import SamplingParams
@@ -78,6 +79,7 @@ class Submit(_Wire, frozen=True, kw_only=True):
         deadline_ns: on this machine's monotonic clock; among equal priorities the earliest runs first. 0 is none. The
             engine does not enforce it: whoever submits cancels.
         cache_salt: requests share cached prefixes only with those of the same salt.
+        grammar: bounds every token of the output; empty leaves it free. Checked by ``engine.grammar`` beforehand.
     """
 
     request_id: str
@@ -88,6 +90,7 @@ class Submit(_Wire, frozen=True, kw_only=True):
     priority: int = 0
     deadline_ns: int = 0
     cache_salt: str = ""
+    grammar: str = ""
 
 
 class Cancel(_Wire, frozen=True, kw_only=True):
@@ -163,6 +166,7 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         token_ids: tokens produced in this step (empty for a row that only prefilled or failed).
         text: text that became final: held back while it may be part of a stop string or an unfinished character.
+        text_lengths: of several tokens, how many characters of ``text`` came with each.
         prefilled: prompt tokens computed in this step.
         start, num_tokens, num_logits, num_draft: as planned, see ``messages.plan.PlannedRow``.
         failure: why its model run counts for nothing. With ``memory`` it is tried again; otherwise ``Failed`` follows.
@@ -181,6 +185,7 @@ class StepRow(msgspec.Struct, frozen=True, kw_only=True):
     num_draft: int = 0
     failure: RowFailure = ""
     ended: bool = False
+    text_lengths: tuple[int, ...] = ()
 
 
 class StepDone(_Wire, frozen=True, kw_only=True):
@@ -311,14 +316,27 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
-    """A prompt as token ids, ready for ``Submit``. ``template`` is the sha256 of the template that made it."""
+    """A prompt as token ids, ready for ``Submit``.
+
+    Attributes:
+        template: sha256 of the template that made it, or the name and version of the library that did.
+        opens_reasoning: it ends inside of a thought, which the answer goes on with.
+        grammar: of the answer; empty if nothing binds it.
+    """
 
     token_ids: tuple[int, ...]
     template: str
+    opens_reasoning: bool = False
+    grammar: str = ""
 
 
 class Renderer(Protocol):
     """Turns messages into token ids. Pure and thread-safe: the same input gives the same ids, on every machine."""
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the answers of this model are to be read."""
+        ...
 
     @property
     def vocab_size(self) -> int:

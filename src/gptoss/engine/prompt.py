@@ -16,14 +16,19 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from tokenizers import Tokenizer
 
+from gptoss.engine.answer_port import Dialect
 from gptoss.engine.chat_template import PRIVATE_FIRST, PRIVATE_LAST, ChatTemplate, TemplateRefused
+from gptoss.engine.dialect import HarmonyDialect, choose_dialect
 from gptoss.engine.port import ChatMessage, RenderedPrompt
 from gptoss.errors import ModelLoadError, RequestError
+
+if TYPE_CHECKING:
+    from gptoss.engine.harmony_prompt import HarmonyPrompt
 
 Json = dict[str, Any]
 
@@ -98,6 +103,7 @@ class TokenizerRenderer:
         vocab_size: tokens of the tokenizer, added ones included.
         special_ids: ids of the special tokens.
         eos_token_ids: ids that end a generation.
+        dialect: how the model's answers are read.
     """
 
     def __init__(
@@ -115,7 +121,6 @@ class TokenizerRenderer:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(special)
         self.eos_token_ids = eos_token_ids
-        self.takes_reasoning_effort = any(template.uses_reasoning_effort for template in templates.values())
         self._templates = templates
         self._hashes = {name: hashlib.sha256(t.source.encode()).hexdigest() for name, t in templates.items()}
         self._special_tokens = special_tokens
@@ -123,6 +128,10 @@ class TokenizerRenderer:
         longest_first = sorted(special.values(), key=len, reverse=True)
         self._special = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._special_pattern = re.compile(self._special)
+        self.dialect: Dialect = choose_dialect(tokenizer, "\n".join(template.source for template in templates.values()))
+        self._harmony = _harmony(tokenizer) if isinstance(self.dialect, HarmonyDialect) else None
+        uses_effort = any(template.uses_reasoning_effort for template in templates.values())
+        self.takes_reasoning_effort = self._harmony is not None or uses_effort
         # SentencePiece tokenizers put a space before whatever starts a string; see _encode_piece.
         self._adds_prefix = tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581")
 
@@ -136,6 +145,15 @@ class TokenizerRenderer:
         add_generation_prompt: bool = True,
     ) -> RenderedPrompt:
         """See ``engine.port.Renderer``."""
+        if self._harmony:
+            ids = self._harmony.render(
+                messages,
+                tools,
+                date=date,
+                reasoning_effort=reasoning_effort,
+                add_generation_prompt=add_generation_prompt,
+            )
+            return RenderedPrompt(token_ids=ids, template=self._harmony.library)
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         template = self._templates.get(name)
         if template is None:
@@ -153,7 +171,11 @@ class TokenizerRenderer:
             text = template.render(given, date=date)
         except TemplateRefused as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
-        return RenderedPrompt(token_ids=tuple(self._encode_marked(text, start, end)), template=self._hashes[name])
+        return RenderedPrompt(
+            token_ids=tuple(self._encode_marked(text, start, end)),
+            template=self._hashes[name],
+            opens_reasoning=self.dialect.opens_reasoning(text),
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """See ``engine.port.Renderer``."""
@@ -212,6 +234,12 @@ class TokenizerRenderer:
             raise RequestError(
                 "the text holds a lone surrogate, which is not valid Unicode", param="messages"
             ) from None
+
+
+def _harmony(tokenizer: Tokenizer) -> "HarmonyPrompt":
+    from gptoss.engine.harmony_prompt import HarmonyPrompt  # noqa: PLC0415 - half a second, for gpt-oss alone
+
+    return HarmonyPrompt(tokenizer)
 
 
 def _textual(tokenizer: Tokenizer) -> Tokenizer:

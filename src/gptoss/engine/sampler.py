@@ -54,6 +54,11 @@ class Draw(msgspec.Struct, frozen=True):
 class TokenMask(Protocol):
     """Says which tokens may come next, such as those that go on with a sentence of a grammar."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the output is complete as it is."""
+        ...
+
     def allowed(self) -> torch.Tensor | None:
         """Bool ``[vocab]`` on the logits' device, true where a token may come next; None if all may."""
         ...
@@ -95,6 +100,11 @@ class SamplerState:
         """Whether the tokens still to come change nothing about how one is chosen, so that several can be at once."""
         holds_back = self.num_output < self.params.min_tokens and self._end_ids
         return not (self._has_penalty or holds_back or self._mask)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the mask says that the output is complete."""
+        return self._mask is not None and self._mask.is_over
 
     def push(self, token_id: int) -> None:
         """Note a token of the output."""

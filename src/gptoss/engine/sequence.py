@@ -3,7 +3,8 @@
 Rules:
 - ``token_ids`` is prompt plus output. ``num_computed`` of them are in KV memory; the rest is pending. What is pending
   after a resumption or a preemption, earlier output included, is computed again.
-- The request ends with the first of: an end token, a stop string, ``max_tokens`` or the end of the context.
+- The request ends with the first of: an end token, a stop string, the end of its grammar, ``max_tokens`` or the end of the
+  context.
 - The text of the end token is not output.
 """
 
@@ -14,7 +15,7 @@ from gptoss.engine.detokenizer import Detokenizer
 from gptoss.engine.port import Submit
 from gptoss.engine.prefix_cache import Chain, Hit
 from gptoss.engine.runner import Slot
-from gptoss.engine.sampler import SamplerState
+from gptoss.engine.sampler import SamplerState, TokenMask
 from gptoss.engine.scheduler import NO_DEADLINE, Candidate
 from gptoss.engine.speculation import Drafter
 from gptoss.messages.model import EngineCapabilities, FinishReason
@@ -35,6 +36,7 @@ class Sequence:
         arrival: order of submission.
         capabilities: of the engine.
         tokenizer: of the model.
+        mask: of the grammar that binds its output.
 
     Attributes:
         slot: its KV memory, while it runs.
@@ -49,7 +51,14 @@ class Sequence:
         end: set when it is over.
     """
 
-    def __init__(self, submit: Submit, arrival: int, capabilities: EngineCapabilities, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        submit: Submit,
+        arrival: int,
+        capabilities: EngineCapabilities,
+        tokenizer: Tokenizer,
+        mask: TokenMask | None = None,
+    ) -> None:
         params = submit.sampling
         self.submit = submit
         self.order = (submit.priority, submit.deadline_ns or NO_DEADLINE, arrival)
@@ -70,7 +79,7 @@ class Sequence:
         eos_ids = () if params.ignore_eos else capabilities.eos_token_ids
         self._end_ids = frozenset((*eos_ids, *params.stop_token_ids))
         end_ids = [token_id for token_id in self._end_ids if token_id < capabilities.vocab_size]
-        self.sampler = SamplerState(params, submit.prompt_token_ids, sorted(end_ids))
+        self.sampler = SamplerState(params, submit.prompt_token_ids, sorted(end_ids), mask)
         self._detokenizer = Detokenizer(tokenizer, params.stop, submit.prompt_token_ids)
         for token_id in submit.output_token_ids:
             self.push(token_id)
@@ -121,10 +130,12 @@ class Sequence:
         self.sampler.push(token_id)
         if token_id in self._end_ids:
             self.end = End("stop", token_id)
-            return ""
+            return self._detokenizer.finish()
         piece = self._detokenizer.push(token_id)
         if piece.stopped is not None:
             self.end = End("stop", piece.stopped)
+        elif self.sampler.is_over:
+            self.end = End("stop")
         elif self.num_output >= self.max_tokens:
             self.end = End("length")
         return piece.text

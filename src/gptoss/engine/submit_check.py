@@ -3,7 +3,7 @@
 from gptoss.engine.port import Submit
 from gptoss.errors import RequestError
 from gptoss.messages.model import EngineCapabilities
-from gptoss.messages.sampling import check_sampling
+from gptoss.messages.sampling import check_bound_sampling, check_sampling
 
 
 def check_submit(submit: Submit, capabilities: EngineCapabilities) -> None:
@@ -24,5 +24,7 @@ def check_submit(submit: Submit, capabilities: EngineCapabilities) -> None:
         raise RequestError(f"the prompt has {len(prompt)} tokens; the context is {context}, output included")
     params = submit.sampling
     check_sampling(params)
+    if submit.grammar:
+        check_bound_sampling(params)
     if any(token_id >= vocab_size for token_id in params.logit_bias):
         raise RequestError(f"logit_bias names token {max(params.logit_bias)}; the last one is {vocab_size - 1}")

@@ -3,7 +3,7 @@
 Fields that may be missing are ``UNSET`` by default; ``null`` is written where OpenAI writes it.
 """
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -12,9 +12,11 @@ from gptoss.actors.generation import Outcome, Usage
 from gptoss.engine.port import TokenLogprob
 from gptoss.messages.model import FinishReason
 
-FINISH_REASONS: dict[FinishReason, Literal["stop", "length", "abort"]] = {
+FinishBody: TypeAlias = Literal["stop", "length", "tool_calls", "abort"]
+FINISH_REASONS: dict[FinishReason | Literal["tool_calls"], FinishBody] = {
     "stop": "stop",
     "length": "length",
+    "tool_calls": "tool_calls",
     "cancelled": "abort",
 }
 """A request that somebody cancelled ends with ``abort``, as in vLLM: ``stop`` would pass a cut answer off as a whole one."""
@@ -68,12 +70,30 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
-class AnswerMessage(msgspec.Struct, frozen=True):
-    """What the model said."""
+class AnswerFunction(msgspec.Struct, frozen=True):
+    """The function that is to be called; ``arguments`` is what the model wrote, JSON as text."""
 
-    role: Literal["assistant"]
+    name: str
+    arguments: str
+
+
+class AnswerCall(msgspec.Struct, frozen=True):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: AnswerFunction
+
+
+class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model said. Thoughts stand under both names that clients read."""
+
+    role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[AnswerCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -82,7 +102,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: FinishBody
     stop_reason: str | int | UnsetType = UNSET
 
 
@@ -112,7 +132,7 @@ class TextChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length", "abort"] | None
+    finish_reason: FinishBody | None
     stop_reason: str | int | UnsetType = UNSET
 
 
@@ -139,7 +159,7 @@ def final_usage(usage: Usage) -> UsageBody:
         usage.completion_tokens,
         usage.prompt_tokens + usage.completion_tokens,
         PromptTokensDetails(usage.cached_tokens),
-        CompletionTokensDetails(0),
+        CompletionTokensDetails(usage.reasoning_tokens),
     )
 
 
@@ -155,6 +175,7 @@ def summed(outcomes: list[Outcome], choices_per_prompt: int) -> Usage:
         prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
         completion_tokens=sum(outcome.usage.completion_tokens for outcome in outcomes),
         cached_tokens=sum(usage.cached_tokens for usage in firsts),
+        reasoning_tokens=sum(outcome.usage.reasoning_tokens for outcome in outcomes),
     )
 
 

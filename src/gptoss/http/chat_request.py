@@ -6,13 +6,12 @@ Rules:
 - Pure: no I/O, no clock. URLs inside messages are refused and never fetched.
 """
 
-from collections.abc import Callable
-
 import msgspec
 
 from gptoss.actors.generation import GenerateRequest
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import RequestError
+from gptoss.http.answer_shape import answer_shape, wanted_tools
 from gptoss.http.sampling_fields import check_params, sampling_params
 from gptoss.http.schema import ChatCompletionRequest, ContentPart, Message
 
@@ -29,8 +28,7 @@ def generate_request(wire: ChatCompletionRequest, *, default_temperature: float)
     Raises:
         RequestError: a field has a value that cannot be honoured; ``param`` names it.
     """
-    for refuse in _REFUSALS:
-        refuse(wire)
+    _refuse_conflicts(wire)
     params = sampling_params(
         wire,
         default_temperature=default_temperature,
@@ -47,6 +45,8 @@ def generate_request(wire: ChatCompletionRequest, *, default_temperature: float)
         model=wire.model or "",
         endpoint=ENDPOINT,
         stream=bool(wire.stream),
+        tools=wanted_tools(wire),
+        shape=answer_shape(wire),
         reasoning_effort=wire.reasoning_effort or "",
         priority=wire.priority or 0,
         timeout_s=wire.timeout,
@@ -113,27 +113,3 @@ def _refuse_conflicts(wire: ChatCompletionRequest) -> None:
         )
     if wire.top_logprobs and not wire.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-
-
-def _refuse_formats(wire: ChatCompletionRequest) -> None:
-    if wire.response_format is not None and wire.response_format.type != "text":
-        raise RequestError(
-            f"response_format {wire.response_format.type[:64]!r} is not supported yet; leave it out or use 'text'",
-            param="response_format",
-        )
-
-
-def _refuse_tools(wire: ChatCompletionRequest) -> None:
-    for name in ("tools", "functions"):
-        if getattr(wire, name):
-            raise RequestError(f"{name}: calling tools is not supported yet", param=name)
-    for name in ("tool_choice", "function_call"):
-        if getattr(wire, name) not in (None, "none", "auto"):
-            raise RequestError(f"{name} asks for a tool; calling tools is not supported yet", param=name)
-
-
-_REFUSALS: tuple[Callable[[ChatCompletionRequest], None], ...] = (
-    _refuse_conflicts,
-    _refuse_formats,
-    _refuse_tools,
-)

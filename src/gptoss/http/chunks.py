@@ -2,7 +2,7 @@
 
 Rules:
 - ``id`` is ``chatcmpl-`` and the id of the first choice's request. Counts in ``usage`` are the engine's own.
-- A chunk is cut out of constant bytes: only the text, and logprobs where asked for, are encoded for each delta.
+- A chunk is cut out of constant bytes: only its part, and logprobs where asked for, are encoded for each delta.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,6 @@ from gptoss.actors.generation import Delta, Generation, Outcome
 from gptoss.errors import GptossError
 from gptoss.http.answer_schema import (
     FINISH_REASONS,
-    AnswerMessage,
     ChatChoice,
     ChatCompletion,
     chat_logprobs,
@@ -26,13 +25,14 @@ from gptoss.http.answer_schema import (
 from gptoss.http.answering import FinishedChoice
 from gptoss.http.errors import error_body
 from gptoss.http.headers import CHAT_PREFIX
+from gptoss.http.parts import answer_message, delta_body
 from gptoss.http.sampling_fields import StreamShape
-from gptoss.messages.answer import content_of
 
 DONE = b"data: [DONE]\n\n"
 
 _encode = msgspec.json.encode
 _NO_LOGPROBS = b"null"
+_NO_TEXT = b'{"content":""}'
 
 
 def error_frame(error: GptossError) -> bytes:
@@ -63,11 +63,9 @@ class ChatAnswer:
             "model": first.model,
         }
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
-        self._text_heads = [
-            self._head + b'{"index":%d,"delta":{"content":' % index for index in range(len(generations))
-        ]
-        self._text_mid = b'},"logprobs":'
-        self._text_tail = b',"finish_reason":null}]'
+        self._delta_heads = [self._head + b'{"index":%d,"delta":' % index for index in range(len(generations))]
+        self._delta_mid = b',"logprobs":'
+        self._delta_tail = b',"finish_reason":null}]'
 
     def whole(self, choices: Sequence[FinishedChoice]) -> ChatCompletion:
         """See ``Answer``."""
@@ -90,16 +88,19 @@ class ChatAnswer:
         return b"".join(self._head + role + b"]" + self._usage_field() + b"}\n\n" for role in roles)
 
     def delta(self, index: int, delta: Delta) -> bytes:
-        """See ``Answer``."""
+        """See ``Answer``: a frame for each part."""
         self._completion_tokens += len(delta.token_ids)
-        text = content_of(delta.parts)
+        bodies = [delta_body(part) for part in delta.parts]
         logprobs = _NO_LOGPROBS
         if self._has_logprobs and delta.logprobs:
             logprobs = _encode(chat_logprobs(delta.logprobs))
-        elif not text:
-            return b""
-        parts = (self._text_heads[index], _encode(text), self._text_mid, logprobs, self._text_tail)
-        return b"".join((*parts, self._usage_field(), b"}\n\n"))
+            bodies = bodies or [_NO_TEXT]
+        usage = self._usage_field()
+        frames: list[bytes] = []
+        for body in bodies:
+            frames += (self._delta_heads[index], body, self._delta_mid, logprobs, self._delta_tail, usage, b"}\n\n")
+            logprobs = _NO_LOGPROBS  # once, with the first
+        return b"".join(frames)
 
     def ended(self, index: int, outcome: Outcome) -> bytes:
         """See ``Answer``: the finish reason."""
@@ -128,7 +129,7 @@ class ChatAnswer:
     def _choice(self, index: int, choice: FinishedChoice) -> ChatChoice:
         return ChatChoice(
             index=index,
-            message=AnswerMessage("assistant", content_of(choice.parts)),
+            message=answer_message(choice.parts),
             logprobs=chat_logprobs(choice.logprobs) if self._has_logprobs else None,
             finish_reason=FINISH_REASONS[choice.outcome.finish_reason or "stop"],
             stop_reason=stop_reason(choice.outcome),

@@ -100,10 +100,60 @@ class GenerationFields(SamplingFields, frozen=True, kw_only=True):
     max_tokens: int | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """A schema for the answer. ``strict`` changes nothing here: a schema is always enforced."""
+
+    name: Annotated[str, Meta(max_length=64)] | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = msgspec.field(default=None, name="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of the answer."""
+    """The form of the answer."""
 
     type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
+    """The form of the answer as vLLM has it."""
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    structural_tag: str | None = None
+
+
+class FunctionDefinition(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """A function by its name."""
+
+    name: ToolName
+
+
+class NamedToolChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The one tool that must be called."""
+
+    type: str
+    function: NamedFunction | None = None
 
 
 class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
@@ -119,10 +169,15 @@ class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     store: bool | None = None
     service_tier: str | None = None
 
-    # Refused by ``chat_request`` unless trivial: these would change the answer and cannot be honoured yet.
-    response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    # The older form of ``tools``: refused unless trivial.
     functions: list[dict[str, Any]] | None = None
     function_call: str | dict[str, Any] | None = None

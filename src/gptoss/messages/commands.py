@@ -56,13 +56,14 @@ class BeginRequest(Command, frozen=True, kw_only=True):
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
-    """The prompt was rendered. ``prompt_hmac`` is a keyed hash of the token ids, ``param`` the field it came from."""
+    """The prompt was rendered; ``param`` is the field that it came from. The hashes of its ids and grammar are keyed."""
 
     prompt_tokens: int
     prompt_hmac: str
     template: str
     date: str
     param: str = "messages"
+    grammar_hmac: str = ""
 
 
 class PromptUnusable(Command, frozen=True, kw_only=True):
@@ -110,7 +111,10 @@ class FirstTokenSeen(Command, frozen=True, kw_only=True):
 
 
 class EngineDone(Command, frozen=True, kw_only=True):
-    """The engine ended the request as it should."""
+    """The engine ended the request as it should.
+
+    ``reasoning_tokens`` and ``num_calls`` are what the request's actor read in its output.
+    """
 
     attempt: int
     reason: FinishReason
@@ -118,6 +122,8 @@ class EngineDone(Command, frozen=True, kw_only=True):
     completion_tokens: int
     cached_tokens: int = 0
     stop_reason: str | int | None = None
+    reasoning_tokens: int = 0
+    num_calls: int = 0
 
 
 class EngineFailure(Command, frozen=True, kw_only=True):

@@ -212,13 +212,17 @@ class RequestValidated(Event, frozen=True, kw_only=True):
 
 
 class PromptRendered(Event, frozen=True, kw_only=True):
-    """The prompt became token ids. ``prompt_hmac`` is their keyed hash, ``date`` what the template saw."""
+    """The prompt became token ids. ``prompt_hmac`` is their keyed hash, ``date`` what the template saw.
+
+    ``grammar_hmac`` is the keyed hash of the grammar that binds the answer, empty without one.
+    """
 
     prompt_tokens: int
     prompt_hmac: str
     template: str
     date: str
     max_tokens: int
+    grammar_hmac: str = ""
 
 
 class RequestEstimated(Event, frozen=True, kw_only=True):
@@ -276,13 +280,15 @@ class AttemptRetried(Event, frozen=True, kw_only=True):
 
 
 class RequestCompleted(Event, frozen=True, kw_only=True):
-    """Terminal: served to the end."""
+    """Terminal: served to the end. ``num_calls`` are the tool calls in the answer."""
 
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     stop_reason: str | int | None = None
+    reasoning_tokens: int = 0
+    num_calls: int = 0
 
 
 class RequestFailed(Event, frozen=True, kw_only=True):
@@ -637,13 +643,14 @@ class MessagesReceived(Event, frozen=True, kw_only=True):
 
 
 class PromptTokens(Event, frozen=True, kw_only=True):
-    """Content: what the engine was given besides ``SamplingBound``: the token ids of the prompt, the stop strings."""
+    """Content: what the engine was given besides ``SamplingBound``: prompt, stop strings, the grammar of the answer."""
 
     FAMILY: ClassVar[Family] = "content"
 
     request_id: str
     token_ids: tuple[int, ...]
     stop: tuple[str, ...] = ()
+    grammar: str = ""
 
 
 class ProducedRow(msgspec.Struct, frozen=True, array_like=True):
@@ -675,7 +682,7 @@ class AnswerDelivered(Event, frozen=True, kw_only=True):
 
 
 class PromptHashed(Event, frozen=True, kw_only=True):
-    """Content of a redacted bundle: a keyed hash in place of a prompt's tokens and stop strings."""
+    """Content of a redacted bundle: a keyed hash in place of a prompt's tokens, stop strings and grammar."""
 
     FAMILY: ClassVar[Family] = "content"
 

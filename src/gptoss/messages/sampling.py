@@ -77,6 +77,17 @@ def check_sampling(params: SamplingParams) -> None:
     _check_logit_bias(params.logit_bias)
 
 
+def check_bound_sampling(params: SamplingParams) -> None:
+    """Refuse settings that would have an answer go on beyond the end that its grammar knows.
+
+    Raises:
+        RequestError: naming the parameter.
+    """
+    if params.min_tokens or params.ignore_eos:
+        name = "min_tokens" if params.min_tokens else "ignore_eos"
+        raise RequestError(f"{name} cannot be combined with an answer of a fixed form", param=name)
+
+
 def _check_logit_bias(logit_bias: dict[int, float]) -> None:
     if len(logit_bias) > MAX_LOGIT_BIAS:
         raise RequestError(

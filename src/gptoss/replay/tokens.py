@@ -187,6 +187,7 @@ class _BootRun:
             sampling=msgspec.structs.replace(sampling, stop=prompt.stop, logprobs=MAX_TOP_LOGPROBS),
             priority=event.priority,
             deadline_ns=event.deadline_ns,
+            grammar=prompt.grammar,
         )
         self._engines[stream].submit(submit)
 

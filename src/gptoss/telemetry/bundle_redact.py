@@ -204,7 +204,7 @@ class _Chain:
     def hashed(self, event: Event) -> Event | None:
         """What stands in the place of a content event; None when nothing does."""
         if isinstance(event, ev.PromptTokens):
-            link = self._link(b"prompt", msgspec.msgpack.encode((event.token_ids, event.stop)))
+            link = self._link(b"prompt", msgspec.msgpack.encode((event.token_ids, event.stop, event.grammar)))
             self._links[event.request_id] = link
             return ev.PromptHashed(request_id=event.request_id, num_tokens=len(event.token_ids), hmac=link.hex())
         if isinstance(event, ev.StepTokens):
