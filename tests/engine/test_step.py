@@ -114,6 +114,8 @@ def test_a_draft_counts_as_far_as_it_is_what_is_drawn(draft: tuple[int, ...], to
 class Jammed:
     """A mask that cannot be asked."""
 
+    is_over = False
+
     def allowed(self) -> torch.Tensor | None:
         raise KeyError("no such state")
 
