@@ -292,6 +292,29 @@ def test_any_schema_compiles_or_is_refused(masks: GrammarMasks, schema: Any) -> 
         assert masks.mask(grammar, torch.device("cpu")).allowed().any()
 
 
+def test_a_compiler_that_panics_refuses_its_request_alone() -> None:
+    schema = {"": {"required": None, "b": 52796353675924064}, "format": 10414770, "x": "\U000efa48" * 40}
+    form = AnswerFormat(kind="json", text=json.dumps(schema))
+    with pytest.raises(RequestError):
+        PLAIN.grammar((), AnswerShape(format=form), opens_reasoning=False)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        AnswerFormat(kind="regex", text="(canary_9f"),
+        AnswerFormat(kind="regex", text="canary_9f(?=x)"),
+        AnswerFormat(kind="json", text='{"type": "string", "pattern": "canary_9f(?=a)b"}'),
+        AnswerFormat(kind="json", text='{"$ref": "http://127.0.0.1/canary_9f"}'),
+        AnswerFormat(kind="json", text='{"properties": {"canary_9f": {"not": {}}}}'),
+    ],
+)
+def test_a_refusal_does_not_repeat_what_the_client_wrote(form: AnswerFormat) -> None:
+    with pytest.raises(RequestError) as caught:
+        PLAIN.grammar((), AnswerShape(format=form), opens_reasoning=False)
+    assert "canary_9f" not in caught.value.message
+
+
 def test_a_mask_without_any_end_token_says_so(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(EngineError, match="no end token"):
         GrammarMasks(tiny_model().tokenizer, 300, ()).mask(json_grammar(PERSON), torch.device("cpu"))

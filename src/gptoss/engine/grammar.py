@@ -16,13 +16,15 @@ precomputation for a new schema.
 
 import functools
 import json
+import re
 from typing import Any, cast
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits
 from llguidance._lib import regex_to_lark
 
-from gptoss.errors import RequestError
+from gptoss.engine.panics import panics_become
+from gptoss.errors import EngineError, RequestError
 from gptoss.messages.answer import AnswerFormat
 
 SCHEMA_BYTES_MAX = 64 * 1024
@@ -64,12 +66,18 @@ def check_grammar(grammar: str, param: str) -> None:
 
 @functools.lru_cache(maxsize=CHECKED_MAX)
 def _fault(grammar: str) -> str:
-    """What is wrong with a grammar, in one line; nothing if it can be used."""
-    message = LLMatcher.validate_grammar(grammar, limits=parser_limits())
+    """What is wrong with a grammar, in one line and without the client's own text; nothing if it can be used."""
+    try:
+        with panics_become(EngineError("the compiler failed on it")):
+            message = LLMatcher.validate_grammar(grammar, limits=parser_limits())
+    except EngineError as error:
+        return error.message
     if not message or message.startswith("WARNING"):
         return ""
-    lines = [line for line in message.splitlines() if line.strip() and " | " not in line and line.strip() != "^"]
-    return " ".join(" ".join(lines).split())[:300]
+    # A refusal stands in the log. The library quotes what it read, and below its first line draws where it stands.
+    faults = re.findall(r"^error: (.+)$", message, re.MULTILINE) or [message.splitlines()[0]]
+    first = re.sub(r"^at \d+\(\d+\): ", "", faults[0])
+    return re.sub(r"`[^`]*`|'[^']*'|/.*/", "...", first)[:200]
 
 
 def format_rule(wanted: AnswerFormat) -> str:

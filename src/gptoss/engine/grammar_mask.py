@@ -18,6 +18,7 @@ from llguidance._tokenizer import TokenizerWrapper
 from tokenizers import Tokenizer
 
 from gptoss.engine.grammar import parser_limits
+from gptoss.engine.panics import panics_become
 from gptoss.engine.token_text import TokenText
 from gptoss.errors import EngineError
 
@@ -64,9 +65,10 @@ class GrammarMasks:
         self.prepare()
         if self._vocabulary is None:
             raise EngineError("the model has no end token, so that no grammar can end")
-        matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=parser_limits())
+        with panics_become(EngineError("the grammar's compiler failed on it")):
+            matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=parser_limits())
         if matcher.is_error():
-            raise EngineError(f"the grammar does not compile: {' '.join(matcher.get_error().split())[:200]}")
+            raise EngineError("the grammar does not compile")
         return matcher
 
 
@@ -91,7 +93,7 @@ class GrammarMask:
         """
         words = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise EngineError(f"the grammar of the answer failed: {' '.join(self._matcher.get_error().split())[:200]}")
+            raise EngineError(f"the grammar of the answer failed: {self._matcher.stop_reason()}")
         packed = torch.frombuffer(bytearray(words), dtype=torch.uint8)
         return packed.unsqueeze(1).bitwise_and(_BITS).bool().flatten()[: self._vocab_size].to(self._device)
 

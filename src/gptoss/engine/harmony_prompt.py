@@ -21,6 +21,7 @@ from typing import Any, cast
 import openai_harmony as harmony
 from tokenizers import Tokenizer
 
+from gptoss.engine.panics import panics_become
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import ModelLoadError, RequestError
 
@@ -107,16 +108,18 @@ class HarmonyPrompt:
         said += _developer("\n\n".join(each.content or "" for each in messages[:num_leading]), tools)
         said += _turns(messages[num_leading:])
         conversation = harmony.Conversation.from_messages(said)
+        refused = RequestError("the harmony library fails on these messages", param="messages")
         try:
-            if not add_generation_prompt:
-                return tuple(self._encoding.render_conversation(conversation, config=self._config))
-            return tuple(
-                self._encoding.render_conversation_for_completion(
-                    conversation, harmony.Role.ASSISTANT, config=self._config
-                )
-            )
+            with panics_become(refused):
+                return self._tokens(conversation, add_generation_prompt=add_generation_prompt)
         except (HarmonyError, UnicodeError) as error:
             raise RequestError(f"the messages cannot be rendered: {str(error)[:200]}", param="messages") from None
+
+    def _tokens(self, conversation: harmony.Conversation, *, add_generation_prompt: bool) -> tuple[int, ...]:
+        if not add_generation_prompt:
+            return tuple(self._encoding.render_conversation(conversation, config=self._config))
+        role = harmony.Role.ASSISTANT
+        return tuple(self._encoding.render_conversation_for_completion(conversation, role, config=self._config))
 
 
 def _developer(instructions: str, tools: tuple[Json, ...]) -> list[harmony.Message]:
