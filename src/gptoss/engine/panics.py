@@ -5,13 +5,13 @@ whatever thread or actor it came up in.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 PANIC_MODULE = "pyo3_runtime"
 
 
 @contextlib.contextmanager
-def panics_become(error: Exception) -> Iterator[None]:
+def panics_become(error: Exception) -> Generator[None]:
     """Raise ``error`` in the place of a panic inside; everything else passes."""
     try:
         yield
