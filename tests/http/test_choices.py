@@ -19,7 +19,7 @@ async def numbered(generation: Generation) -> None:
     index = index_of(generation)
     generation.prompt_tokens = 7
     generation.put_admitted(16)
-    await asyncio.sleep(0.03 - 0.01 * index)
+    await asyncio.sleep(0.6 - 0.2 * index)  # far enough apart for a busy machine
     generation.put(Delta(text=f"choice {index}", token_ids=(index, index)))
     await asyncio.sleep(0.01)
     usage = Usage(prompt_tokens=7, completion_tokens=2 + index, cached_tokens=3 * (index > 0))
