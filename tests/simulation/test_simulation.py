@@ -69,7 +69,7 @@ def journal_hash(seed: int) -> str:
 
 
 def test_the_same_seed_gives_the_same_journal_in_every_process() -> None:
-    seeds = (3, 6, 8)
+    seeds = (3, 6, next(seed for seed in range(SEEDS) if generate(seed).dies))
     here = [journal_hash(seed) for seed in seeds]
     assert len(set(here)) == len(seeds)
     for hash_seed in ("1", "2"):

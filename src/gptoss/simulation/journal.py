@@ -58,6 +58,7 @@ class SimulatedJournal(MemoryJournal):
         self._num_synced = 0
         self._is_committing = False
         self._stop_reason = ""
+        self._is_sealed = False
 
     @property
     def committed_pos(self) -> int:
@@ -77,6 +78,8 @@ class SimulatedJournal(MemoryJournal):
 
     def append(self, event: Event, origin: Origin) -> Record:
         """See ``Journal``."""
+        if self._is_sealed:
+            return self._sequencer.draft(event, origin)
         record = super().append(event, origin)
         if event.FAMILY == "control" and not self._stop_reason:
             self._written.append(encode_record(record))
@@ -95,6 +98,10 @@ class SimulatedJournal(MemoryJournal):
         self._num_written = len(self._written)
         self._sync()
         self._stop_reason = self._stop_reason or "the journal is closed"
+
+    def seal(self) -> None:
+        """The run is over: what its remains still append while they are cleared away is not kept."""
+        self._is_sealed = True
 
     # ---- the disk
 

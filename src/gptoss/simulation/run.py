@@ -82,7 +82,6 @@ class _Run:
     def __init__(self, scenario: Scenario) -> None:
         self.world = World(scenario)
         self.python_log = io.StringIO()
-        self._tasks: list[asyncio.Task[None]] = []
         self._foreign = pykka.ActorRegistry.get_all()
 
     async def to_the_end(self) -> None:
@@ -111,14 +110,14 @@ class _Run:
         self._check(AT_THE_END, self._observe())
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind, and change nothing that was recorded."""
+        self.world.journal.seal()
         for task in asyncio.all_tasks(self.world.loop):
             task.cancel()
         self.world.loop.run_ready()
         self.world.loop.close()
-        for (
-            ref
-        ) in pykka.ActorRegistry.get_all():  # of a system that was not stopped: its process died, or its run broke
+        # A system whose process died, or whose run broke, was not stopped.
+        for ref in pykka.ActorRegistry.get_all():
             if ref not in self._foreign:
                 pykka.ActorRegistry.unregister(ref)
 
@@ -141,9 +140,7 @@ class _Run:
         self._raise_if_broken()
 
     def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self.world.loop.create_task(coroutine)
-        self._tasks.append(task)
-        return task
+        return self.world.loop.create_task(coroutine)
 
     async def _happen(self, begin_s: float, fault: Fault) -> None:
         if fault.on:
