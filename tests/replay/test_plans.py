@@ -113,6 +113,19 @@ def loaded(log: ExecutorLog) -> None:
     )
 
 
+def replaced(log: ExecutorLog, *, lost: tuple[str, ...]) -> None:
+    """The engine dies and another takes its place, as an executor records it."""
+    log.observe(ev.EngineExited(executor="cpu:0", exit_code=-9, reason="killed", in_flight=len(lost)))
+    for request_id in lost:
+        log.observe(
+            ev.ExecutorFaulted(
+                request_id=request_id, executor="cpu:0", attempt=1, code="engine_lost", message="", lost=True
+            )
+        )
+    log.observe(ev.EngineStarted(executor="cpu:0", device="cpu", model="m", folder=""))
+    loaded(log)
+
+
 def step_of(log: ExecutorLog, submits: int, *, ended: bool = False) -> ev.StepCommitted:
     """A step as an engine with these requests would record it."""
     twin = log.copy()
@@ -157,12 +170,27 @@ def test_a_request_whose_end_was_lost_with_its_engine_is_over_when_it_is_resumed
     loaded(log)
     log.observe(accepted("a"))
     assert log.check(step_of(log, 1, ended=True)) == {}
-    log.observe(ev.EngineExited(executor="cpu:0", exit_code=-9, reason="killed", in_flight=1))
-    loaded(log)
+    replaced(log, lost=("a",))
     log.observe(accepted("a", resumed=1, attempt=2))
     log.observe(accepted("b"))
     step = step_of(log, 2)
     assert [row.request_id for row in step.rows] == ["b"]
+    assert log.check(step) == {}
+
+
+@pytest.mark.parametrize("lost", [(), ("a",)])
+def test_an_id_that_is_used_again_is_not_over_because_an_earlier_request_had_it(lost: tuple[str, ...]) -> None:
+    log = ExecutorLog(set(), is_whole=True)
+    loaded(log)
+    log.observe(accepted("a"))
+    assert log.check(step_of(log, 1, ended=True)) == {}
+    replaced(log, lost=lost)  # right after its end, which the executor may have heard of or not
+    log.observe(accepted("a"))
+    assert log.check(step_of(log, 1)) == {}
+    replaced(log, lost=("a",))
+    log.observe(accepted("a", resumed=1, attempt=2))
+    step = step_of(log, 1)
+    assert [row.request_id for row in step.rows] == ["a"]
     assert log.check(step) == {}
 
 

@@ -76,9 +76,15 @@ class ExecutorLog:
         match event:
             case ev.EngineLoaded():
                 self.capabilities = event.capabilities
-            case ev.EngineStarted() | ev.EngineExited():
+            case ev.EngineStarted():
                 self._forget_engine()
+                self._closing.clear()
+            case ev.EngineExited():
+                self._forget_engine()  # who is lost with it is told next
             case ev.ExecutorAccepted():
+                self._closing.discard(event.request_id)
+                if not event.resumed_tokens:
+                    self._lost_ends.discard(event.request_id)  # of an earlier request with this id
                 self.sent.append(event)
             case ev.CancelApplied():
                 self._end(event.request_id)
@@ -277,8 +283,6 @@ class ExecutorLog:
         self.sent = [None if event and event.request_id == request_id else event for event in self.sent]
 
     def _forget_engine(self) -> None:
-        self._lost_ends |= self._closing
-        self._closing.clear()
         self.sent.clear()
         self.line.clear()
         self.running.clear()

@@ -65,7 +65,6 @@ class SimulatedDriver:
         self._is_gone = False
         self._hangs = False
         self._arrives_s = 0.0
-        device.engine = self
 
     # ---- the port
 
@@ -73,6 +72,7 @@ class SimulatedDriver:
         """See ``engine.port.EngineDriver``."""
         self._sink = sink
         self._engine = FakeEngine(load, self._device.options)
+        self._device.engine = self
         self._loop.call_later(self._rng.between(*LOAD_S), self._load, load)
 
     def send(self, command: port.EngineCommand) -> None:
