@@ -1,6 +1,7 @@
 """A system owns its actors, tasks, timers and threads, and nothing else."""
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Awaitable, Callable
 
@@ -258,3 +259,11 @@ async def test_a_failing_message_factory_is_an_event(system: System, journal: Jo
     failed = [record.event for record in journal.read() if isinstance(record.event, ActorFailed)]
     assert [event.message_type for event in failed] == ["timer"]
     assert ref.is_alive
+
+
+async def test_a_task_that_is_cancelled_before_it_begins_is_closed(system: System) -> None:
+    coroutine = asyncio.sleep(60)
+    system.run_task(coroutine, name="late").cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED

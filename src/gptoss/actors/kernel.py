@@ -126,6 +126,7 @@ class Kernel:
     def own(self, coro: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Run ``coro`` as a task of this system; an exception becomes an ``ActorFailed`` event and the result None."""
         task = self.loop.create_task(self._contain(coro, name), name=f"{self.name}/{name}", context=self.context.copy())
+        task.add_done_callback(lambda _: coro.close())  # one that is cancelled before it began was never awaited
         self.keep(task)
         return task
 
