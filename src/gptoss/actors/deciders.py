@@ -6,13 +6,11 @@ import msgspec
 
 from gptoss.actors.admission import Admission, AdmissionPolicy
 from gptoss.actors.decider import Decider
-from gptoss.actors.directory import request_name
+from gptoss.actors.directory import REQUEST_PREFIX
 from gptoss.actors.lifecycle import Lifecycle
 from gptoss.actors.memory_guard import MemoryGuard
 from gptoss.actors.router import Router
 from gptoss.config import Settings
-
-REQUEST_PREFIX = request_name("")
 
 
 class Deciders(msgspec.Struct, frozen=True, kw_only=True):

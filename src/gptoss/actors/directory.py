@@ -5,6 +5,11 @@ from typing import Any
 from gptoss.actors.ref import Ref
 from gptoss.messages.envelope import NO_CAUSE
 
+REQUEST_PREFIX = "request/"
+EXECUTOR_PREFIX = "executor/"
+DECIDER_NAMES = ("memory", "admission", "router")
+"""The deciders that live as long as the system."""
+
 
 class Directory:
     """Addresses of the deciding actors, the executors and the running requests. Event loop and executor threads."""
@@ -34,7 +39,7 @@ class Directory:
         if ref is None:
             return False
         correlation = (
-            name.removeprefix("request/") if name.startswith("request/") else getattr(message, "request_id", "")
+            name.removeprefix(REQUEST_PREFIX) if name.startswith(REQUEST_PREFIX) else getattr(message, "request_id", "")
         )
         ref.tell(message, cause=cause, correlation=correlation, control=control)
         return True
@@ -42,9 +47,9 @@ class Directory:
 
 def request_name(request_id: str) -> str:
     """The actor and stream name of a request."""
-    return f"request/{request_id}"
+    return f"{REQUEST_PREFIX}{request_id}"
 
 
 def executor_name(executor: str) -> str:
     """The actor and stream name of an executor."""
-    return f"executor/{executor}"
+    return f"{EXECUTOR_PREFIX}{executor}"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from gptoss.actors.actor import LoopActor, Terminated
-from gptoss.actors.directory import request_name
+from gptoss.actors.directory import REQUEST_PREFIX, request_name
 from gptoss.actors.generation import GenerateRequest, Generation, Notice
 from gptoss.actors.inbox import MailboxSpec
 from gptoss.actors.rendering import Rendering
@@ -20,7 +20,6 @@ from gptoss.messages.envelope import Origin
 from gptoss.messages.events import ClientDisconnected, ClientSlow, RequestReceived, RequestRejected
 
 REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
-REQUEST_PREFIX = request_name("")
 REQUEST_MAILBOX = MailboxSpec(capacity=100_000)
 
 

@@ -1,9 +1,10 @@
 """Questions to a running server over HTTP, and records back from the JSON of its answers."""
 
+import contextlib
 import http.client
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,8 +29,26 @@ def get_json(url: str, path: str, kind: type[T], *, timeout_s: float = TIMEOUT_S
         timeout_s: how long it may take.
 
     Raises:
-        RequestNotFound: the server does not know the request that the path names.
-        NotReady: nothing answers there.
+        GptossError: as ``answer_of`` does, or what answers is no gptoss server.
+    """
+    with answer_of(url, path, timeout_s=timeout_s) as answer:
+        body = answer.read(BODY_BYTES_MAX + 1)
+    address = f"{url.rstrip('/')}{path}"
+    if len(body) > BODY_BYTES_MAX:
+        raise GptossError(f"{address} answers with more than {BODY_BYTES_MAX >> 20} MiB")
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise GptossError(f"{address} answers with something else than it should; is it a gptoss server?") from None
+
+
+@contextlib.contextmanager
+def answer_of(url: str, path: str, *, timeout_s: float = TIMEOUT_S) -> Generator[http.client.HTTPResponse]:
+    """A running server's answer, to be read within the context.
+
+    Raises:
+        RequestNotFound: the server does not know what the path names.
+        NotReady: nothing answers there, or it breaks off.
         GptossError: what answers is no gptoss server, or it refuses the question.
     """
     if not url.startswith(("http://", "https://")):
@@ -39,24 +58,18 @@ def get_json(url: str, path: str, kind: type[T], *, timeout_s: float = TIMEOUT_S
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(address, timeout=timeout_s) as answer:
-            body = answer.read(BODY_BYTES_MAX + 1)
+            yield answer
     except urllib.error.HTTPError as error:
         with error:
             code, message = _error_of(error.read(4096))
         if code == RequestNotFound.code:
-            raise RequestNotFound(f"the server at {url} knows no such request: {message}") from None
+            raise RequestNotFound(f"the server at {url} says: {message}") from None
         if code:
             raise GptossError(f"the server at {url} refuses: {message}") from None
         raise GptossError(f"{address} answers {error.code}; is it a gptoss server?") from None
     except (OSError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         raise NotReady(f"no server answers at {url} ({cause})") from None
-    if len(body) > BODY_BYTES_MAX:
-        raise GptossError(f"{address} answers with more than {BODY_BYTES_MAX >> 20} MiB")
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise GptossError(f"{address} answers with something else than it should; is it a gptoss server?") from None
 
 
 def record_from_json(fields: Mapping[str, Any]) -> Record:

@@ -5,7 +5,7 @@ Exit status: 0 fine; 1 failed, or differs, or is not complete; 2 a bad bundle or
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -14,6 +14,9 @@ from rich.console import Console
 
 from gptoss.config import load_settings
 from gptoss.errors import ConfigError, NotReady, RequestError
+
+if TYPE_CHECKING:
+    from gptoss.telemetry.bundle_format import Manifest
 
 FILE = click.Path(path_type=Path)
 LEVELS = click.Choice(["none", "hash", "tokens", "full"])
@@ -64,7 +67,7 @@ def create(
     """
     if url is not None and data_dir is not None:
         raise ConfigError("--url and --data-dir exclude each other: choose a server or a folder")
-    from gptoss.cli import bundle_source, bundle_text  # noqa: PLC0415 - see gptoss.cli.main
+    from gptoss.cli import bundle_source  # noqa: PLC0415 - see gptoss.cli.main
     from gptoss.telemetry.bundle_order import parse_order  # noqa: PLC0415 - see gptoss.cli.main
 
     query = _query(**choice)
@@ -87,11 +90,7 @@ def create(
                     f"{error.message}, and there is no journal in {settings.journal_path}; pass --url or --data-dir"
                 ) from None
             path, manifest = bundle_source.create_from_folder(settings, order, target)
-    size = path.stat().st_size
-    if as_json:
-        _print_json({"file": str(path), "bytes": size, "manifest": manifest})
-    else:
-        bundle_text.print_created(Console(highlight=False), path, size, manifest)
+    _tell_created(path, manifest, as_json=as_json)
 
 
 @bundle.command()
@@ -150,7 +149,7 @@ def redact(file: Path, output: Path, *, content: str | None, everybody: bool, fo
     """Make a bundle that shows less out of another one. It replays as the other does."""
     if content is None and not everybody:
         raise ConfigError("say what to take out: --content none, hash or tokens, or --everybody")
-    from gptoss.cli import bundle_source, bundle_text  # noqa: PLC0415 - see gptoss.cli.main
+    from gptoss.cli import bundle_source  # noqa: PLC0415 - see gptoss.cli.main
     from gptoss.telemetry.bundle import redact_bundle  # noqa: PLC0415 - see gptoss.cli.main
     from gptoss.telemetry.bundle_order import content_level  # noqa: PLC0415 - see gptoss.cli.main
     from gptoss.telemetry.bundle_reader import BundleReader  # noqa: PLC0415 - see gptoss.cli.main
@@ -160,11 +159,7 @@ def redact(file: Path, output: Path, *, content: str | None, everybody: bool, fo
         level = content_level(content or reader.manifest.redaction.content)
         redact_bundle(written, reader, content=level, everybody=everybody, maker=bundle_source.maker(target))
         path, manifest = target.keep(written)
-    size = path.stat().st_size
-    if as_json:
-        _print_json({"file": str(path), "bytes": size, "manifest": manifest})
-    else:
-        bundle_text.print_created(Console(highlight=False), path, size, manifest)
+    _tell_created(path, manifest, as_json=as_json)
 
 
 @bundle.command()
@@ -193,6 +188,16 @@ def _query(*, requests: tuple[str, ...], errors: bool, **values: str | None) -> 
     """The options as the query that a server takes."""
     given = {"request": ",".join(requests) or None, "errors": "true" if errors else None, **values}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _tell_created(path: Path, manifest: "Manifest", *, as_json: bool) -> None:
+    from gptoss.cli import bundle_text  # noqa: PLC0415 - see gptoss.cli.main
+
+    size = path.stat().st_size
+    if as_json:
+        _print_json({"file": str(path), "bytes": size, "manifest": manifest})
+    else:
+        bundle_text.print_created(Console(highlight=False), path, size, manifest)
 
 
 def _print_json(value: Any) -> None:

@@ -1,23 +1,19 @@
 """Where ``gptoss bundle create`` takes a bundle from: a running server, or the journal of a dead or living one."""
 
 import contextlib
-import http.client
 import importlib.metadata
 import secrets
 import shutil
 import tempfile
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import IO
 
-import msgspec
-
+from gptoss.cli.admin_client import answer_of
 from gptoss.clock import SystemClock
 from gptoss.config import Settings
-from gptoss.errors import ConfigError, GptossError, NotReady, RequestNotFound
+from gptoss.errors import ConfigError, GptossError
 from gptoss.telemetry.bundle import Maker, make_bundle
 from gptoss.telemetry.bundle_format import Manifest, file_name
 from gptoss.telemetry.bundle_order import BundleOrder
@@ -120,29 +116,9 @@ def create_from_server(url: str, query: Mapping[str, str], output: Created) -> t
     """
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url is {url!r}; it must begin with http:// or https://")
-    address = f"{url.rstrip('/')}/admin/debug/bundle?{urllib.parse.urlencode(query)}"
-    # No proxy: a server under debugging is near, and an environment meant for the internet must not hide it.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(address, timeout=TIMEOUT_S) as answer, output.file() as file:
-            if answer.headers.get_content_type() != "application/zip":
-                raise GptossError(f"{url} answers with something else than a bundle; is it a gptoss server?")
-            shutil.copyfileobj(answer, file, COPY_BYTES)
-            return output.keep(file)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise _refusal(url, error.code, error.read(4096)) from None
-    except (OSError, http.client.HTTPException) as error:
-        cause = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise NotReady(f"no server answers at {url} ({cause})") from None
-
-
-def _refusal(url: str, status: int, body: bytes) -> GptossError:
-    try:
-        error = msgspec.json.decode(body)["error"]
-        code, message = str(error["code"]), str(error["message"])
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return GptossError(f"{url} answers {status}; is it a gptoss server?")
-    if code == RequestNotFound.code:
-        return RequestNotFound(f"the server at {url} says: {message}")
-    return GptossError(f"the server at {url} refuses: {message}")
+    path = f"/admin/debug/bundle?{urllib.parse.urlencode(query)}"
+    with answer_of(url, path, timeout_s=TIMEOUT_S) as answer, output.file() as file:
+        if answer.headers.get_content_type() != "application/zip":
+            raise GptossError(f"{url} answers with something else than a bundle; is it a gptoss server?")
+        shutil.copyfileobj(answer, file, COPY_BYTES)
+        return output.keep(file)

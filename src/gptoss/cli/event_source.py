@@ -14,7 +14,7 @@ from gptoss.errors import GptossError, NotReady, RequestNotFound
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.delays import Story, story
 from gptoss.telemetry.event_tail import SCAN_MAX, EventQuery
-from gptoss.telemetry.newest import Dated, Newest, RequestFilter, unix_s, wall_offset_ns
+from gptoss.telemetry.newest import Dated, Newest, RequestFilter, first_offset_ns, unix_s
 from gptoss.telemetry.recording import Recording
 from gptoss.telemetry.request_records import RecordingSource, RecordSource, request_records
 from gptoss.telemetry.request_view import RequestRow
@@ -133,7 +133,7 @@ class JournalSource(_Recorded):
             for record in tail.look():
                 if record.meta.boot != boot:
                     boot = record.meta.boot
-                    offset_ns = wall_offset_ns(self._reader.read(boot=boot, limit=100))
+                    offset_ns = first_offset_ns(self._reader.read(boot=boot, limit=100))
                 if query.wants(record):
                     found.append(Dated(record, unix_s(record, offset_ns)))
             yield found

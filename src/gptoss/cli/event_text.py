@@ -11,6 +11,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from gptoss.actors.directory import EXECUTOR_PREFIX
 from gptoss.telemetry.event_words import Tone, describe, tone_of
 from gptoss.telemetry.logs import safe_text
 from gptoss.telemetry.newest import Dated
@@ -109,7 +110,9 @@ def render_events(events: Iterable[Dated], *, width: int, color: bool) -> str:
     for record, unix_s in events:
         line = Text(_when(unix_s, is_long=True)[-12:] if unix_s else f"#{record.meta.pos}".ljust(12), "dim")
         line.append("  ")
-        style = _TONE_STYLES[tone_of(record.event)] or ("cyan" if record.meta.stream.startswith("executor/") else "")
+        style = _TONE_STYLES[tone_of(record.event)] or (
+            "cyan" if record.meta.stream.startswith(EXECUTOR_PREFIX) else ""
+        )
         line.append(f"{record.meta.type:<20}", style)
         about = request_id_of(record) or record.meta.stream
         line.append(f" {_cut(safe_text(about), _ID_WIDTH if is_wide else _ABOUT_WIDTH)}")

@@ -136,7 +136,9 @@ def _boot_of(recording: "Recording", request_id: str | None) -> str | None:
     """The newest boot that knows the request; None without one."""
     if request_id is None:
         return None
+    from gptoss.actors.directory import request_name  # noqa: PLC0415 - see gptoss.cli.main
+
     for boot in reversed(recording.boots()):
-        if next(iter(recording.records(boot=boot, stream=f"request/{request_id}")), None) is not None:
+        if next(iter(recording.records(boot=boot, stream=request_name(request_id))), None) is not None:
             return boot
     raise RequestNotFound(f"the recording knows no request {request_id}")

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from gptoss.actors.decider import fold
-from gptoss.actors.deciders import REQUEST_PREFIX
+from gptoss.actors.directory import EXECUTOR_PREFIX, REQUEST_PREFIX
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.codec import decode_command
@@ -19,12 +19,11 @@ from gptoss.messages.commands import Command
 from gptoss.messages.envelope import Event, Record
 from gptoss.replay.diff import diff, message_text, plan_divergence
 from gptoss.replay.figures import Fares
-from gptoss.replay.plans import ExecutorLog
+from gptoss.replay.plans import ExecutorLog, ExecutorLogs
 from gptoss.replay.policy import Policy
 from gptoss.replay.result import Divergence
 from gptoss.replay.simulate import Simulation
 
-EXECUTOR_PREFIX = "executor/"
 NO_CHOICE = (
     ev.MemoryObserved,
     ev.MemoryPoolSet,
@@ -109,9 +108,7 @@ class Exact:
         self._from_start = from_start
         self._states: dict[str, Any] = {}
         self._recorded: dict[str, Any] = {}
-        self._engines: dict[str, ExecutorLog] = {}
-        self._seqs: dict[str, int] = {}
-        self._lost_ends: set[str] = set()
+        self._engines = ExecutorLogs()
         self._open: _Open | None = None
         self._fares = Fares()
 
@@ -202,7 +199,7 @@ class Exact:
             divergence=divergence,
             states=self._states,
             recorded_states=self._recorded,
-            engines=self._engines,
+            engines=self._engines.by_stream,
             fares=self._fares,
         )
 
@@ -214,12 +211,7 @@ class Exact:
 
     def _engine(self, record: Record) -> Divided | None:
         meta, event = record.meta, record.event
-        log = self._engines.get(meta.stream)
-        if log is None:
-            log = self._engines[meta.stream] = ExecutorLog(self._lost_ends, is_whole=meta.seq == 0)
-        elif meta.seq != self._seqs[meta.stream]:
-            log.lose_track()
-        self._seqs[meta.stream] = meta.seq + 1
+        log, _ = self._engines.of(meta)
         if not isinstance(event, ev.StepCommitted):
             log.observe(event)
             return None
@@ -233,7 +225,7 @@ class Exact:
         parts = {name: both for name, both in (found or {}).items() if name in {"preemptions", "starts", "rows"}}
         if not parts:
             return None
-        self._engines[meta.stream] = before
+        self._engines.by_stream[meta.stream] = before
         self._take_open()
         return self._part(record, plan_divergence(record, event, parts))
 

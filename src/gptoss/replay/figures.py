@@ -1,12 +1,12 @@
 """How requests fared, from events in the order of their times: recorded ones, simulated ones, or both in turn."""
 
-import math
 from collections.abc import Iterable
 
 from gptoss.clock import NS_PER_MS
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event
 from gptoss.replay.result import Figures
+from gptoss.telemetry.percentile import nearest_rank
 
 
 class Fares:
@@ -70,9 +70,9 @@ class Fares:
 
 
 def _quantiles_ms(values: Iterable[int]) -> tuple[float | None, float | None]:
-    """The nearest-rank quantiles 0.5 and 0.95, in milliseconds."""
+    """The nearest-rank percentiles 50 and 95, in milliseconds."""
     ordered = sorted(values)
     if not ordered:
         return None, None
-    half, most = (ordered[math.ceil(share * len(ordered)) - 1] / NS_PER_MS for share in (0.5, 0.95))
+    half, most = (nearest_rank(ordered, percent) / NS_PER_MS for percent in (50, 95))
     return round(half, 3), round(most, 3)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from gptoss.actors.deciders import REQUEST_PREFIX
+from gptoss.actors.directory import REQUEST_PREFIX
 from gptoss.messages import events as ev
 from gptoss.messages.commands import Command, ForgetRoute, ReleaseMemory, WithdrawRequest
 from gptoss.messages.envelope import Record

@@ -19,6 +19,7 @@ import msgspec
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.scheduler import NO_DEADLINE, Candidate, SchedulerState, schedule
 from gptoss.messages import events as ev
+from gptoss.messages.envelope import Meta
 from gptoss.messages.model import EngineCapabilities
 from gptoss.messages.plan import Limits, PlannedRow, StepPlan, plan_of, without
 
@@ -317,3 +318,29 @@ def _differences(recorded: StepPlan, replayed: StepPlan) -> dict[str, tuple[Any,
 def _but(rows: tuple[PlannedRow, ...], others: tuple[PlannedRow, ...]) -> tuple[PlannedRow, ...]:
     """The rows that the others lack; all of them if only the order differs."""
     return tuple(row for row in rows if row not in others) or (rows if len(rows) == len(others) else ())
+
+
+class ExecutorLogs:
+    """The logs of one boot's executors.
+
+    Attributes:
+        by_stream: those that there are.
+    """
+
+    def __init__(self) -> None:
+        self.by_stream: dict[str, ExecutorLog] = {}
+        self._next_seq: dict[str, int] = {}
+        self._lost_ends: set[str] = set()
+
+    def of(self, meta: Meta) -> tuple[ExecutorLog, bool]:
+        """The log that a record goes on with, and whether records before it are missing: then it has lost track."""
+        log = self.by_stream.get(meta.stream)
+        if log is None:
+            log = self.by_stream[meta.stream] = ExecutorLog(self._lost_ends, is_whole=meta.seq == 0)
+            has_gap = False
+        else:
+            has_gap = meta.seq != self._next_seq[meta.stream]
+            if has_gap:
+                log.lose_track()
+        self._next_seq[meta.stream] = meta.seq + 1
+        return log, has_gap

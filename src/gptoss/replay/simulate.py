@@ -16,8 +16,7 @@ from typing import Any
 import msgspec
 
 from gptoss.actors.admission import DEADLINE_PERIOD_S
-from gptoss.actors.deciders import REQUEST_PREFIX
-from gptoss.actors.directory import executor_name, request_name
+from gptoss.actors.directory import REQUEST_PREFIX, executor_name, request_name
 from gptoss.clock import NS_PER_S
 from gptoss.engine.scheduler import schedule
 from gptoss.messages import commands as cmd

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from gptoss.actors.deciders import Deciders, deciders_of
+from gptoss.actors.directory import DECIDER_NAMES, EXECUTOR_PREFIX
 from gptoss.clock import NS_PER_S, Clock, SystemClock
 from gptoss.config import Settings
 from gptoss.messages import events as ev
@@ -21,7 +22,7 @@ from gptoss.messages.envelope import Record
 from gptoss.replay.chain import causal_chain
 from gptoss.replay.diff import plan_divergence
 from gptoss.replay.lives import TERMINALS, Lives
-from gptoss.replay.plans import ExecutorLog
+from gptoss.replay.plans import ExecutorLog, ExecutorLogs
 from gptoss.replay.recorded import settings_of
 from gptoss.replay.result import Checked, Divergence, VerifyResult
 from gptoss.replay.stream import DeciderStream, Tally
@@ -30,8 +31,6 @@ from gptoss.telemetry.recording import Recording
 ENDED_STREAMS_MAX = 1000
 PROBLEMS_MAX = 100
 PROGRESS_EVERY = 10_000
-EXECUTOR_PREFIX = "executor/"
-LONG_LIVING = ("memory", "admission", "router")
 DECIDERS = ("admission", "memory", "router", "request", "scheduler")
 """In the order of the report."""
 
@@ -42,15 +41,13 @@ class Verifier:
     Attributes:
         boot: whose records are being taken; the attributes below are of that boot.
         streams: deciders' streams by name; requests that ended long ago are left out.
-        executors: what the executors' logs tell, by stream.
-        divergences: those found so far: the first, and how many.
+        first: the first divergence found so far.
     """
 
     def __init__(self) -> None:
         self.boot = ""
         self.boots: list[str] = []
         self.streams: dict[str, DeciderStream] = {}
-        self.executors: dict[str, ExecutorLog] = {}
         self.settings = Settings()
         self.first: Divergence | None = None
         self.num_records = 0
@@ -60,11 +57,15 @@ class Verifier:
         self.num_requests = 0
         self._deciders: Deciders = deciders_of(self.settings)
         self._ended: OrderedDict[str, None] = OrderedDict()
-        self._executor_seq: dict[str, int] = {}
+        self._executors = ExecutorLogs()
         self._lives = Lives()
-        self._lost_ends: set[str] = set()
         self._open: DeciderStream | None = None
         self._stopped = False
+
+    @property
+    def executors(self) -> dict[str, ExecutorLog]:
+        """What the executors' logs tell, by stream."""
+        return self._executors.by_stream
 
     def observe(self, record: Record) -> None:
         """Take the next record."""
@@ -90,7 +91,7 @@ class Verifier:
         for name, stream in self.streams.items():
             if not stream.is_waiting:
                 continue
-            if stream is self._open or name in LONG_LIVING:
+            if stream is self._open or name in DECIDER_NAMES:
                 self.notes.append(f"boot {self.boot}: the recording ends within a command of {name}")
             else:
                 for divergence in stream.close():
@@ -122,11 +123,10 @@ class Verifier:
     def _begin_boot(self, boot: str) -> None:
         self.boot = boot
         self.boots.append(boot)
-        self.streams, self.executors = {}, {}
+        self.streams = {}
         self._ended.clear()
-        self._executor_seq.clear()
+        self._executors = ExecutorLogs()
         self._lives = Lives()
-        self._lost_ends = set()
         self._open = None
         self._stopped = False
 
@@ -159,7 +159,7 @@ class Verifier:
             self._retire(record.meta.stream)
 
     def _knows_deciders(self) -> bool:
-        return all(name in self.streams and self.streams[name].is_known for name in LONG_LIVING)
+        return all(name in self.streams and self.streams[name].is_known for name in DECIDER_NAMES)
 
     def _retire(self, name: str) -> None:
         """Keep an ended request a while, for commands that come late."""
@@ -173,13 +173,9 @@ class Verifier:
 
     def _observe_executor(self, record: Record) -> None:
         meta, event = record.meta, record.event
-        log = self.executors.get(meta.stream)
-        if log is None:
-            log = self.executors[meta.stream] = ExecutorLog(self._lost_ends, is_whole=meta.seq == 0)
-        elif meta.seq != self._executor_seq[meta.stream]:
-            log.lose_track()
+        log, has_gap = self._executors.of(meta)
+        if has_gap:
             self._lives.forget_steps()
-        self._executor_seq[meta.stream] = meta.seq + 1
         if not isinstance(event, ev.StepCommitted):
             log.observe(event)
             return

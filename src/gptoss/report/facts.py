@@ -22,6 +22,7 @@ from gptoss.report.stories import Told, tell
 from gptoss.telemetry.event_tail import CHATTER
 from gptoss.telemetry.recording import Recording
 from gptoss.telemetry.request_view import RequestBook, RequestRow, is_crash_end, request_id_of, request_row
+from gptoss.telemetry.wall_clock import wall_offset_ns
 
 STORIES_MAX = 24
 ROWS_MAX = 300
@@ -182,8 +183,7 @@ class _Survey:
 
     def _node(self, record: Record) -> None:
         event, boot = record.event, self._boot
-        if isinstance(event, ev.NodeStarted | ev.ClockAnchored):
-            boot.wall_offset_ns = event.wall_ns - record.meta.mono_ns
+        boot.wall_offset_ns = wall_offset_ns(record, boot.wall_offset_ns)
         if isinstance(event, ev.NodeStarted):
             boot.started, boot.settings = event, _changed(event.settings)
         elif isinstance(event, ev.EngineLoaded):

@@ -32,6 +32,7 @@ from gptoss.report.replays import Verdict, verdict_of
 from gptoss.report.stories import Told
 from gptoss.telemetry.event_words import describe, tone_of
 from gptoss.telemetry.logs import safe_text
+from gptoss.telemetry.percentile import nearest_rank
 from gptoss.telemetry.plain_text import took
 from gptoss.telemetry.request_view import RequestRow, request_id_of
 from gptoss.telemetry.timeline_phases import many, size
@@ -340,7 +341,7 @@ def _latencies(rows: Sequence[RequestRow]) -> list[dict[str, Any]]:
         ended = [row for row in rows if row.state == "completed" or field == "ttft_ms"]
         values = sorted(value for row in ended if (value := getattr(row, field)) is not None)
         if values:
-            p50, p95 = (took(values[-(-len(values) * p // 100) - 1]) for p in _PERCENTILES)
+            p50, p95 = (took(nearest_rank(values, p)) for p in _PERCENTILES)
             found.append({"name": name, "count": len(values), "p50": p50, "p95": p95, "longest": took(values[-1])})
     return found
 

@@ -6,6 +6,7 @@ once mostly refuses, and hides what goes wrong in the details).
 
 from collections.abc import Callable
 
+from gptoss.actors.directory import DECIDER_NAMES, executor_name
 from gptoss.clock import SeededRng
 from gptoss.simulation.faults import ANY_REQUEST
 from gptoss.simulation.probe import KINDS
@@ -31,7 +32,6 @@ STAGES = (
     "AttemptRetried",
 )
 """Events of a request at which its client may do something, where a time would seldom hit the moment."""
-DECIDERS = ("memory", "admission", "router")
 CRASHES_MAX = 2
 """Of one decider: a third within a minute is one too many for its supervisor, and then nothing more is served."""
 
@@ -133,7 +133,7 @@ def _in_the_middle(rng: SeededRng, kind: FaultKind, _: Shape, arrivals: tuple[Ar
 
 
 def _crashes(rng: SeededRng, kind: FaultKind, shape: Shape, _: tuple[Arrival, ...]) -> list[Fault]:
-    names = [ANY_REQUEST, *DECIDERS, *(f"executor/{device}" for device in shape.devices)]
+    names = [ANY_REQUEST, *DECIDER_NAMES, *(executor_name(device) for device in shape.devices)]
     chosen = [name for name in names if rng.happens(0.4)]
     return [Fault(_when(rng), kind, name) for name in chosen for _ in range(1 + rng.below(CRASHES_MAX))]
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from gptoss.actors.directory import EXECUTOR_PREFIX
 from gptoss.simulation.run import Verdict, simulate
 from gptoss.simulation.scenario import Arrival, Scenario
 
@@ -92,7 +93,7 @@ class Shrinker:
             plainer = msgspec.structs.replace(scenario.shape, **change)
             known = set(plainer.devices)
             if plainer != scenario.shape and all(
-                fault.target.removeprefix("executor/") in known or "cuda" not in fault.target
+                fault.target.removeprefix(EXECUTOR_PREFIX) in known or "cuda" not in fault.target
                 for fault in scenario.faults
             ):
                 self._fails(msgspec.structs.replace(scenario, shape=plainer))

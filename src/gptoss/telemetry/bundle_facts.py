@@ -11,14 +11,12 @@ from typing import Any
 
 import msgspec
 
+from gptoss.actors.directory import DECIDER_NAMES, EXECUTOR_PREFIX, REQUEST_PREFIX
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.bundle_format import BootFacts, EngineFacts, Gap
 from gptoss.telemetry.recording import Recording
 
-DECIDER_STREAMS = ("memory", "admission", "router")
-REQUEST_PREFIX = "request/"
-EXECUTOR_PREFIX = "executor/"
 GAPS_MAX = 1000
 """More gaps than this are counted in the last one's place."""
 
@@ -144,13 +142,13 @@ class BundleFacts:
 
     def _gaps_of(self, boot: str, name: str, stream: _Stream) -> Iterable[Gap]:
         is_request = name.startswith(REQUEST_PREFIX)
-        if not stream.starts_well and (is_request or name in DECIDER_STREAMS):
+        if not stream.starts_well and (is_request or name in DECIDER_NAMES):
             yield Gap(
                 boot=boot,
                 stream=name,
                 what="its beginning is forgotten; decisions before its first snapshot do not replay",
             )
-        if stream.hole_at >= 0 and (is_request or name in DECIDER_STREAMS or _is_executor(name)):
+        if stream.hole_at >= 0 and (is_request or name in DECIDER_NAMES or _is_executor(name)):
             yield Gap(boot=boot, stream=name, what=f"records are missing before position {stream.hole_at}")
         if is_request and not stream.ended and (boot, name) not in self._aborted:
             yield Gap(boot=boot, stream=name, what="it had not ended when the bundle was cut")

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 
 import msgspec
 
+from gptoss.actors.directory import DECIDER_NAMES, EXECUTOR_PREFIX, REQUEST_PREFIX
 from gptoss.clock import NS_PER_S
 from gptoss.errors import RequestError, RequestNotFound
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
-from gptoss.telemetry.bundle_facts import DECIDER_STREAMS, EXECUTOR_PREFIX, REQUEST_PREFIX
 from gptoss.telemetry.bundle_survey import BootSurvey, Life, survey
 from gptoss.telemetry.recording import Recording
 
@@ -206,7 +206,7 @@ def _cut(boot: BootSurvey, lives: list[Life], span: tuple[int, int], *, leaves_o
     if anchor:
         extra.add(boot.anchors[anchor - 1])
     begins: dict[str, int] = {}
-    for stream in DECIDER_STREAMS:
+    for stream in DECIDER_NAMES:
         snapshots = boot.snapshots.get(stream, [])
         before = bisect_right(snapshots, start)
         begins[stream] = snapshots[before - 1] if before else 0

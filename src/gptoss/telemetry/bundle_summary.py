@@ -8,6 +8,7 @@ from gptoss.clock import NS_PER_MS
 from gptoss.errors import AbortedByCrash
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event
+from gptoss.telemetry.percentile import nearest_rank
 from gptoss.telemetry.recording import Recording
 from gptoss.telemetry.request_view import RequestBook, RequestView
 
@@ -126,5 +127,4 @@ def _output(recording: Recording) -> dict[str, list[int]]:
 
 def percentile(values: list[float], rank: int) -> float | None:
     """Nearest-rank percentile, None of nothing."""
-    ordered = sorted(values)
-    return ordered[-(-len(ordered) * rank // 100) - 1] if ordered else None
+    return nearest_rank(sorted(values), rank) if values else None

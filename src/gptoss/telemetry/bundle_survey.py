@@ -6,10 +6,11 @@ Memory is a few hundred bytes a request and a few bytes a record.
 from collections.abc import Callable
 from typing import Any
 
+from gptoss.actors.directory import REQUEST_PREFIX
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Record
-from gptoss.telemetry.bundle_facts import REQUEST_PREFIX
 from gptoss.telemetry.recording import Recording
+from gptoss.telemetry.wall_clock import wall_offset_ns
 
 MARK_EVERY = 256
 """Wall times are known at every so many records."""
@@ -107,8 +108,7 @@ class BootSurvey:
     def fold(self, record: Record) -> None:
         """Take a record in."""
         meta, event = record.meta, record.event
-        if isinstance(event, ev.NodeStarted | ev.ClockAnchored):
-            self._offset_ns = event.wall_ns - meta.mono_ns
+        self._offset_ns = wall_offset_ns(record, self._offset_ns)
         now_ns = meta.mono_ns + self._offset_ns
         if self.last_pos < 0:
             self.first_ns = now_ns

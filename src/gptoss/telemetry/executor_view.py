@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from gptoss.actors.directory import EXECUTOR_PREFIX
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.messages.model import EngineCapabilities
@@ -126,7 +127,7 @@ def _stalled(book: ExecutorBook, _meta: Meta, event: ev.EngineStalled) -> None:
 
 
 def _escalated(book: ExecutorBook, _meta: Meta, event: ev.SupervisorEscalated) -> None:
-    view = book.views.get(event.child.removeprefix("executor/"))
+    view = book.views.get(event.child.removeprefix(EXECUTOR_PREFIX))
     if view is not None:
         view.state, view.reason = "failed", f"restarted {event.restarts} times within {event.within_s:g} s"
 

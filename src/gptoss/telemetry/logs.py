@@ -17,6 +17,7 @@ from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.request_view import RequestBook, RequestView, request_id_of
+from gptoss.telemetry.wall_clock import wall_offset_ns
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
 Fields: TypeAlias = dict[str, Any]
@@ -105,15 +106,13 @@ class LogWriter:
 
     def fold(self, record: Record) -> None:
         """Take one record in and write its line, if it has one."""
-        event, meta = record.event, record.meta
-        if isinstance(event, ev.NodeStarted | ev.ClockAnchored):
-            self._wall_offset_ns = event.wall_ns - meta.mono_ns
+        self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
         request = self._requests.fold(record)
         if self._broken or (line := log_line(record, request)) is None:
             return
         if LEVELS[line["level"]] < self._lowest or not self._throttle.lets_pass(record, line):
             return
-        self._write(meta, line)
+        self._write(record.meta, line)
 
     def _write(self, meta: Meta, line: Fields) -> None:
         level = line["level"]

@@ -15,12 +15,12 @@ import msgspec
 
 from gptoss.clock import NS_PER_S
 from gptoss.errors import AbortedByCrash, JournalCorrupt
-from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.event_tail import EventQuery
 from gptoss.telemetry.recording import Recording
 from gptoss.telemetry.request_view import TERMINAL_STATES, RequestBook, RequestRow, request_row
 from gptoss.telemetry.segment_reader import SegmentReader
+from gptoss.telemetry.wall_clock import wall_offset_ns
 
 KEPT_MAX = 100_000
 """Requests of one piece; of a longer one the first to end are left out."""
@@ -117,7 +117,7 @@ class Newest:
         """The newest wanted events, at most ``limit``, oldest first."""
         found: list[Dated] = []
         for boot in reversed(self._boots):
-            offset_ns = wall_offset_ns(boot.beginning)
+            offset_ns = first_offset_ns(boot.beginning)
             newest: deque[Dated] = deque()
             for records in boot.pieces:
                 newest = deque(_dated(records, query, offset_ns), maxlen=limit - len(found))
@@ -129,19 +129,18 @@ class Newest:
         return found
 
 
-def wall_offset_ns(records: Iterable[Record]) -> int | None:
+def first_offset_ns(records: Iterable[Record]) -> int | None:
     """Wall time minus monotonic time, as the first anchor among these records of one boot says; None without one."""
     with suppress(JournalCorrupt):  # Not to know the time of day is no reason to show nothing.
         for record in records:
-            if isinstance(record.event, ev.NodeStarted | ev.ClockAnchored):
-                return record.event.wall_ns - record.meta.mono_ns
+            if (offset_ns := wall_offset_ns(record, None)) is not None:
+                return offset_ns
     return None
 
 
 def _dated(records: Iterable[Record], query: EventQuery, offset_ns: int | None) -> Iterator[Dated]:
     for record in records:
-        if isinstance(record.event, ev.NodeStarted | ev.ClockAnchored):
-            offset_ns = record.event.wall_ns - record.meta.mono_ns
+        offset_ns = wall_offset_ns(record, offset_ns)
         if query.wants(record):
             yield Dated(record, unix_s(record, offset_ns))
 
@@ -154,7 +153,7 @@ def unix_s(record: Record, offset_ns: int | None) -> float | None:
 def _rows_of(boot: _Boot, wanted: RequestFilter, limit: int, *, is_over: bool) -> list[RequestRow]:
     """The requests of a boot, newest first, as far back as it takes."""
     rows: list[RequestRow] = []
-    beginning = wall_offset_ns(boot.beginning)
+    beginning = first_offset_ns(boot.beginning)
     for records in boot.pieces:
         rows = _rows(records, boot.name, beginning, is_over=is_over)
         if sum(map(wanted.wants, rows)) >= limit or (rows and wanted.is_before(rows[-1])):
@@ -166,8 +165,7 @@ def _rows(records: Iterable[Record], boot: str, offset_ns: int | None, *, is_ove
     """The requests that these records receive, newest first."""
     book = RequestBook(finished_max=KEPT_MAX)
     for record in records:
-        if isinstance(record.event, ev.NodeStarted | ev.ClockAnchored):
-            offset_ns = record.event.wall_ns - record.meta.mono_ns
+        offset_ns = wall_offset_ns(record, offset_ns)
         book.fold(record)
     views = sorted([*book.finished.values(), *book.open.values()], key=lambda view: -view.received_ns)
     rows = [request_row(view, boot=boot, wall_offset_ns=offset_ns) for view in views]

@@ -16,6 +16,7 @@ from gptoss.clock import NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.executor_view import ExecutorBook, ExecutorView
+from gptoss.telemetry.percentile import nearest_rank
 from gptoss.telemetry.request_view import TERMINAL_STATES, RequestBook, RequestView, request_row
 from gptoss.telemetry.server_view import RATE_WINDOW_S, ServerView
 
@@ -255,9 +256,8 @@ def _executor_health(view: ExecutorView) -> dict[str, Any]:
 def _percentiles(samples: Iterable[float]) -> dict[str, float | int | None]:
     """Nearest-rank percentiles; None where there is no sample."""
     ordered = sorted(samples)
-    ranks = {f"p{p}": -(-len(ordered) * p // 100) for p in PERCENTILES}
     values: dict[str, float | int | None] = {
-        name: round(ordered[rank - 1], 3) if ordered else None for name, rank in ranks.items()
+        f"p{p}": round(nearest_rank(ordered, p), 3) if ordered else None for p in PERCENTILES
     }
     return {**values, "count": len(ordered)}
 

@@ -10,6 +10,7 @@ from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.logs import LEVELS, log_line
 from gptoss.telemetry.request_view import RequestView, is_crash_end
+from gptoss.telemetry.wall_clock import wall_offset_ns
 
 SAMPLES_MAX = 1024
 ERRORS_MAX = 100
@@ -84,8 +85,7 @@ class ServerView:
 
     def _fold_node(self, record: Record) -> None:
         event = record.event
-        if isinstance(event, ev.NodeStarted | ev.ClockAnchored):
-            self.wall_offset_ns = event.wall_ns - record.meta.mono_ns
+        self.wall_offset_ns = wall_offset_ns(record, self.wall_offset_ns)
         if isinstance(event, ev.NodeStarted):
             self.node, self.started_ns = event, record.meta.mono_ns
             self.settings = json.loads(event.settings or "{}")
