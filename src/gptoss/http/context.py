@@ -15,6 +15,7 @@ from gptoss.actors.rendering import Rendering
 from gptoss.clock import Clock
 from gptoss.config import Settings
 from gptoss.errors import GptossError
+from gptoss.messages.trace_context import TraceContext
 from gptoss.telemetry.bundle_order import BundleOrder
 
 
@@ -44,7 +45,7 @@ class RequestGateway(Protocol):
         """Start a request; refusals and failures come through the returned ``Generation``."""
         ...
 
-    def reject(self, error: GptossError, *, endpoint: str, request_id: str = "") -> str:
+    def reject(self, error: GptossError, *, endpoint: str, request_id: str = "", traceparent: str = "") -> str:
         """Record a request that was refused before it could be submitted; returns its id."""
         ...
 
@@ -135,3 +136,4 @@ CLOSING: web.AppKey[asyncio.Event] = web.AppKey("closing", asyncio.Event)
 """Set once the server closes its connections itself, so that a cut one is not taken for a client that left."""
 CONTEXT: web.AppKey[HttpContext] = web.AppKey("context", HttpContext)
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+TRACE: web.RequestKey[TraceContext] = web.RequestKey("trace", TraceContext)

@@ -20,7 +20,7 @@ from gptoss.http import (
     responses,
     tokenization,
 )
-from gptoss.http.context import CLOSING, CONTEXT, HttpContext
+from gptoss.http.context import CLOSING, CONTEXT, TRACE, HttpContext
 from gptoss.http.errors import answer_errors
 from gptoss.http.guard import admit_callers
 from gptoss.http.headers import response_request_id
@@ -74,6 +74,9 @@ def make_app(context: HttpContext) -> web.Application:
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["X-Request-ID"] = response_request_id(request)
+    trace = request.get(TRACE)
+    if trace is not None and trace.trace_id:
+        response.headers["traceparent"] = trace.traceparent
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Server"] = "gptoss"
     if request.app[CONTEXT].draining():
