@@ -218,7 +218,15 @@ def test_routing_admission_and_cache_are_counted(busy: "Script") -> None:
     assert stats["admission"] == {"accept": 4, "queue": 1, "reject": 1}
     assert stats["gpu_routing"]["by_executor"] == {"cpu": {"count": 5, "share": 1.0}}
     assert stats["gpu_routing"]["by_reason"] == {"least_loaded": {"count": 5, "share": 1.0}}
-    assert stats["cache_stats"] == {"prompt_tokens": 36, "cached_tokens": 4, "hit_rate": 0.1111, "bytes": 3 << 20}
+    assert stats["cache_stats"] == {
+        "enabled": False,
+        "hits": 1,
+        "misses": 1,
+        "prompt_tokens": 36,
+        "cached_tokens": 4,
+        "hit_rate": 0.1111,
+        "bytes": 3 << 20,
+    }
     assert stats["faults"] == {"dead_letters": 1, "engine_exits": 1}
 
 
