@@ -16,6 +16,7 @@ from gptoss.clock import SystemClock, SystemIds, SystemRng
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Origin
 from gptoss.telemetry import telemetry_actor
+from gptoss.telemetry.live_views import LiveViews
 from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.metrics import Metrics
@@ -33,21 +34,18 @@ STEP = ev.StepCommitted(
 class Live:
     """A system with nothing but telemetry in it."""
 
-    def __init__(self, system: System, journal: Journal) -> None:
+    def __init__(self, system: System, journal: Journal, *, saves_counters: bool = False) -> None:
         self.system = system
+        self.saves_counters = saves_counters
         self.journal = journal
-        self.projection = Projection()
-        self.metrics = Metrics()
         self.log = io.StringIO()
+        self.views = LiveViews(log=LogWriter(self.log, "json"))
+        self.projection = self.views.projection
+        self.metrics = self.views.metrics
         self.ref: Ref[Any] = system.spawn(self._make, name="telemetry")
 
     def _make(self) -> TelemetryActor:
-        return TelemetryActor(
-            journal=self.journal,
-            projection=self.projection,
-            metrics=self.metrics,
-            log_writer=LogWriter(self.log, "json"),
-        )
+        return TelemetryActor(journal=self.journal, views=self.views, saves_counters=self.saves_counters)
 
     def append(self, event: Event, stream: str = "node", correlation: str = "") -> None:
         self.journal.append(event, Origin(stream=stream, correlation=correlation))
@@ -160,14 +158,14 @@ async def test_a_record_that_cannot_be_folded_costs_only_itself(live: Live, monk
     await live.catch_up()
     reported: list[dict[str, Any]] = []
     live.system.loop.set_exception_handler(lambda _, context: reported.append(context))
-    fold: Callable[[Any], None] = live.projection.fold
+    fold: Callable[[Any], None] = live.views.fold
 
     def fails_on_dead_letters(record: Any) -> None:
         if isinstance(record.event, ev.DeadLettered):
             raise ValueError("planted")
         fold(record)
 
-    monkeypatch.setattr(live.projection, "fold", fails_on_dead_letters)
+    monkeypatch.setattr(live.views, "fold", fails_on_dead_letters)
     live.append(STEP)
     live.append(ev.DeadLettered(to="a", message_type="m", reason="full"))
     live.append(STEP)
