@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gptoss.engine.port import Load
 from gptoss.engine.runner import PackedRunner
 from gptoss.engine.runner_choice import KvOptions, Native, RunnerChoice, choose_runner
 from gptoss.errors import ModelLoadError
+from gptoss.messages.model import Summation
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
@@ -84,11 +86,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def make(kernels: ctypes.CDLL, folder: Callable[[str], Path]) -> Make:
     @functools.cache
-    def made(kind: str, form: WeightFormat = "bfloat16", num_threads: int = 2) -> NativeRunner:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder(kind), dtype=torch.bfloat16).eval()
-        return NativeRunner(kernels, model, form=form, max_model_len=640, num_threads=num_threads)
+    def made(
+        kind: str, form: WeightFormat = "bfloat16", num_threads: int = 2, summation: Summation = "auto"
+    ) -> NativeRunner:
+        return runner_of(kernels, folder(kind), form, num_threads, summation)
 
     return made
+
+
+def runner_of(
+    kernels: ctypes.CDLL, folder: Path, form: WeightFormat, num_threads: int, summation: Summation
+) -> NativeRunner:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return NativeRunner(kernels, model, form=form, max_model_len=640, num_threads=num_threads, summation=summation)
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -134,16 +144,44 @@ def test_logits_are_nearer_to_float32_than_those_of_bfloat16_eager_attention(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
-def test_bits_do_not_depend_on_the_cut_the_company_or_the_threads(kind: str, form: WeightFormat, make: Make) -> None:
+@pytest.mark.parametrize(
+    ("form", "summation"), [("bfloat16", "blocks"), ("bfloat16", "pairs"), ("int8", "auto"), ("int4", "auto")]
+)
+def test_bits_do_not_depend_on_the_cut_the_company_or_the_threads(
+    kind: str, form: WeightFormat, summation: Summation, make: Make
+) -> None:
+    def logits(sizes: list[int], strangers: int = 0, num_threads: int = 2) -> torch.Tensor:
+        return logits_of(make(kind, form, num_threads, summation), ids, sizes, strangers)
+
     ids = text(LENGTH)
-    whole = logits_of(make(kind, form), ids, [LENGTH])
+    whole = logits([LENGTH])
     assert whole.isfinite().all()
     for sizes in CUTS:
-        assert torch.equal(logits_of(make(kind, form), ids, sizes), whole)
-    assert torch.equal(logits_of(make(kind, form), ids, CUTS[1], strangers=16), whole)
-    assert torch.equal(logits_of(make(kind, form, 1), ids, CUTS[1], strangers=1), whole)
-    assert torch.equal(logits_of(make(kind, form, 3), ids, [LENGTH]), whole)
+        assert torch.equal(logits(sizes), whole)
+    assert torch.equal(logits(CUTS[1], strangers=16), whole)
+    assert torch.equal(logits(CUTS[1], strangers=1, num_threads=1), whole)
+    assert torch.equal(logits([LENGTH], num_threads=3), whole)
+
+
+@pytest.mark.parametrize("summation", ["blocks", "pairs"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions are those of x86")
+def test_a_machine_without_its_instructions_gives_the_same_bits(
+    summation: Summation, make: Make, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = [f"-mno-{name}" for name in ("amx-bf16", "amx-tile", "avx512bf16", "avx512vnni", "avx512f")]
+    monkeypatch.setattr(build, "_flags", lambda: (*build.FLAGS, *build.QUIET, "-march=native", *without))
+    poorer = runner_of(open_kernels(tmp_path), folder("llama"), "bfloat16", 2, summation)
+    ids = text(LENGTH)
+    own = make("llama", "bfloat16", 2, summation)
+    assert own.summation == poorer.summation == summation
+    assert torch.equal(logits_of(poorer, ids, CUTS[1]), logits_of(own, ids, CUTS[1]))
+
+
+def test_the_two_orders_of_summing_differ_in_rounding_alone(make: Make) -> None:
+    ids = text(LENGTH)
+    blocks, pairs = (logits_of(make("llama", "bfloat16", 2, order), ids, [LENGTH]) for order in ("blocks", "pairs"))
+    assert not torch.equal(blocks, pairs)
+    assert (blocks - pairs).norm() < 0.01 * blocks.norm()
 
 
 @pytest.mark.parametrize(("form", "gap_max", "share"), [("int8", 0.03, 0.6), ("int4", 0.5, 0.45)])

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from gptoss.engine.answer_port import Dialect
-from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
+from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint, Summation
 from gptoss.messages.plan import Preemption, RowFailure, Start
 from gptoss.messages.sampling import SamplingParams
 
@@ -49,6 +49,7 @@ class Load(_Wire, frozen=True, kw_only=True):
         quantization: ``int8`` or ``int4`` packs weights; only with the CPU kernels.
         kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         cache_folder: where compiled kernels are kept; empty is the user's cache folder.
+        summation: of the CPU kernels; ``auto`` is the fastest on this machine. Another repeats another machine's bits.
     """
 
     folder: str
@@ -65,6 +66,7 @@ class Load(_Wire, frozen=True, kw_only=True):
     quantization: Literal["none", "int8", "int4"] = "none"
     cache_folder: str = ""
     kv_layout: Literal["auto", "slots", "paged"] = "auto"
+    summation: Summation = "auto"
 
 
 class Submit(_Wire, frozen=True, kw_only=True):
