@@ -221,3 +221,25 @@ async def test_the_newest_boot_alone_counts(tmp_path: Path, end: str) -> None:
         assert again.stats == live.stats
         assert again.metrics == live.metrics
         assert again.spans[-len(live.spans) :] == live.spans
+
+
+def counted(metrics: bytes) -> dict[str, float]:
+    """Every counter that a restart must not lose, by its line."""
+    lines = (line.rpartition(" ") for line in metrics.decode().splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in lines if "_total" in name or "_count" in name}
+
+
+async def test_a_restart_loses_no_counter(tmp_path: Path) -> None:
+    log = StringIO()
+    async with serving(log, data_dir=str(tmp_path)) as system:
+        before = counted((await eventful(system, log)).metrics)
+    log = StringIO()
+    async with serving(log, data_dir=str(tmp_path)) as system:
+        at_start = counted(system.metrics.render()[0])
+        live = await eventful(system, log)
+        after = counted(live.metrics)
+        again = recomputed(system.journal.read(boot=live.boot), live)
+    assert {name: value for name, value in before.items() if at_start.get(name, 0) < value} == {}
+    success = next(name for name in before if name.startswith("vllm:request_success_total") and '"length"' in name)
+    assert after[success] >= before[success] + 5
+    assert again == live

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from gptoss.actors.journal import Journal
@@ -19,7 +20,7 @@ from gptoss.telemetry import telemetry_actor
 from gptoss.telemetry.live_views import LiveViews
 from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.memory_journal import MemoryJournal
-from gptoss.telemetry.metrics import Metrics
+from gptoss.telemetry.metrics import Metrics, SavedMetrics
 from gptoss.telemetry.projection import Projection
 from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
 
@@ -152,6 +153,26 @@ async def test_what_is_left_at_the_stop_is_folded(live: Live) -> None:
     assert live.steps == 1
     live.append(STEP)
     assert live.steps == 1
+
+
+async def test_what_was_counted_is_saved_every_so_often_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry_actor, "SAVE_RECORDS_MIN", 100)
+    monkeypatch.setattr(telemetry_actor, "SAVED_BYTES_PER_RECORD", 1000)
+    journal = MemoryJournal(node="node", boot="boot1", clock=SystemClock())
+    async with System(name="test", clock=SystemClock(), ids=SystemIds(), rng=SystemRng(), journal=journal) as system:
+        live = Live(system, journal, saves_counters=True)
+        await live.catch_up()
+        for _ in range(3):
+            for _ in range(60):
+                live.append(STEP, "executor/cpu")
+            await live.catch_up()
+    saved = [record.event for record in journal.read() if isinstance(record.event, ev.CountersSaved)]
+    assert len(saved) == 2
+    state = msgspec.msgpack.decode(saved[-1].state, type=SavedMetrics)
+    counts = {labels: values[0] for labels, values, _ in state.families["gptoss_events_total"].rows}
+    assert counts["StepCommitted",] == 180
+    steps = [record.meta.pos for record in journal.read() if record.event is STEP]
+    assert saved[0].pos < steps[-1] <= saved[-1].pos
 
 
 async def test_a_record_that_cannot_be_folded_costs_only_itself(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
