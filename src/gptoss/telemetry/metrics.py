@@ -132,6 +132,7 @@ class Metrics:
         families, labels = self._families, self._vllm(event.executor)
         open_requests = self._books.requests.open
         produced = prefilled = drafted = accepted = 0
+        alike: dict[tuple[int, int], int] = {}  # most rows of a step have the same gap: they are counted at once
         for row in event.rows:
             prefilled += row.prefilled
             drafted += row.num_draft
@@ -141,7 +142,10 @@ class Metrics:
             accepted += row.tokens - 1
             view = open_requests.get(row.request_id)
             if view is not None and view.token_gap_ns is not None:
-                families.itl.observe(labels, view.token_gap_ns / NS_PER_S / row.tokens, row.tokens)
+                gap = (view.token_gap_ns, row.tokens)
+                alike[gap] = alike.get(gap, 0) + row.tokens
+        for (gap_ns, tokens), times in alike.items():
+            families.itl.observe(labels, gap_ns / NS_PER_S / tokens, times)
         families.generation_tokens.add(labels, produced)
         families.decoded.add(labels[:1], produced)
         families.prefilled.add(labels[:1], prefilled)
