@@ -25,6 +25,8 @@ from gptoss.messages.sampling import SamplingParams, check_sampling
 
 Phase = Literal["new", "rendering", "estimating", "admitting", "routing", "running", "ended"]
 MAX_ATTEMPTS = 3
+TENANT_HEX = 16
+"""So much of a tenant's keyed hash tells it from the others."""
 
 
 class RequestState(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +45,8 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     tokens_out: int = 0
     executor: str = ""
+    session_id: str = ""
+    multi_device: bool = False
     first_token: bool = False
     first_byte: bool = False
     cancel: CancelReason | None = None
@@ -95,7 +99,12 @@ class Lifecycle:
             case ev.RequestAdmitted() | ev.AttemptRetried():
                 # A lost executor's route is forgotten by the router itself when the executor leaves.
                 route = cmd.RouteRequest(
-                    now_ns=now_ns, request_id=request_id, kv_bytes=state.kv_bytes, prompt_tokens=state.prompt_tokens
+                    now_ns=now_ns,
+                    request_id=request_id,
+                    kv_bytes=state.kv_bytes,
+                    prompt_tokens=state.prompt_tokens,
+                    session_id=state.session_id,
+                    multi_device=state.multi_device,
                 )
                 return [("router", route)]
             case ev.RequestCompleted() | ev.RequestFailed() | ev.RequestCancelled() | ev.RequestRejected():
@@ -266,6 +275,11 @@ def _cancelled(state: RequestState, completion_tokens: int) -> ev.RequestCancell
     return ev.RequestCancelled(reason=state.cancel or "client", completion_tokens=completion_tokens)
 
 
+def session_key(session_id: str, tenant: str) -> str:
+    """The name of a conversation within its tenant, so that nobody gets at another's by its id; empty without one."""
+    return f"{session_id}@{tenant[:TENANT_HEX]}" if session_id else ""
+
+
 def rejection(error: GptossError) -> ev.RequestRejected:
     """The terminal event of a refusal."""
     return ev.RequestRejected(
@@ -307,6 +321,7 @@ CHANGES: dict[type[Event], Callable[[Any], dict[str, Any]]] = {
         "deadline_ns": e.deadline_ns,
         "max_model_len": e.max_model_len,
         "default_max_tokens": e.default_max_tokens,
+        "session_id": session_key(e.session_id, e.user_hmac),
     },
     ev.RequestValidated: lambda e: {"sampling": e.sampling},
     ev.PromptRendered: lambda e: {
@@ -315,7 +330,12 @@ CHANGES: dict[type[Event], Callable[[Any], dict[str, Any]]] = {
         "max_tokens": e.max_tokens,
     },
     ev.RequestEstimated: lambda _: {"phase": "admitting"},
-    ev.RequestAdmitted: lambda e: {"phase": "routing", "max_tokens": e.max_tokens, "kv_bytes": e.kv_bytes},
+    ev.RequestAdmitted: lambda e: {
+        "phase": "routing",
+        "max_tokens": e.max_tokens,
+        "kv_bytes": e.kv_bytes,
+        "multi_device": e.action == "route_multi",
+    },
     ev.RequestRouted: lambda e: {"phase": "running", "executor": e.executor, "attempt": e.attempt},
     ev.FirstTokenProduced: lambda _: {"first_token": True},
     ev.FirstByteSent: lambda _: {"first_byte": True},

@@ -238,11 +238,15 @@ GuardCommand: TypeAlias = (
 
 
 class SetCapacity(Command, frozen=True, kw_only=True):
-    """How many requests one executor may run at once; 0 slots while it cannot serve."""
+    """How many requests one executor may run at once; 0 slots while it cannot serve.
+
+    ``multi_device`` if its engine spans several devices.
+    """
 
     executor: str
     slots: int
     kv_budget_bytes: int
+    multi_device: bool = False
 
 
 class AdmitRequest(Command, frozen=True, kw_only=True):
@@ -310,11 +314,12 @@ AdmissionCommand: TypeAlias = (
 
 
 class SetExecutor(Command, frozen=True, kw_only=True):
-    """An executor became able to serve, or changed."""
+    """An executor became able to serve, or changed; ``multi_device`` if its engine spans several devices."""
 
     executor: str
     slots: int
     kv_budget_bytes: int
+    multi_device: bool = False
 
 
 class DropExecutor(Command, frozen=True, kw_only=True):
@@ -325,11 +330,18 @@ class DropExecutor(Command, frozen=True, kw_only=True):
 
 
 class RouteRequest(Command, frozen=True, kw_only=True):
-    """Ask for an executor; without one that can take it the request waits until there is."""
+    """Ask for an executor; without one that can take it the request waits until there is.
+
+    Attributes:
+        session_id: names the conversation, for affinity: the client's ``X-Session-ID`` within its tenant; empty is none.
+        multi_device: admission decided ``route_multi``: it should run where an engine spans several devices.
+    """
 
     request_id: str
     kv_bytes: int
     prompt_tokens: int
+    session_id: str = ""
+    multi_device: bool = False
 
 
 class ForgetRoute(Command, frozen=True, kw_only=True):

@@ -391,11 +391,12 @@ class MemoryObserved(Event, frozen=True, kw_only=True):
 
 
 class CapacitySet(Event, frozen=True, kw_only=True):
-    """How many requests one executor may run at once."""
+    """How many requests one executor may run at once; ``multi_device`` if its engine spans several devices."""
 
     executor: str
     slots: int
     kv_budget_bytes: int
+    multi_device: bool = False
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):

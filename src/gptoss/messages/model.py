@@ -38,6 +38,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         limits: what its scheduler keeps to.
         prefix_cache_bytes: the most of that KV memory that cached prefixes may take while it is not reserved.
         kv_pages: pages that it consists of; 0 where each request has a contiguous slot of its own.
+        multi_device: it spans several devices.
     """
 
     model_name: str
@@ -55,6 +56,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits | None = None
     prefix_cache_bytes: int = 0
     kv_pages: int = 0
+    multi_device: bool = False
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):
