@@ -45,7 +45,9 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     tokens_out: int = 0
     executor: str = ""
+    tenant: str = ""
     session_id: str = ""
+    is_bound: bool = False
     multi_device: bool = False
     first_token: bool = False
     first_byte: bool = False
@@ -109,6 +111,7 @@ class Lifecycle:
                 return [("router", route)]
             case ev.RequestCompleted() | ev.RequestFailed() | ev.RequestCancelled() | ev.RequestRejected():
                 return [
+                    *_keeps(state, event, now_ns),
                     ("router", cmd.ForgetRoute(now_ns=now_ns, request_id=request_id)),
                     ("admission", cmd.WithdrawRequest(now_ns=now_ns, request_id=request_id)),
                 ]
@@ -125,7 +128,25 @@ class Lifecycle:
             kv_bytes_prompt=event.kv_bytes_prompt,
             priority=state.priority,
             deadline_ns=min(state.deadline_ns, now_ns + self._queue_timeout_ns),
+            advice=event.advice,
+            tenant=state.tenant,
+            session_id=state.session_id,
+            can_shrink=not state.is_bound,
         )
+
+
+def _keeps(state: RequestState, event: Event, now_ns: int) -> list[Told]:
+    """What the memory guard is told of a turn that the engine keeps; before the turn's own memory is released."""
+    if not (state.session_id and isinstance(event, ev.RequestCompleted)):
+        return []
+    keep = cmd.KeepSession(
+        now_ns=now_ns,
+        session_id=state.session_id,
+        executor=state.executor,
+        tokens=event.session_tokens,
+        kv_bytes=event.session_bytes,
+    )
+    return [("memory", keep)]
 
 
 # ---------------------------------------------------------------- decisions
@@ -195,18 +216,28 @@ def _unusable(_: RequestState, command: cmd.PromptUnusable) -> list[Event]:
 
 
 def _estimated(_: RequestState, command: cmd.EstimateReady) -> list[Event]:
-    return [ev.RequestEstimated(kv_bytes=command.kv_bytes, kv_bytes_prompt=command.kv_bytes_prompt)]
+    return [
+        ev.RequestEstimated(kv_bytes=command.kv_bytes, kv_bytes_prompt=command.kv_bytes_prompt, advice=command.advice)
+    ]
 
 
 def _granted(_: RequestState, command: cmd.AdmissionGranted) -> list[Event]:
-    return [ev.RequestAdmitted(action=command.action, max_tokens=command.max_tokens, kv_bytes=command.kv_bytes)]
+    return [
+        ev.RequestAdmitted(
+            action=command.action, max_tokens=command.max_tokens, kv_bytes=command.kv_bytes, note=command.note
+        )
+    ]
 
 
 def _refused(_: RequestState, command: cmd.AdmissionRefused) -> list[Event]:
     status = 429 if command.code == "queue_full" else 503
     return [
         ev.RequestRejected(
-            code=command.code, status=status, message=command.message, retry_after_s=command.retry_after_s
+            code=command.code,
+            status=status,
+            message=command.message,
+            retry_after_s=command.retry_after_s,
+            note=command.note,
         )
     ]
 
@@ -242,6 +273,8 @@ def _done(state: RequestState, command: cmd.EngineDone) -> list[Event]:
             stop_reason=command.stop_reason if isinstance(command.stop_reason, int) else None,
             reasoning_tokens=command.reasoning_tokens,
             num_calls=command.num_calls,
+            session_tokens=command.session_tokens,
+            session_bytes=command.session_bytes,
         )
     ]
 
@@ -321,6 +354,7 @@ CHANGES: dict[type[Event], Callable[[Any], dict[str, Any]]] = {
         "deadline_ns": e.deadline_ns,
         "max_model_len": e.max_model_len,
         "default_max_tokens": e.default_max_tokens,
+        "tenant": e.user_hmac[:TENANT_HEX],
         "session_id": session_key(e.session_id, e.user_hmac),
     },
     ev.RequestValidated: lambda e: {"sampling": e.sampling},
@@ -328,6 +362,7 @@ CHANGES: dict[type[Event], Callable[[Any], dict[str, Any]]] = {
         "phase": "estimating",
         "prompt_tokens": e.prompt_tokens,
         "max_tokens": e.max_tokens,
+        "is_bound": bool(e.grammar_hmac),
     },
     ev.RequestEstimated: lambda _: {"phase": "admitting"},
     ev.RequestAdmitted: lambda e: {

@@ -69,7 +69,7 @@ def nobody_jumps_the_queue(observed: Observed) -> None:
                 queued.setdefault(request_id, (ask.priority, number))
             case ev.MemoryRequested(request_id=request_id, ask=ask):
                 tried[request_id] = (ask.priority, number)
-            case ev.AdmissionDecided(request_id=request_id, action="accept" | "shrink"):
+            case ev.AdmissionDecided(request_id=request_id, action="accept" | "shrink" | "route_multi"):
                 rank = queued.pop(request_id, tried[request_id])
                 _check_turn(record, rank, tried[request_id][1], queued)
             case ev.AdmissionDecided(request_id=request_id, action="reject"):
