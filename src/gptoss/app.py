@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import msgspec
 
-from gptoss.actors.admission import AdmissionActor
+from gptoss.actors.admission_actor import AdmissionActor
 from gptoss.actors.decider import DeciderActor
 from gptoss.actors.deciders import deciders_of
 from gptoss.actors.directory import Directory, executor_name

@@ -18,15 +18,15 @@ Rules:
 import msgspec
 
 from gptoss.actors import admission_state as states
-from gptoss.actors.admission_fit import AdmissionPolicy, fit, with_route
-from gptoss.actors.admission_state import RAN_SMOOTHING, RELEASES_MIN, AdmissionRecord, AdmissionState, Capacity
-from gptoss.actors.decider import DeciderActor, Told
+from gptoss.actors.admission_fit import AdmissionPolicy, fit, note_of, with_route
+from gptoss.actors.admission_state import RELEASES_MIN, AdmissionRecord, AdmissionState, Capacity
+from gptoss.actors.decider import Told
 from gptoss.actors.directory import request_name
 from gptoss.actors.fair_line import FairLine, LineOrder
 from gptoss.actors.pressure import is_reached
 from gptoss.clock import NS_PER_S
 from gptoss.messages import commands as cmd
-from gptoss.messages.commands import AdmissionAction, AdmissionNote, Command
+from gptoss.messages.commands import AdmissionAction, Command
 from gptoss.messages.envelope import Event
 from gptoss.messages.events import (
     AdmissionClosed,
@@ -42,9 +42,6 @@ from gptoss.messages.events import (
     Unparked,
 )
 
-DEADLINE_PERIOD_S = 0.25
-"""How often admission looks for passed deadlines."""
-MS_PER_S = 1000
 DOUBT = 1.5
 """Below the level ``refuse`` a forecast must miss the deadline by this factor before it counts."""
 
@@ -126,7 +123,7 @@ class Admission:
                 running = state.running.set(event.request_id, event.at_ns)
                 return replace(state.without_pending(event.request_id), running=running, line=line)
             case SlotReleased():
-                return _released(state, event)
+                return state.with_released(event.request_id, event.ran_ns, event.at_ns)
             case AdmissionClosed():
                 return replace(state, closed=True)
             case _:
@@ -151,7 +148,7 @@ class Admission:
                     action=event.action,
                     max_tokens=event.max_tokens,
                     kv_bytes=event.kv_bytes,
-                    note=_note(event),
+                    note=note_of(event),
                 )
                 return [(request_name(event.request_id), granted)]
             case AdmissionDecided(action="reject"):
@@ -160,7 +157,7 @@ class Admission:
                     code=event.code,
                     message=event.reason,
                     retry_after_s=event.retry_after_s,
-                    note=_note(event),
+                    note=note_of(event),
                 )
                 return [(request_name(event.request_id), refused)]
             case _:
@@ -375,55 +372,9 @@ class Admission:
         )
 
 
-def _released(state: AdmissionState, event: SlotReleased) -> AdmissionState:
-    mean = state.ran_ns_mean or float(event.ran_ns)
-    mean += RAN_SMOOTHING * (event.ran_ns - mean)
-    running = state.running.delete(event.request_id) if event.request_id in state.running else state.running
-    pace = state.pace.after(event.at_ns, has_line=bool(state.waiting)) if event.at_ns else state.pace
-    return msgspec.structs.replace(
-        state.without_pending(event.request_id), running=running, ran_ns_mean=mean, pace=pace
-    )
-
-
-def _note(event: AdmissionDecided) -> AdmissionNote:
-    return AdmissionNote(
-        action=event.action,
-        reason=event.reason,
-        max_tokens=event.max_tokens,
-        kv_bytes=event.kv_bytes,
-        pressure=round(event.pressure, 4),
-        running=event.running,
-        slots=event.slots,
-        queued=event.queued,
-        waited_ms=round(event.wait_s * MS_PER_S, 1) if event.action != "reject" else 0.0,
-    )
-
-
 def _request_memory(request_id: str, ask: Ask) -> MemoryRequested:
     return MemoryRequested(request_id=request_id, ask=ask)
 
 
 def _dequeue(state: AdmissionState, request_id: str, waited_ns: int, reason: str) -> Dequeued:
     return Dequeued(request_id=request_id, waited_ns=waited_ns, queued=len(state.waiting) - 1, reason=reason)
-
-
-class AdmissionActor(DeciderActor[AdmissionState]):
-    """Admission with a clock for the deadlines of those who wait."""
-
-    def on_start(self) -> None:
-        """Look for passed deadlines a few times a second."""
-        super().on_start()
-        system = self.context.system
-        self._deadlines = system.send_every(
-            DEADLINE_PERIOD_S, self.context.ref, lambda: cmd.CheckDeadlines(now_ns=system.now_ns())
-        )
-
-    def on_receive(self, message: Command) -> None:
-        """Consume a command; a deadline check with nobody waiting is no decision and leaves no trace."""
-        if isinstance(message, cmd.CheckDeadlines) and not self.state.waiting:
-            return
-        super().on_receive(message)
-
-    def on_stop(self) -> None:
-        """Stop the clock."""
-        self._deadlines.cancel()

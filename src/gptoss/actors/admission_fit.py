@@ -10,10 +10,12 @@ import msgspec
 from gptoss.actors.admission_state import AdmissionState
 from gptoss.actors.pressure import PressureLevels, is_reached
 from gptoss.messages import commands as cmd
-from gptoss.messages.events import Ask
+from gptoss.messages.commands import AdmissionNote
+from gptoss.messages.events import AdmissionDecided, Ask
 
 # A shrunk answer shorter than this is of no use to anyone.
 MIN_USEFUL_TOKENS = 16
+MS_PER_S = 1000
 
 
 class AdmissionPolicy(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -82,3 +84,18 @@ def _shrunk_by_guess(whole: Ask, command: cmd.AdmitRequest, kv_bytes_max: int) -
     if max_tokens < MIN_USEFUL_TOKENS:
         return None
     return msgspec.structs.replace(whole, max_tokens=max_tokens, kv_bytes=kv_bytes_max, shrunk=True)
+
+
+def note_of(event: AdmissionDecided) -> AdmissionNote:
+    """What the client is told of a decision."""
+    return AdmissionNote(
+        action=event.action,
+        reason=event.reason,
+        max_tokens=event.max_tokens,
+        kv_bytes=event.kv_bytes,
+        pressure=round(event.pressure, 4),
+        running=event.running,
+        slots=event.slots,
+        queued=event.queued,
+        waited_ms=round(event.wait_s * MS_PER_S, 1) if event.action != "reject" else 0.0,
+    )

@@ -194,6 +194,14 @@ class AdmissionState(msgspec.Struct, frozen=True, kw_only=True):
         num_tried = self.num_tried - (ask.enqueued_ns >= 0)
         return msgspec.structs.replace(self, pending=self.pending.delete(request_id), num_tried=num_tried)
 
+    def with_released(self, request_id: str, ran_ns: int, at_ns: int) -> "AdmissionState":
+        """Without a request that ran, or for which memory was asked; ``at_ns`` 0 tells nothing of the line's pace."""
+        mean = self.ran_ns_mean or float(ran_ns)
+        mean += RAN_SMOOTHING * (ran_ns - mean)
+        running = self.running.delete(request_id) if request_id in self.running else self.running
+        pace = self.pace.after(at_ns, has_line=bool(self.waiting)) if at_ns else self.pace
+        return msgspec.structs.replace(self.without_pending(request_id), running=running, ran_ns_mean=mean, pace=pace)
+
     # ---- forecasts
 
     def forecast_s(self, ahead: int) -> float:

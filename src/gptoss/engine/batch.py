@@ -12,6 +12,7 @@ Rules:
 
 import bisect
 import gc
+from typing import Any
 
 import torch
 
@@ -154,14 +155,15 @@ class Batch:
         A request that did not run changes nothing.
         """
         session_id = sequence.submit.session_id
-        if not (session_id and self._cache and sequence.chain and sequence.slot is not None):
+        if not (session_id and bytes_max and self._cache and sequence.chain and sequence.slot is not None):
             return Kept(0, 0)
         return self._cache.pin(session_id, sequence.chain, bytes_max)
 
-    def drop_session(self, session_id: str) -> None:
-        """Let what was kept for a session go its way."""
+    def drop_session(self, session_id: str) -> list[Any]:
+        """Let what was kept for a session go its way; there is nothing to say about it."""
         if self._cache:
             self._cache.unpin(session_id)
+        return []
 
     def distrust(self, sequence: Sequence) -> None:
         """Take out of the prefix cache whatever a request has in common with it: its logits made no sense."""

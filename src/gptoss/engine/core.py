@@ -39,7 +39,7 @@ from gptoss.engine.port import (
     Submit,
     TokenLogprob,
 )
-from gptoss.engine.prefix_cache import Kept, PrefixCache
+from gptoss.engine.prefix_cache import PrefixCache
 from gptoss.engine.runner import Runner
 from gptoss.engine.sampler import Draw
 from gptoss.engine.scheduler import schedule
@@ -152,8 +152,7 @@ class EngineCore:
                 self._is_draining = True
                 return self._drained()
             case DropSession():
-                self._batch.drop_session(command.session_id)
-                return []
+                return self._batch.drop_session(command.session_id)
             case Snapshot():
                 return [self._status(command.nonce)]
 
@@ -326,9 +325,8 @@ class EngineCore:
         return [Drained()] if self._is_draining and not self._batch.sequences else []
 
     def _finish(self, sequence: Sequence, end: End) -> Finished:
-        kept = Kept(0, 0)
-        if end.reason != "cancelled":  # of a turn that its client gave up, nobody is told what was kept
-            kept = self._batch.keep_session(sequence, self._session_bytes_max)
+        # Of a turn that its client gave up, nobody is told what was kept.
+        kept = self._batch.keep_session(sequence, 0 if end.reason == "cancelled" else self._session_bytes_max)
         self._batch.remove(sequence)
         return Finished(
             request_id=sequence.submit.request_id,

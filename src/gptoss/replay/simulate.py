@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from gptoss.actors.admission import DEADLINE_PERIOD_S
+from gptoss.actors.admission_actor import DEADLINE_PERIOD_S
 from gptoss.actors.directory import REQUEST_PREFIX, executor_name, request_name
 from gptoss.actors.memory_guard import SESSION_PERIOD_S
 from gptoss.clock import NS_PER_S
