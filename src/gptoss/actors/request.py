@@ -26,7 +26,7 @@ from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
 from gptoss.engine.answer_port import OutputParser
 from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
-from gptoss.errors import ActorError, EngineError, GptossError, RequestError, error_from
+from gptoss.errors import ActorError, EngineError, GptossError, Overloaded, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.answer import Part
@@ -243,7 +243,7 @@ class RequestActor(DeciderActor[RequestState]):
 
     def _tell_admitted(self, event: ev.RequestAdmitted) -> None:
         self._generation.prompt_tokens = self.state.prompt_tokens
-        self._generation.put_admitted(event.max_tokens)
+        self._generation.put_admitted(event.max_tokens, event.note)
 
     def _submit(self, event: ev.SamplingBound) -> None:
         assert self._prompt is not None
@@ -257,6 +257,7 @@ class RequestActor(DeciderActor[RequestState]):
             deadline_ns=self._deadline_ns,
             cache_salt=self._request.cache_salt,
             grammar=self._prompt.grammar,
+            session_id=self.state.session_id,
         )
         if self.directory.tell(executor_name(self.state.executor), submit, cause=self.event_pos):
             return
@@ -336,6 +337,9 @@ class RequestActor(DeciderActor[RequestState]):
 
     def _rejected(self, event: ev.RequestRejected) -> None:
         error = error_from(event.code, event.message, param=event.param or None, retry_after_s=event.retry_after_s)
+        self._generation.admission = event.note
+        if isinstance(error, Overloaded):
+            error.admission = event.note
         self._finish_with(Outcome(error=error))
 
     def _usage(self, completion_tokens: int) -> Usage:

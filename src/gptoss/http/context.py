@@ -15,6 +15,7 @@ from gptoss.actors.rendering import Rendering
 from gptoss.clock import Clock
 from gptoss.config import Settings
 from gptoss.errors import GptossError
+from gptoss.messages.commands import AdmissionNote
 from gptoss.telemetry.bundle_order import BundleOrder
 
 
@@ -134,4 +135,6 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
 CLOSING: web.AppKey[asyncio.Event] = web.AppKey("closing", asyncio.Event)
 """Set once the server closes its connections itself, so that a cut one is not taken for a client that left."""
 CONTEXT: web.AppKey[HttpContext] = web.AppKey("context", HttpContext)
+ADMISSION: web.RequestKey[AdmissionNote] = web.RequestKey("admission", AdmissionNote)
+"""How the call was let in."""
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)

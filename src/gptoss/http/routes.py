@@ -20,10 +20,10 @@ from gptoss.http import (
     responses,
     tokenization,
 )
-from gptoss.http.context import CLOSING, CONTEXT, HttpContext
+from gptoss.http.context import ADMISSION, CLOSING, CONTEXT, HttpContext
 from gptoss.http.errors import answer_errors
 from gptoss.http.guard import admit_callers
-from gptoss.http.headers import response_request_id
+from gptoss.http.headers import ADMISSION_HEADER, admission_value, response_request_id
 from gptoss.http.intake import NAMED_FIELDS
 from gptoss.http.response_store import ResponseStore
 
@@ -74,6 +74,9 @@ def make_app(context: HttpContext) -> web.Application:
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["X-Request-ID"] = response_request_id(request)
+    note = request.get(ADMISSION)
+    if note is not None:
+        response.headers[ADMISSION_HEADER] = admission_value(note)
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Server"] = "gptoss"
     if request.app[CONTEXT].draining():
