@@ -161,9 +161,7 @@ def mailbox(*, as_json: bool, **options: Any) -> None:
 @click.option("--extra", default="{}", metavar="JSON", help='Further fields of each request, such as {"top_p": 0.9}.')
 @with_load
 @with_fake_engine
-def http(
-    *, url: str | None, model: str, allow_remote: bool, extra: str, as_json: bool, **options: Any
-) -> None:
+def http(*, url: str | None, model: str, allow_remote: bool, extra: str, as_json: bool, **options: Any) -> None:
     """Load a server over HTTP with streamed chat completions and time what comes back.
 
     With --url any OpenAI-compatible server, on this machine unless --allow-remote. Without it a server of our own, in a process
