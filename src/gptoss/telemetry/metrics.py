@@ -120,7 +120,7 @@ class Metrics:
         request = self._requests.fold(record)
         self._executors.fold(record)
         self._fold_counters(event)
-        self._fold_gauges(event)
+        self._fold_queue(event)
         if request is not None:
             self._fold_request(event, request)
 
@@ -161,14 +161,14 @@ class Metrics:
             # A request of the boot before this one, whose counters died with it: its end is counted here or nowhere.
             families.ends.add(("failed", AbortedByCrash.code))
 
-    def _fold_gauges(self, event: Event) -> None:
-        """Bring up to date what the record may have moved; most records move nothing."""
+    def _fold_queue(self, event: Event) -> None:
         if isinstance(event, ev.Enqueued):
             self._queued.add(event.request_id)
         elif isinstance(event, ev.Dequeued):
             self._queued.discard(event.request_id)
-        elif not isinstance(event, _MOVES_GAUGES):
-            return
+
+    def _read_gauges(self) -> None:
+        """Bring the gauges up to date: when somebody looks, since each record may move them for every executor."""
         families, model_name = self._families, self._model_name
         if model_name:
             families.waiting.put((model_name, "all"), len(self._queued))
@@ -246,6 +246,7 @@ class Metrics:
         body = self._rendered.get(content_type)
         if body is None:
             # Kept until the next record: many scrapes at once cost one rendering.
+            self._read_gauges()
             if content_type == CONTENT_TYPE_OPENMETRICS:
                 untyped: Any = openmetrics
                 body = bytes(untyped.generate_latest(self._registry, escaping=openmetrics.ALLOWUTF8))
@@ -253,24 +254,6 @@ class Metrics:
                 body = generate_latest(self._registry, escaping=openmetrics.ALLOWUTF8)
             self._rendered[content_type] = body
         return body, content_type
-
-
-_MOVES_GAUGES = (
-    ev.EngineStarted,
-    ev.EngineLoaded,
-    ev.EngineLoadFailed,
-    ev.EngineExited,
-    ev.EngineStalled,
-    ev.ExecutorAccepted,
-    ev.StepCommitted,
-    ev.CancelApplied,
-    ev.ExecutorFaulted,
-    ev.RouteForgotten,
-    ev.MemoryPoolSet,
-    ev.MemoryPoolDropped,
-    ev.MemoryObserved,
-    *ev.TERMINAL_EVENTS,
-)
 
 
 def _model_of(view: ExecutorView | None) -> str:
