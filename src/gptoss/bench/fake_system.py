@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import tempfile
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
@@ -12,6 +13,7 @@ from gptoss.app import ServingSystem
 from gptoss.bench.fleet import FakeFleet
 from gptoss.config import Settings
 from gptoss.engine.model_source import PreparedModel
+from gptoss.telemetry.logs import LogWriter
 from gptoss.testing import FAKE_MODEL, FakeRenderer
 
 READY_TIMEOUT_S = 60.0
@@ -50,6 +52,7 @@ async def fake_system(shape: FakeShape) -> AsyncGenerator[tuple[ServingSystem, F
     with (
         _data_dir(shape.data_dir) as folder,
         FakeFleet(shape.executors, step_ms=shape.step_ms, kv_tokens=shape.kv_tokens) as fleet,
+        Path(os.devnull).open("w", encoding="utf-8") as sink,  # noqa: ASYNC230 - never blocks; lines are made as for a server
     ):
         settings = Settings(
             model=FAKE_MODEL,
@@ -60,7 +63,10 @@ async def fake_system(shape: FakeShape) -> AsyncGenerator[tuple[ServingSystem, F
             max_queue=shape.max_queue,
             client_stall_s=shape.client_stall_s,
         )
-        async with ServingSystem(settings, drivers=fleet.driver, renderer=FakeRenderer(), model=_MODEL) as serving:
+        serving = ServingSystem(
+            settings, drivers=fleet.driver, renderer=FakeRenderer(), model=_MODEL, log=LogWriter(sink, "json")
+        )
+        async with serving:
             await serving.ready(READY_TIMEOUT_S)
             async with asyncio.timeout(READY_TIMEOUT_S):
                 while _num_ready(serving) < shape.executors:  # noqa: ASYNC110 - folded from the journal, told to nobody

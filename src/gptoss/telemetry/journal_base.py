@@ -46,8 +46,9 @@ class Sequencer:
 
     def draft(self, event: Event, origin: Origin) -> Record:
         """The record that this event would become; numbers are used up only by ``advance``."""
-        family = event.FAMILY
-        key = (family, origin.stream)
+        kind, stream = type(event), origin.stream
+        family = kind.FAMILY
+        key = (family, stream)
         seq = self._live.get(key)
         if seq is None:
             seq = self._finished.get(key, 0)
@@ -55,10 +56,10 @@ class Sequencer:
             self.node,
             self.boot,
             self._next_pos[family],
-            origin.stream,
+            stream,
             seq,
-            type(event).__name__,
-            event.VERSION,
+            kind.__name__,
+            kind.VERSION,
             origin.cause,
             origin.correlation,
             origin.trace_id,
@@ -79,6 +80,9 @@ class Sequencer:
             self._live.pop(key, None)
             self._finish(key, meta.seq + 1)
             self.open_requests.discard(meta.correlation)
+            content = ("content", meta.stream)
+            if content in self._live:
+                self._finish(content, self._live.pop(content))
         elif key in self._finished:
             self._finish(key, meta.seq + 1)
         else:
