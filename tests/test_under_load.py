@@ -21,7 +21,8 @@ from gptoss.config import Settings
 from gptoss.engine.model_source import PreparedModel
 from gptoss.http.server import RunningServer, serve
 from gptoss.messages import events as ev
-from gptoss.serving_context import make_app
+from gptoss.messages.envelope import Origin
+from gptoss.serving_context import Scrapes, make_app
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, fake_text, fake_token
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -160,3 +161,27 @@ async def test_two_thousand_idle_connections_are_kept_and_keep_nobody_from_being
             assert (await asyncio.wait_for(reader.readline(), WAIT_S)).startswith(b"HTTP/1.1 200")
         for _, writer in idle:
             writer.transport.abort()
+
+
+async def test_scrapes_at_once_share_an_exposition_and_nobody_gets_one_from_before_they_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(tmp_path, FakeOptions()) as (system, _):
+        rendered: list[bytes] = []
+        render = system.metrics.render
+
+        def counted(accept: str = "") -> tuple[bytes, str]:
+            dead = ev.DeadLettered(to="a", message_type="m", reason="full")
+            body, content_type = render(accept)
+            rendered.append(body)
+            system.journal.append(dead, Origin(stream="actor/a"))  # so that the next one is another
+            return body, content_type
+
+        monkeypatch.setattr(system.metrics, "render", counted)
+        scrapes = Scrapes(system)
+        found = await asyncio.gather(*(scrapes.scrape("") for _ in range(100)))
+        assert len(rendered) == 2, "the first, and one for all that came while it was made"
+        assert [body for body, _ in found] == [rendered[0]] + [rendered[1]] * 99
+        later, _ = await scrapes.scrape("")
+        assert later == rendered[2]
+        assert len(set(rendered)) == 3

@@ -242,7 +242,7 @@ class Metrics:
         Args:
             accept: the request's ``Accept`` header.
         """
-        content_type = CONTENT_TYPE_OPENMETRICS if _prefers_openmetrics(accept) else CONTENT_TYPE_TEXT
+        content_type = content_type_for(accept)
         body = self._rendered.get(content_type)
         if body is None:
             # Kept until the next record: many scrapes at once cost one rendering.
@@ -263,6 +263,11 @@ def _model_of(view: ExecutorView | None) -> str:
 def _observe_s(histogram: Histogram, labels: Labels, nanoseconds: int | None) -> None:
     if nanoseconds is not None:
         histogram.observe(labels, nanoseconds / NS_PER_S)
+
+
+def content_type_for(accept: str) -> str:
+    """The content type of an exposition for this ``Accept`` header."""
+    return CONTENT_TYPE_OPENMETRICS if _prefers_openmetrics(accept) else CONTENT_TYPE_TEXT
 
 
 def _prefers_openmetrics(accept: str) -> bool:
