@@ -85,7 +85,7 @@ def test_tables_name_every_stage_and_code() -> None:
     text = gptoss("bench", "mailbox", "-n", "5").output
     for word in ("5 requests", "requests/s", "admission", "first token", "end, since due", "router", "p99"):
         assert word in text
-    text = gptoss("bench", "http", "-n", "5", "--rate", "100").output
+    text = gptoss("bench", "http", "-n", "5", "--rate", "100", "--step-ms", "5").output
     for word in ("fake at http://127.0.0.1:", "tokens/s", "between chunks", "end, since due", "late"):
         assert word in text
 

@@ -233,7 +233,8 @@ class Generation:
         if delta.text:
             self._texts.append(delta.text)
         self._token_ids.extend(delta.token_ids)
-        self._logprobs.extend(delta.logprobs)
+        if delta.logprobs:
+            self._logprobs.extend(delta.logprobs)
         self._parts.extend(delta.parts)
 
     def end(self, outcome: Outcome) -> None:

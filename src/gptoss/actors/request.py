@@ -271,9 +271,10 @@ class RequestActor(DeciderActor[RequestState]):
         self.context.ref.tell(lost, cause=self.event_pos, correlation=self._id)
 
     def _deliver(self, tokens: TokensProduced) -> None:
-        if self.state.phase != "running" or tokens.attempt != self.state.attempt:
+        state = self.state
+        if state.phase != "running" or tokens.attempt != state.attempt:
             return
-        if not self.state.first_token and tokens.token_ids:
+        if not state.first_token and tokens.token_ids:
             seen = cmd.FirstTokenSeen(now_ns=self._now(), attempt=tokens.attempt)
             super().on_receive(seen)
         self._delivered.extend(tokens.token_ids)

@@ -145,18 +145,18 @@ class _Sampler:
         """Sample until cancelled."""
         clock = self._serving.clock
         while True:
-            before_ns = clock.monotonic_ns()
-            await asyncio.sleep(SAMPLE_S)
-            self.lag.add_ns(clock.monotonic_ns() - before_ns - int(SAMPLE_S * NS_PER_S))
             self._samples += 1
             for name, letters in self._letters():
                 self._sums[name] += letters
                 self._maxima[name] = max(self._maxima[name], letters)
             self._show()
+            before_ns = clock.monotonic_ns()
+            await asyncio.sleep(SAMPLE_S)
+            self.lag.add_ns(clock.monotonic_ns() - before_ns - int(SAMPLE_S * NS_PER_S))
 
     def depths(self) -> dict[str, Depth]:
         """Of each decider, of the executors together, and of telemetry."""
-        return {name: Depth(round(self._sums[name] / self._samples, 2), self._maxima[name]) for name in self._maxima}
+        return {name: Depth(round(self._sums[name] / self._samples, 2), most) for name, most in self._maxima.items()}
 
     def _letters(self) -> Iterator[tuple[str, int]]:
         directory = self._serving.directory

@@ -127,18 +127,17 @@ class Watchers:
         self._telling = True
         try:
             for watcher in self._watchers:
-                self._tell_one(watcher, record)
+                try:
+                    watcher(record)
+                except Exception as error:  # noqa: BLE001 - between telemetry and requests: nothing crosses
+                    self._note(error, record)
         finally:
             self._telling = False
 
-    def _tell_one(self, watcher: Watcher, record: Record) -> None:
-        try:
-            watcher(record)
-        except Exception as error:
-            # The edge between telemetry and requests: nothing may raise across it.
-            if not self.failure:
-                _logger.exception("a journal watcher failed on record %d", record.meta.pos)
-            self.failure = f"a journal watcher raised {type(error).__name__}: {error}"
+    def _note(self, error: Exception, record: Record) -> None:
+        if not self.failure:
+            _logger.error("a journal watcher failed on record %d", record.meta.pos, exc_info=error)
+        self.failure = f"a journal watcher raised {type(error).__name__}: {error}"
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):

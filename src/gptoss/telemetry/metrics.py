@@ -132,19 +132,28 @@ class Metrics:
     def _fold_step(self, meta: Meta, event: ev.StepCommitted) -> None:
         families, labels = self._families, self._vllm(event.executor)
         model = labels[:1]
+        views = self._requests.open
+        produced = prefilled = drafted = accepted = 0
+        gaps: dict[tuple[int, int], int] = {}  # most rows of a step had their last token in the same one before
         for row in event.rows:
-            if not row.tokens:
+            tokens = row.tokens
+            prefilled += row.prefilled
+            drafted += row.num_draft
+            if not tokens:
                 continue
-            view = self._requests.open.get(row.request_id)
+            produced += tokens
+            accepted += tokens - 1
+            view = views.get(row.request_id)
             if view is not None and view.last_token_ns is not None:
-                gap_s = max(0, meta.mono_ns - view.last_token_ns) / NS_PER_S
-                families.itl.observe(labels, gap_s / row.tokens, row.tokens)
-        produced = sum(row.tokens for row in event.rows)
+                gap = (view.last_token_ns, tokens)
+                gaps[gap] = gaps.get(gap, 0) + tokens
+        for (last_ns, tokens), times in gaps.items():
+            families.itl.observe(labels, max(0, meta.mono_ns - last_ns) / NS_PER_S / tokens, times)
         families.generation_tokens.add(labels, produced)
         families.decoded.add(model, produced)
-        families.prefilled.add(model, sum(row.prefilled for row in event.rows))
-        families.drafted.add(labels, sum(row.num_draft for row in event.rows))
-        families.accepted.add(labels, sum(max(0, row.tokens - 1) for row in event.rows))
+        families.prefilled.add(model, prefilled)
+        families.drafted.add(labels, drafted)
+        families.accepted.add(labels, accepted)
         families.step.observe((event.executor,), event.duration_ns / NS_PER_S)
 
     def _fold_counters(self, event: Event) -> None:

@@ -133,9 +133,12 @@ class ServerView:
             self.windows[name].append(nanoseconds / NS_PER_MS)
 
     def _fold_step(self, mono_ns: int, event: ev.StepCommitted) -> None:
-        tokens = sum(row.tokens for row in event.rows)
+        tokens = prefilled = 0
+        for row in event.rows:
+            tokens += row.tokens
+            prefilled += row.prefilled
         self.tokens["generated"] += tokens
-        self.tokens["prefilled"] += sum(row.prefilled for row in event.rows)
+        self.tokens["prefilled"] += prefilled
         second = mono_ns // NS_PER_S
         if self.produced and self.produced[-1][0] == second:
             tokens += self.produced.pop()[1]
