@@ -233,10 +233,11 @@ class ServingSystem:
 
     def _watch_loading(self, record: Record) -> None:
         # On the appending thread: one assignment each, and the event loop only reads.
-        if isinstance(record.event, ev.EngineLoadFailed):
-            self._failure = record.event.message
-        elif isinstance(record.event, ev.EngineLoaded):
-            self._context_lengths[record.event.executor] = record.event.capabilities.max_model_len
+        event = record.event
+        if isinstance(event, ev.EngineLoadFailed):
+            self._failure = event.message
+        elif isinstance(event, ev.EngineLoaded):
+            self._context_lengths[event.executor] = event.capabilities.max_model_len
 
     def _announce(self) -> None:
         origin = Origin(stream="system", actor="app")

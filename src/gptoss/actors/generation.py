@@ -134,6 +134,7 @@ class Generation:
         self.admission: AdmissionNote | None = None
         self._on_cancel = on_cancel
         self._on_notice = on_notice
+        self._next: Delta | None = None  # what waits, while it is one delta; more of them are gathered below
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -169,6 +170,9 @@ class Generation:
         """What has become available, without waiting; None when nothing has."""
         if not self._has_more():
             return None
+        if self._next is not None:
+            delta, self._next = self._next, None
+            return delta
         delta = Delta(
             text="".join(self._texts),
             token_ids=tuple(self._token_ids),
@@ -217,13 +221,25 @@ class Generation:
         self._admitted.set()
 
     def put(self, delta: Delta) -> None:
-        """Hand over what a step produced."""
+        """Hand over what a step produced; its parts are joined."""
+        if not (delta.text or delta.token_ids or delta.found):
+            return
+        if not self._has_more():
+            self._next = delta
+        else:
+            if self._next is not None:
+                self._gather(self._next)
+                self._next = None
+            self._gather(delta)
+        self._news.set()
+
+    def _gather(self, delta: Delta) -> None:
         if delta.text:
             self._texts.append(delta.text)
         self._token_ids.extend(delta.token_ids)
-        self._logprobs.extend(delta.logprobs)
+        if delta.logprobs:
+            self._logprobs.extend(delta.logprobs)
         self._parts.extend(delta.parts)
-        self._news.set()
 
     def end(self, outcome: Outcome) -> None:
         """Hand over how the request ended; only the first call counts."""
@@ -233,4 +249,4 @@ class Generation:
             self._news.set()
 
     def _has_more(self) -> bool:
-        return bool(self._texts or self._token_ids or self._parts)
+        return bool(self._next or self._texts or self._token_ids or self._parts)

@@ -172,7 +172,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
     top: tuple[tuple[int, float, str, bytes], ...] = ()
 
 
-class StepRow(msgspec.Struct, frozen=True, kw_only=True):
+class StepRow(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What one step did for one request: the row of the plan, and what came of it.
 
     Attributes:

@@ -115,6 +115,8 @@ async def answer_call(request: web.Request, call: Call) -> web.StreamResponse:
     except Exception:
         choices.cancel("sibling_failed")  # without effect on the one whose failure this is
         raise
+    finally:
+        choices.close()
 
 
 async def _answer_whole(

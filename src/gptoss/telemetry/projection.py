@@ -51,6 +51,9 @@ class Projection:
         if record.meta.boot != self._server.boot:
             self._server = ServerView(boot=record.meta.boot)
         self._server.newest_pos = record.meta.pos
+        if isinstance(record.event, ev.CommandConsumed):
+            self._server.newest_ns = record.meta.mono_ns
+            return  # every other record is one of these, and none shows here
         self._executors.fold(record)
         self._sessions.fold(record)
         self._server.fold(record, self._requests.fold(record))
