@@ -93,7 +93,7 @@ async def test_earlier_turns_and_settings_go_along(stage: Any, chromium: Any) ->
     await page.get_by_role("button", name="Settings").click()
     await page.get_by_label("System prompt").fill("Be brief.")
     await page.get_by_label("Temperature").fill("0")
-    await page.get_by_label("Most tokens").fill("64")
+    await page.get_by_label("Max tokens").fill("64")
     await page.get_by_label("Seed").fill("7")
     await page.get_by_role("button", name="Done").click()
     await expect(page.locator("#settings-said")).to_have_text(
@@ -135,9 +135,9 @@ async def test_a_refusal_is_told_in_the_servers_words(stage: Any, chromium: Any)
     stage.allowed = ["status of 400"]
     page = await chromium.page(stage)
     await page.get_by_role("button", name="Settings").click()
-    await page.get_by_label("Most tokens").fill("100000")
+    await page.get_by_label("Max tokens").fill("100000")
     await page.get_by_role("button", name="Done").click()
-    await send(page, "Too much")
+    await send(page, "Hi")
     said = (await stage.ask(max_tokens=100_000))["error"]
     trouble = page.locator(".trouble")
     await expect(trouble).to_contain_text(said["message"])
@@ -225,3 +225,56 @@ async def test_an_answer_opens_what_happened_and_gives_its_bundle(stage: Any, ch
     assert (await found.path()).read_bytes().startswith(b"PK")
     await page.go_back()
     await expect(dialog).to_be_hidden()
+
+
+async def test_a_request_that_waits_in_the_queue_can_be_stopped(open_stage: Any, chromium: Any) -> None:
+    stage = await open_stage(options=FakeOptions(step_s=0.004, max_batch_size=1))
+    stage.talk.says = None
+    page = await chromium.page(stage)
+    other = asyncio.create_task(stage.ask("other", max_tokens=3000))
+    while not stage.serving.projection.stats()["running"]:
+        await asyncio.sleep(0.01)
+    await send(page, "Me too")
+    await expect(page.locator(".turn .wait")).to_have_text("Waiting for its turn")
+    while not stage.serving.projection.stats()["queued"]:
+        await asyncio.sleep(0.01)
+    await page.get_by_role("button", name="Stop").click()
+    await ended(page)
+    await expect(page.locator(".facts")).to_contain_text("stopped")
+    await expect(page.locator(".trouble")).to_be_hidden()
+    stage.serving.cancel("other")
+    await other
+    (mine,) = [row for row in stage.serving.projection.recent_requests() if row["request_id"] != "other"]
+    assert (mine["state"], mine["outcome"]) == ("cancelled", "client")
+
+
+async def test_an_engine_that_fails_half_way_is_told_with_what_it_said(open_stage: Any, chromium: Any) -> None:
+    stage = await open_stage(options=FakeOptions(step_s=0.01), request_timeout_s=1.0)
+    stage.talk.says = None
+    page = await chromium.page(stage)
+    await send(page, "Go on")
+    await ended(page)
+    await expect(page.locator(".markdown")).to_contain_text("on and on")
+    await expect(page.locator(".trouble")).not_to_be_empty()
+    await expect(page.locator("#spoken")).to_contain_text("Not answered")
+
+
+async def test_a_connection_that_breaks_is_told_and_the_answer_can_be_asked_for_again(
+    open_stage: Any, chromium: Any
+) -> None:
+    stage = await open_stage()
+    stage.allowed = ["ERR_"]
+    stage.talk.says = None
+    page = await chromium.page(stage)
+    await send(page, "Go on")
+    await expect(page.locator(".markdown")).to_contain_text("on and on")
+    await page.context.set_offline(True)
+    await page.evaluate("dispatchEvent(new Event('online'))")
+    await expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    await page.get_by_role("button", name="Stop").click()
+    await ended(page)
+    await page.context.set_offline(False)
+    stage.talk.says = "Back again."
+    await expect(page.locator("#status")).to_have_text("ready")
+    await page.locator(".facts").get_by_role("button", name="Try again").click()
+    await expect(page.locator(".markdown")).to_have_text("Back again.")

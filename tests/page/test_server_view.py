@@ -124,7 +124,7 @@ async def test_while_the_model_loads_the_page_says_how_far_it_is(open_stage: Any
     stage = await open_stage(driver=driver)
     page = await chromium.page(stage)
     await expect(page.locator("#status")).to_have_text("loading 45%")
-    await expect(page.locator("#loading")).to_contain_text("loading weights")
+    await expect(page.locator("#loading")).to_contain_text("loading: weights")
     await page.get_by_label("Message").fill("Already written")
     await expect(page.get_by_role("button", name="Not ready")).to_be_disabled()
     driver.done.set()

@@ -4,7 +4,7 @@ import { cancel } from "./api.js";
 import { copyButton, h, many, number, say, took } from "./dom.js";
 import { Markdown } from "./markdown.js";
 
-const ENDINGS = { length: "cut at its most tokens", abort: "stopped", tool_calls: "asked for a tool" };
+const ENDINGS = { length: "cut at max tokens", abort: "stopped", tool_calls: "asked for a tool" };
 const FACTS_EVERY_MS = 250;
 // Drawing may take so much of the time; what comes meanwhile is drawn together.
 const DRAWING_SHARE = 0.25;

@@ -10,15 +10,20 @@ const HEIGHT = 84;
 const BAR_SECONDS = 5;
 
 export class Chart {
-  /** `series`: (name, kind, color) each; `unit` writes a value; `least` is the smallest top of the scale. */
-  constructor({ title, series, unit, least = 1, hint = "" }) {
-    Object.assign(this, { series, unit, least, values: series.map(() => []), endS: 0, cursor: null });
+  /**
+   * `series`: (name, kind, color) each; `unit` writes a value; `least` is the smallest top of the scale, which has round
+   * numbers of `base`.
+   */
+  constructor({ title, series, unit, least = 1, base = 10, hint = "" }) {
+    Object.assign(this, { series, unit, least, base, values: series.map(() => []), endS: 0, cursor: null });
     this.now = h("output", { class: "now" });
     this.aside = h("span", { class: "aside soft" });
     this.top = h("span", { class: "top-value" });
+    // Below a level its ground, without an outline of its own.
+    this.grounds = series.map(({ kind, color }) => kind === "level" && svg("path", { class: `ground c-${color}` }));
     this.paths = series.map(({ kind, color }) => svg("path", { class: `${kind} c-${color}` }));
     this.mark = svg("path", { class: "cursor" });
-    this.image = svg("svg", { height: HEIGHT, "aria-hidden": "true" }, this.paths, this.mark);
+    this.image = svg("svg", { height: HEIGHT, "aria-hidden": "true" }, this.grounds, this.paths, this.mark);
     this.plot = h(
       "div",
       {
@@ -43,11 +48,9 @@ export class Chart {
       this.plot,
       this.readout,
     );
-    this.legend = h(
-      "span",
-      { class: "legend" },
-      series.map(({ name, color }) => h("span", {}, h("i", { class: `key b-${color}` }), name)),
-    );
+    this.keys = series.map(({ name, color }) => h("span", {}, h("i", { class: `key b-${color}` }), name));
+    this.legend = h("span", { class: "legend" }, this.keys);
+    this.window = h("span");
     this.choose(null);
     new ResizeObserver(() => this.draw()).observe(this.plot);
   }
@@ -57,6 +60,7 @@ export class Chart {
     Object.assign(this, { values, endS });
     say(this.now, now);
     say(this.aside, aside);
+    say(this.window, values[0].length > 60 ? `last ${values[0].length / 60} min` : "last minute");
     this.draw();
   }
 
@@ -66,12 +70,15 @@ export class Chart {
     if (!width || !count) return;
     this.image.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     const stacked = this.stacked();
-    const most = nice(Math.max(this.least, ...stacked.flat().map((value) => value ?? 0)));
+    const most = nice(Math.max(this.least, ...stacked.flat().map((value) => value ?? 0)), this.base);
     const x = (index) => PAD.left + ((width - PAD.left - PAD.right) * index) / Math.max(1, count - 1);
     const y = (value) => HEIGHT - PAD.bottom - ((HEIGHT - PAD.top - PAD.bottom) * value) / most;
     this.series.forEach(({ kind }, index) => {
       const below = kind === "bars" && index ? stacked[index - 1] : null;
       this.paths[index].setAttribute("d", DRAW[kind](stacked[index], x, y, below));
+      if (this.grounds[index]) this.grounds[index].setAttribute("d", ground(stacked[index], x, y));
+      // Of stacked kinds only those that occur are worth a place.
+      this.keys[index].hidden = kind === "bars" && index > 0 && !this.values[index].some(Boolean);
     });
     say(this.top, this.unit(most));
     this.mark.setAttribute("d", this.cursor == null ? "" : `M${x(this.cursor)} 0V${HEIGHT}`);
@@ -104,7 +111,7 @@ export class Chart {
 
   choose(index) {
     this.cursor = index;
-    if (index == null) this.readout.replaceChildren(this.legend ?? "");
+    if (index == null) this.readout.replaceChildren(this.legend, this.window);
     this.draw();
   }
 
@@ -122,11 +129,7 @@ export class Chart {
 const DRAW = {
   line: (values, x, y) => trace(values, x, y),
   dots: (values, x, y) => values.map((value, at) => (value == null ? "" : `M${px(x(at))} ${px(y(value))}h0`)).join(""),
-  level: (values, x, y) => {
-    const line = trace(values, x, y);
-    const first = values.findIndex((value) => value != null);
-    return line && `${line}V${px(y(0))}H${px(x(first))}Z`;
-  },
+  level: (values, x, y) => trace(values, x, y),
   bars: (values, x, y, below) =>
     values
       .map((value, at) => {
@@ -137,6 +140,12 @@ const DRAW = {
       })
       .join(""),
 };
+
+function ground(values, x, y) {
+  const line = trace(values, x, y);
+  const first = values.findIndex((value) => value != null);
+  return line && `${line}V${px(y(0))}H${px(x(first))}Z`;
+}
 
 function trace(values, x, y) {
   let pen = "M";
@@ -159,8 +168,12 @@ function binned(values) {
   return sums;
 }
 
-/** The next of 1, 2, 5, 10, 20, ... */
-function nice(value) {
+/** The next of 1, 2, 5, 10, 20, ...; with base 1024 of those times a power of it. */
+function nice(value, base) {
+  if (base !== 10) {
+    const unit = base ** Math.floor(Math.log(value) / Math.log(base));
+    return unit * nice(value / unit, 10);
+  }
   const unit = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 5, 10].find((factor) => factor * unit >= value * 0.999) * unit;
 }

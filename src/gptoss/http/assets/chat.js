@@ -131,6 +131,7 @@ export class Chat {
   stop() {
     const { answer, controller } = this.running ?? {};
     if (!answer) return;
+    if (document.activeElement === by("stop")) this.prompt.focus();
     by("stop").disabled = true;
     answer.stop().catch(() => controller.abort());
     setTimeout(() => controller.abort(), STOP_PATIENCE_MS);

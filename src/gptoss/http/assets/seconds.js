@@ -4,6 +4,7 @@ const COUNTS = ["tokens", "prefilled"];
 const LATENCIES = ["ttft_ms", "token_ms"];
 const LEVELS = ["running", "queued", "kv_reserved_bytes", "kv_in_use_bytes", "kv_budget_bytes"];
 const KINDS = ["admission", "ended"];
+const SPANS = [60, 120, 300];
 
 export class Seconds {
   constructor() {
@@ -35,6 +36,12 @@ export class Seconds {
     }
   }
 
+  /** How many seconds are worth showing: those of a server that has just started would be lost in five minutes. */
+  get span() {
+    const age = this.now - Math.min(this.now, ...this.known.keys());
+    return SPANS.find((span) => age <= span && span <= this.kept) ?? this.kept;
+  }
+
   /** One list for each number, of whole seconds, oldest first; the one that goes on is left out. */
   columns() {
     const found = {};
@@ -42,8 +49,9 @@ export class Seconds {
     for (const name of names) found[name] = [];
     for (const name of LATENCIES) found[name] = { p50: [], max: [] };
     for (const name of KINDS) found[name] = [];
-    let levels = [...this.known.values()].find(({ at }) => at <= this.now - this.kept) ?? null;
-    for (let at = this.now - this.kept; at < this.now; at += 1) {
+    const begin = this.now - this.span;
+    let levels = [...this.known.values()].findLast(({ at }) => at < begin) ?? null;
+    for (let at = begin; at < this.now; at += 1) {
       const second = this.known.get(at);
       levels = second ?? levels;
       // Before the first second that is known there is nothing; after it, silence means that nothing was done.

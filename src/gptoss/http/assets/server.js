@@ -106,7 +106,7 @@ function makeCharts() {
     tokens: new Chart({
       title: "Throughput",
       series: [
-        { name: "prompt tokens", kind: "line", color: "prefill" },
+        { name: "prompts", kind: "line", color: "prefill" },
         { name: "generated", kind: "level", color: "decode" },
       ],
       unit: speed,
@@ -148,6 +148,7 @@ function makeCharts() {
       ],
       unit: size,
       least: 1024,
+      base: 1024,
     }),
     admission: new Chart({
       title: "Admission",
@@ -169,21 +170,21 @@ function drawCharts(charts, columns, { stats, memory, now_unix_s: nowS }) {
     [columns.prefilled, columns.tokens],
     endS,
     `${number(stats.tokens_per_s, stats.tokens_per_s < 10 ? 1 : 0)} tokens/s`,
-    prompt >= 0.5 ? `and ${number(prompt)} prompt tokens/s` : `${number(stats.tokens.generated)} since the start`,
+    prompt >= 0.5 ? `and ${number(prompt)}/s of prompts` : `${number(stats.tokens.generated)} since the start`,
   );
   charts.ttft.show(
     [columns.ttft_ms.max, columns.ttft_ms.p50],
     endS,
     ttft.count ? took(ttft.p50) : "none yet",
-    ttft.count ? `median, p95 ${took(ttft.p95)}, of ${number(ttft.count)}` : "",
+    ttft.count ? `p95 ${took(ttft.p95)}; ${number(stats.cache_stats.hit_rate * 100)}% of prompts cached` : "",
   );
-  charts.token.show([columns.token_ms.max, columns.token_ms.p50], endS, step == null ? "none yet" : took(step), step == null ? "" : "median, newest");
+  charts.token.show([columns.token_ms.max, columns.token_ms.p50], endS, step == null ? "none yet" : took(step), step == null ? "" : "newest median");
   charts.load.show([columns.running, columns.queued_max], endS, `${number(stats.running)} running`, `${number(stats.queued)} queued`);
   charts.memory.show(
     [columns.kv_reserved_bytes, columns.kv_in_use_bytes],
     endS,
     `${number(memory.memory_pressure * 100)}% reserved`,
-    memory.kv_budget_bytes ? `of ${size(memory.kv_budget_bytes)}; ${number(stats.cache_stats.hit_rate * 100)}% of prompts from cache` : "",
+    memory.kv_budget_bytes ? `of ${size(memory.kv_budget_bytes)}` : "",
   );
   charts.admission.show(
     ACTIONS.map(([action]) => columns.admission.map((second) => second[action] ?? 0)),

@@ -26,13 +26,10 @@ export class Status {
     } catch {
       this.tell(null);
     }
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.look(), this.isWell ? WELL_EVERY_MS : ILL_EVERY_MS);
   }
 
   /** What `/health` said, from whomever asked; null when nobody answered. */
   tell(said) {
-    const wasGone = this.isGone;
     this.isGone = said === null;
     this.isWell = Boolean(said?.ready);
     const [tone, words] = wordsOf(said);
@@ -40,9 +37,10 @@ export class Status {
     say(by("status").querySelector(".what"), words);
     by("banner").hidden = !this.isGone;
     say(by("banner"), this.isGone ? "The server cannot be reached. This page goes on trying." : "");
-    if (wasGone && !this.isGone) by("status").classList.add("back");
     this.tellLoading(said);
     this.ready(this.isWell);
+    clearTimeout(this.timer);
+    if (!document.hidden) this.timer = setTimeout(() => this.look(), this.isWell ? WELL_EVERY_MS : ILL_EVERY_MS);
   }
 
   tellLoading(said) {
@@ -52,7 +50,7 @@ export class Status {
     by("ideas").hidden = Boolean(isLoading);
     if (!isLoading) return;
     const rows = executorsOf(said).map(({ name, state, stage, progress, reason }) => {
-      const doing = state === "loading" ? `loading ${stage}` : state;
+      const doing = state === "loading" ? `loading: ${stage}` : state;
       const share = progress == null ? "" : `${number(progress * 100)}%`;
       const bar = state !== "failed" && h("progress", { max: 1, value: progress, "aria-label": `${name}: ${doing}` });
       return h("div", { class: "load-row" }, h("span", {}, h("b", {}, name), ` ${doing}`), h("span", { class: "soft n" }, share), bar, reason && h("span", { class: "bad" }, reason));

@@ -202,8 +202,8 @@ function stepStrip(columns, total) {
   const label = `${many(steps, "step")}, the longest ${took(longest)}, ${company}`;
   return [
     h("h3", {}, "The steps it shared"),
-    h("p", { class: "soft" }, `${label}. Above how long each took, below how many others were in it.`),
-    svg("svg", { class: "strip", viewBox: `0 0 ${WIDTH} 96`, preserveAspectRatio: "none", role: "img", "aria-label": label }, bars),
+    h("p", { class: "soft" }, `${label}. Their height is the time they took${most ? ", below is how many others were in them" : ""}.`),
+    svg("svg", { class: "strip", viewBox: `0 0 ${WIDTH} ${most ? 96 : 64}`, preserveAspectRatio: "none", role: "img", "aria-label": label }, bars),
     h(
       "p",
       { class: "legend" },
