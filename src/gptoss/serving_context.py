@@ -150,6 +150,7 @@ def http_context(serving: ServingSystem) -> HttpContext:
         memory_stats=projection.memory_stats,
         metrics=Scrapes(serving).scrape,
         recent_requests=projection.recent_requests,
+        live=lambda after, limit: projection.live(system.now_ns(), after=after, limit=limit, journal=journal.health),
         events=events,
         story=story_of,
         event_page=EventPages(serving).page,

@@ -103,6 +103,7 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
         health, readiness, stats, memory_stats: queries of the live projection; readiness is (ready, reason).
         metrics: ``Accept`` header -> (exposition, content type).
         recent_requests: limit -> newest requests.
+        live: (second, limit) -> what a live view shows: the seconds since, health, stats, memory, newest requests.
         events: request id -> its records, JSON-ready; empty when unknown.
         story: request id -> its timeline and what delayed it, JSON-ready; None when unknown.
         event_page: newest records, JSON-ready; see ``EventAsk``.
@@ -121,6 +122,7 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     memory_stats: Callable[[], dict[str, Any]]
     metrics: Callable[[str], Awaitable[tuple[bytes, str]]]
     recent_requests: Callable[[int], list[dict[str, Any]]]
+    live: Callable[[int, int], dict[str, Any]]
     events: Callable[[str], Awaitable[list[dict[str, Any]]]]
     story: Callable[[str], Awaitable[dict[str, Any] | None]]
     event_page: Callable[[EventAsk], Awaitable[dict[str, Any]]]

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gptoss.http import (
     admin,
+    assets,
     chat,
     completions,
     docs_page,
@@ -41,6 +42,7 @@ def make_app(context: HttpContext) -> web.Application:
     app.add_routes(
         [
             web.get("/", page.home),
+            web.get("/assets/{name:.+}", assets.asset),
             web.post("/v1/chat/completions", chat.chat_completions),
             web.post("/v1/completions", completions.completions),
             web.post("/v1/responses", responses.create),
@@ -59,6 +61,7 @@ def make_app(context: HttpContext) -> web.Application:
             web.get("/stats", health.stats),
             web.get("/memory_stats", health.memory_stats),
             web.get("/metrics", health.metrics),
+            web.get("/admin/live", admin.live),
             web.get("/admin/requests", admin.recent_requests),
             web.get("/admin/requests/{request_id}/events", admin.request_events),
             web.get("/admin/requests/{request_id}/timeline", admin.request_timeline),

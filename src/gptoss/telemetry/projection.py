@@ -16,6 +16,7 @@ from gptoss.clock import NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.executor_view import ExecutorBook, ExecutorView
+from gptoss.telemetry.history import SECONDS_KEPT, History, Levels, as_columns
 from gptoss.telemetry.percentile import nearest_rank
 from gptoss.telemetry.request_view import TERMINAL_STATES, RequestBook, RequestView, request_row
 from gptoss.telemetry.server_view import RATE_WINDOW_S, ServerView
@@ -45,18 +46,23 @@ class Projection:
         self._executors = ExecutorBook()
         self._sessions = SessionView()
         self._server = ServerView()
+        self._history = History(self._levels)
 
     def fold(self, record: Record) -> None:
         """Take one record in; the first record of another boot starts a new picture."""
         if record.meta.boot != self._server.boot:
             self._server = ServerView(boot=record.meta.boot)
+            self._history = History(self._levels)
         self._server.newest_pos = record.meta.pos
         if isinstance(record.event, ev.CommandConsumed):
             self._server.newest_ns = record.meta.mono_ns
             return  # every other record is one of these, and none shows here
+        self._history.turn(record.meta.mono_ns)
         self._executors.fold(record)
         self._sessions.fold(record)
-        self._server.fold(record, self._requests.fold(record))
+        request = self._requests.fold(record)
+        self._server.fold(record, request)
+        self._history.fold(record, request)
 
     @property
     def newest_pos(self) -> int:
@@ -222,6 +228,40 @@ class Projection:
             "memory_total_bytes": view.memory_total_bytes,
             "memory_pressure": _share(reserved + kept, view.kv_budget_bytes - view.lacking_bytes),
         }
+
+    def live(
+        self, now_ns: int, *, after: int = 0, limit: int = 0, journal: JournalHealth | None = None
+    ) -> dict[str, Any]:
+        """The body of ``/admin/live``: everything that a live view shows, in one answer.
+
+        Args:
+            now_ns: monotonic time.
+            after: the ``now`` of the answer before, for the seconds since; 0 for all that are kept.
+            limit: requests to list.
+            journal: state of the journal.
+        """
+        wall_offset_ns = self._server.wall_offset_ns
+        return {
+            "boot": self._server.boot,
+            "now": now_ns // NS_PER_S,
+            "now_unix_s": None if wall_offset_ns is None else (wall_offset_ns + now_ns) // NS_PER_S,
+            "seconds_kept": SECONDS_KEPT,
+            "seconds": as_columns(self._history.since(after)),
+            "health": self.health(now_ns, journal),
+            "stats": self.stats(now_ns),
+            "memory": self.memory_stats(),
+            "requests": self.recent_requests(limit),
+        }
+
+    def _levels(self) -> Levels:
+        executors = self._executors
+        return Levels(
+            running=sum(len(view.running) for view in executors.views.values()),
+            queued=sum(view.state == "queued" for view in self._requests.open.values()),
+            kv_reserved_bytes=sum(kv_bytes for _, kv_bytes in executors.reservations.values()),
+            kv_in_use_bytes=sum(view.kv_bytes_in_use for view in executors.views.values()),
+            kv_budget_bytes=sum(view.kv_budget_bytes for view in executors.views.values()),
+        )
 
     def executor_details(self) -> dict[str, dict[str, Any]]:
         """For each executor what it runs on and what it can take, for the debug bundle."""
