@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 from gptoss.actors.admission import Admission, AdmissionPolicy
+from gptoss.actors.batches import Batches
 from gptoss.actors.decider import Decider
 from gptoss.actors.directory import REQUEST_PREFIX
 from gptoss.actors.lifecycle import Lifecycle
@@ -20,12 +21,19 @@ class Deciders(msgspec.Struct, frozen=True, kw_only=True):
     admission: Admission
     router: Router
     lifecycle: Lifecycle
+    batches: Batches
 
     def of(self, stream: str) -> Decider[Any] | None:
         """Who decides in a stream; None for streams of which nothing is decided."""
         if stream.startswith(REQUEST_PREFIX):
             return self.lifecycle
-        return {"memory": self.memory, "admission": self.admission, "router": self.router}.get(stream)
+        named: dict[str, Decider[Any]] = {
+            "memory": self.memory,
+            "admission": self.admission,
+            "router": self.router,
+            "batches": self.batches,
+        }
+        return named.get(stream)
 
 
 def deciders_of(settings: Settings) -> Deciders:
@@ -35,4 +43,5 @@ def deciders_of(settings: Settings) -> Deciders:
         admission=Admission(AdmissionPolicy(max_queue=settings.max_queue)),
         router=Router(),
         lifecycle=Lifecycle(settings.queue_timeout_s),
+        batches=Batches(settings.batch_concurrency),
     )

@@ -8,7 +8,9 @@ from gptoss.messages.envelope import NO_CAUSE
 REQUEST_PREFIX = "request/"
 EXECUTOR_PREFIX = "executor/"
 DECIDER_NAMES = ("memory", "admission", "router")
-"""The deciders that live as long as the system."""
+"""The deciders that every request meets; they live as long as the system."""
+STANDING_DECIDERS = (*DECIDER_NAMES, "batches")
+"""All that live as long as the system."""
 
 
 class Directory:

@@ -217,6 +217,7 @@ class RequestActor(DeciderActor[RequestState]):
             date=date,
             grammar_hmac=_keyed_hash(self._services.hmac_key, prompt.grammar) if prompt.grammar else "",
             param=prompt_param(request),
+            length_param=request.length_field,
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
 

@@ -55,6 +55,11 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "request_timeout_s": ("S", "How long a request may take in all."),
         "drain_timeout_s": ("S", "How long running requests may go on after SIGTERM."),
     },
+    "Batches": {
+        "batch_concurrency": ("N", "Items of batches that run at once, behind everything else."),
+        "file_limit_mb": ("MB", "Largest uploaded file."),
+        "files_limit_mb": ("MB", "All files together; more are refused."),
+    },
     "Storage": {
         "data_dir": ("DIR", "Journal and node key; by default the user's data folder."),
         "cache_dir": ("DIR", "Prepared models; by default the user's cache folder."),
