@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 import signal
 import sys
+import termios
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.text import Text
 
 from gptoss.cli.chat_commands import COMMANDS, Leave, run_command
 from gptoss.cli.chat_screen import MarkdownScreen, PlainScreen, Screen
@@ -86,12 +88,12 @@ async def _converse(talk: Talk, settings: Settings, notes: Console) -> None:
         except Leave:
             return
         except GptossError as error:
-            notes.print(f"[red]{error.message}[/]" if plain is False else error.message, markup=not plain)
+            notes.print(Text(error.message, "red"))
 
 
 async def _answer(talk: Talk, text: str, screen: Screen, console: Console) -> None:
     asking = asyncio.ensure_future(talk.ask(text, screen))
-    with _interrupting(asking.cancel):
+    with _interrupting(asking.cancel), _unheard_keys():
         await asyncio.wait({asking})
     if asking.cancelled():
         console.print("[yellow]stopped[/]\n")
@@ -115,6 +117,20 @@ def _interrupting(stop: Callable[[], object]) -> Generator[None]:
     finally:
         loop.remove_signal_handler(signal.SIGINT)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _unheard_keys() -> Generator[None]:
+    """What is typed while the context lasts shows nowhere, where it would tear the answer; the next prompt gets it."""
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    quiet = termios.tcgetattr(descriptor)
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)  # the local modes; Ctrl-C goes on to be a signal
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 def _prompt(history: Path) -> Prompt:

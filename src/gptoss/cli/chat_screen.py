@@ -52,7 +52,7 @@ class PlainScreen:
 
     def end(self) -> None:
         """See ``Screen``."""
-        if not self._last.endswith("\n"):
+        if self._last and not self._last.endswith("\n"):
             self._file.write("\n")
             self._file.flush()
 

@@ -42,7 +42,7 @@ class FileStore:
     """See the module.
 
     Args:
-        folder: where the files are; made when the first comes. None takes a temporary one that ``close`` removes.
+        folder: where the files are; made when the first comes. None takes a temporary one, which ``close`` removes.
         file_bytes_max: largest file that a client may upload.
         total_bytes_max: all files together; what batches write counts, and is never refused.
     """
@@ -50,14 +50,14 @@ class FileStore:
     def __init__(self, folder: Path | None, *, file_bytes_max: int, total_bytes_max: int) -> None:
         self.file_bytes_max = file_bytes_max
         self._total_bytes_max = total_bytes_max
-        self._temporary = None if folder is not None else tempfile.TemporaryDirectory(prefix="gptoss-files-")
-        self._folder = Path(self._temporary.name) if self._temporary is not None else folder or Path()
+        self._given = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._notes: dict[str, FileNote] = {}
         self._lock = threading.Lock()
 
     def load(self) -> None:
         """Read the notes, and sweep away what an upload that never ended left behind."""
-        if not self._folder.is_dir():
+        if self._given is None or not self._given.is_dir():
             return
         found: list[FileNote] = []
         for path in self._folder.glob(f"file-*{NOTE_SUFFIX}"):
@@ -68,7 +68,7 @@ class FileStore:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Remove the folder if it was a temporary one."""
+        """Remove the folder if it is a temporary one."""
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -188,6 +188,15 @@ class FileStore:
             return None
 
     # ---- the disk
+
+    @property
+    def _folder(self) -> Path:
+        if self._given is not None:
+            return self._given
+        with self._lock:
+            if self._temporary is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="gptoss-files-")
+        return Path(self._temporary.name)
 
     def _make_folder(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
