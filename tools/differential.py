@@ -106,7 +106,28 @@ CORPUS: dict[str, tuple[str, dict[str, Any] | bytes]] = {
     "error path": ("/v1/no-such-path", {}),
 }
 
-INTENDED: dict[str, str] = {}
+_OWN_ERRORS = "OpenAI's three error types; the peer names Python classes"
+INTENDED: dict[str, str] = {
+    "*/field usage.completion_tokens_details.reasoning_tokens": "told always, 0 included, as OpenAI does",
+    "*/field usage.prompt_tokens_details.cached_tokens": "told always; the peer wants --enable-prompt-tokens-details",
+    "*/field system_fingerprint": "deprecated by OpenAI; /v1/models and the log say what runs",
+    "chat json schema/usage": "an answer that its grammar has completed ends without drawing an end token",
+    "responses*/field *store": "whether a response is kept is part of OpenAI's object",
+    "responses*/field *text.format.type": "part of OpenAI's object, here when it is the default too",
+    "responses*/field *top_logprobs": "a number in OpenAI's object, 0 where none are wanted",
+    "responses*/field *_penalty": "not in OpenAI's object",
+    "responses*/field *service_tier": "all tiers are one; a field without effect is not told",
+    "responses*/field *cache_write_tokens": "not in OpenAI's object",
+    "responses*/field *tool_output_tokens": "not in OpenAI's object",
+    "responses stream/order": "a cut response ends with response.incomplete, as OpenAI's; the peer says completed",
+    "error role/*": "an unknown role is refused; the peer gives it to the template",
+    "error long prompt/error param": "the field that the client wrote",
+    "error too many top_logprobs/error param": "the field that the client wrote",
+    "error response unknown/error param": "the field that the client wrote",
+    "error path/error type": "every error has OpenAI's body",
+    "error */error type": _OWN_ERRORS,
+    "error */error param": "every refusal names the field at fault, as the client wrote it",
+}
 """``case/what`` (a pattern) -> why this server differs."""
 
 
