@@ -62,6 +62,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         content: what the content family keeps: ``none``, ``tokens`` (and stop strings), or ``full``, which is text too.
         journal_segment_mb, journal_retention_mb, content_retention_mb: sizes of the embedded store.
         body_limit_mb: largest request body.
+        batch_concurrency: items of batches that run at once, behind everything else.
+        file_limit_mb: largest uploaded file; ``files_limit_mb`` bounds all files together.
         log_format: ``console``, ``json``, or ``auto`` by terminal.
     """
 
@@ -109,6 +111,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     journal_retention_mb: Count = 2048
     content_retention_mb: Count = 512
     body_limit_mb: Count = 2
+    batch_concurrency: Count = 4
+    file_limit_mb: Count = 200
+    files_limit_mb: Count = 2048
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

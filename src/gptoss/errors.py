@@ -8,6 +8,8 @@ GptossError                    code                     status
 │   ├── ModelNotFound          model_not_found          404
 │   ├── RequestNotFound        request_not_found        404
 │   ├── ResponseNotFound       response_not_found       404
+│   ├── FileUnknown            file_not_found           404
+│   ├── BatchUnknown           batch_not_found          404
 │   ├── NotFound               not_found                404
 │   ├── MethodNotAllowed       method_not_allowed       405
 │   ├── BodyTimeout            body_timeout             408
@@ -105,6 +107,20 @@ class ResponseNotFound(RequestError):
     """No response with this id is kept."""
 
     code = "response_not_found"
+    status = 404
+
+
+class FileUnknown(RequestError):
+    """No file with this id is kept."""
+
+    code = "file_not_found"
+    status = 404
+
+
+class BatchUnknown(RequestError):
+    """No batch with this id is known."""
+
+    code = "batch_not_found"
     status = 404
 
 

@@ -157,6 +157,9 @@ def http_context(serving: ServingSystem) -> HttpContext:
         snapshot=snapshot,
         bundle=bundle,
         draining=lambda: serving.draining,
+        open_batches=serving.open_batches,
+        data_folder=serving.settings.data_path if serving.settings.journal == "segments" else None,
+        ids=serving.surroundings.ids,
         default_temperature=PROFILE_TEMPERATURES[serving.settings.profile],
     )
 

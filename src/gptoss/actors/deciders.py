@@ -6,6 +6,7 @@ import msgspec
 
 from gptoss.actors.admission import Admission
 from gptoss.actors.admission_fit import AdmissionPolicy
+from gptoss.actors.batches import Batches
 from gptoss.actors.decider import Decider
 from gptoss.actors.directory import REQUEST_PREFIX
 from gptoss.actors.lifecycle import Lifecycle
@@ -25,12 +26,19 @@ class Deciders(msgspec.Struct, frozen=True, kw_only=True):
     admission: Admission
     router: Router
     lifecycle: Lifecycle
+    batches: Batches
 
     def of(self, stream: str) -> Decider[Any] | None:
         """Who decides in a stream; None for streams of which nothing is decided."""
         if stream.startswith(REQUEST_PREFIX):
             return self.lifecycle
-        return {"memory": self.memory, "admission": self.admission, "router": self.router}.get(stream)
+        named: dict[str, Decider[Any]] = {
+            "memory": self.memory,
+            "admission": self.admission,
+            "router": self.router,
+            "batches": self.batches,
+        }
+        return named.get(stream)
 
 
 def deciders_of(settings: Settings) -> Deciders:
@@ -40,6 +48,7 @@ def deciders_of(settings: Settings) -> Deciders:
         admission=Admission(_admission_policy(settings)),
         router=Router(),
         lifecycle=Lifecycle(settings.queue_timeout_s),
+        batches=Batches(settings.batch_concurrency),
     )
 
 

@@ -243,8 +243,10 @@ class ExecutorActor(ThreadedActor):
             )
             flight.last_pos = self.record(applied, correlation=news.request_id, cause=flight.last_pos).meta.pos
         name = request_name(news.request_id)
-        if news.text:
-            self._directory.tell(name, TokensProduced(attempt=news.attempt, token_ids=(), text=news.text))
+        stopped_by = news.stop_reason if isinstance(news.stop_reason, str) else ""
+        if news.text or stopped_by:
+            rest = TokensProduced(attempt=news.attempt, token_ids=(), text=news.text, stopped_by=stopped_by)
+            self._directory.tell(name, rest)
         done = cmd.EngineDone(
             now_ns=self._now(),
             attempt=news.attempt,

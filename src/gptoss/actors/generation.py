@@ -39,6 +39,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
         cache_salt: requests share cached prefixes only with those of the same salt.
         user: whom the caller acts for; recorded as a keyed hash.
         metadata: the caller's own notes; only their number is recorded.
+        prompt_field: the field that the prompt stands in, for errors; empty is what it is called in chat or completions.
+        length_field: the field that bounds the answer's length, for errors.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -60,6 +62,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     user: str = ""
     metadata: dict[str, str] = {}
+    prompt_field: str = ""
+    length_field: str = "max_tokens"
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):

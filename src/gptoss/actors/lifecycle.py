@@ -191,10 +191,10 @@ def _rendered(state: RequestState, command: cmd.PromptReady) -> list[Event]:
     room = state.max_model_len - command.prompt_tokens
     wanted = state.sampling.max_tokens
     if room < 1 or (wanted is not None and wanted > room):
-        asked = f" and max_tokens asks for {wanted} more" if wanted is not None else ""
+        asked = f" and {command.length_param} asks for {wanted} more" if wanted is not None else ""
         error = ContextLengthExceeded(
             f"the prompt has {command.prompt_tokens} tokens{asked}; the context holds {state.max_model_len}",
-            param=command.param if room < 1 else "max_tokens",
+            param=command.param if room < 1 else command.length_param,
         )
         return [rejection(error)]
     return [

@@ -35,13 +35,17 @@ from gptoss.messages.sampling import SamplingParams
 
 
 class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
-    """From the executor: what one step produced for this request."""
+    """From the executor: what one step produced for this request.
+
+    ``stopped_by`` is the stop string that ended it: the client's text, which no command may hold.
+    """
 
     attempt: int
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     text_lengths: tuple[int, ...] = ()
+    stopped_by: str = ""
 
     def pieces(self) -> list[tuple[int | None, str]]:
         """Each token with the text that came with it; text without a token last."""
@@ -104,6 +108,7 @@ class RequestActor(DeciderActor[RequestState]):
         self._parser: OutputParser | None = None
         self._delivered: list[int] = []
         self._text: list[str] = []
+        self._stopped_by = ""
         self._deadline: Timer | None = None
         self._deadline_ns = 0
         self.reactions = {
@@ -217,6 +222,7 @@ class RequestActor(DeciderActor[RequestState]):
             date=date,
             grammar_hmac=_keyed_hash(self._services.hmac_key, prompt.grammar) if prompt.grammar else "",
             param=prompt_param(request),
+            length_param=request.length_field,
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
 
@@ -279,6 +285,7 @@ class RequestActor(DeciderActor[RequestState]):
             seen = cmd.FirstTokenSeen(now_ns=self._now(), attempt=tokens.attempt)
             super().on_receive(seen)
         self._delivered.extend(tokens.token_ids)
+        self._stopped_by = tokens.stopped_by or self._stopped_by
         if self._services.keep_text:
             self._text.append(tokens.text)
         delta = Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs, found=self._parts(tokens))
@@ -322,7 +329,8 @@ class RequestActor(DeciderActor[RequestState]):
             reasoning_tokens=event.reasoning_tokens,
         )
         reason = "tool_calls" if event.num_calls and event.finish_reason == "stop" else event.finish_reason
-        self._finish_with(Outcome(finish_reason=reason, usage=usage, stop_reason=event.stop_reason))
+        stop_reason = self._stopped_by or event.stop_reason
+        self._finish_with(Outcome(finish_reason=reason, usage=usage, stop_reason=stop_reason))
 
     def _failed(self, event: ev.RequestFailed) -> None:
         self._finish_with(

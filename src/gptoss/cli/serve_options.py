@@ -72,6 +72,11 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "session_idle_s": ("S", "Give a session up that is not used for so long."),
         "policy_version": ("N", "Rules of admission; 1: as before tenants, pressure and sessions."),
     },
+    "Batches": {
+        "batch_concurrency": ("N", "Items of batches that run at once, behind everything else."),
+        "file_limit_mb": ("MB", "Largest uploaded file."),
+        "files_limit_mb": ("MB", "All files together; more are refused."),
+    },
     "Storage": {
         "data_dir": ("DIR", "Journal and node key; by default the user's data folder."),
         "cache_dir": ("DIR", "Prepared models; by default the user's cache folder."),

@@ -14,7 +14,7 @@ from aiohttp import web
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome
 from gptoss.engine.port import TokenLogprob
 from gptoss.errors import GptossError
-from gptoss.http.choices import Choices, start_choices
+from gptoss.http.choices import Choices, Look, start_choices
 from gptoss.http.context import ADMISSION, CLOSING, CONTEXT, REQUEST_ID
 from gptoss.http.errors import json_response
 from gptoss.http.sse import ClientConnection, SseStream
@@ -125,6 +125,20 @@ async def _answer_whole(
     async def look() -> None:
         client.check()
 
+    return json_response(await whole_answer(choices, answer, look))
+
+
+async def whole_answer(choices: Choices, answer: Answer, look: Look) -> Any:
+    """The body of a call that is answered at once.
+
+    Args:
+        choices: of the call.
+        answer: how it is written.
+        look: looks at the caller now and then.
+
+    Raises:
+        GptossError: a choice was refused or failed.
+    """
     said: list[list[Delta]] = [[] for _ in choices.generations]
     outcomes = [Outcome()] * len(said)
     await choices.admitted(look)
@@ -136,7 +150,7 @@ async def _answer_whole(
         else:
             said[index].append(found)
     finished = [_finished(deltas, outcome) for deltas, outcome in zip(said, outcomes, strict=True)]
-    return json_response(answer.whole(finished))
+    return answer.whole(finished)
 
 
 async def _answer_as_it_comes(

@@ -94,7 +94,12 @@ class BeginRequest(Command, frozen=True, kw_only=True):
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
-    """The prompt was rendered; ``param`` is the field that it came from. The hashes of its ids and grammar are keyed."""
+    """The prompt was rendered. The hashes of its ids and grammar are keyed.
+
+    Attributes:
+        param: the field that it came from.
+        length_param: the field that bounds the length of the answer, as the client knows it.
+    """
 
     prompt_tokens: int
     prompt_hmac: str
@@ -102,6 +107,7 @@ class PromptReady(Command, frozen=True, kw_only=True):
     date: str
     param: str = "messages"
     grammar_hmac: str = ""
+    length_param: str = "max_tokens"
 
 
 class PromptUnusable(Command, frozen=True, kw_only=True):
