@@ -199,7 +199,7 @@ def test_packed_weights_cost_little_and_take_less_memory(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_packed_weights_are_multiplied_as_exactly_as_bfloat16(
-    kind: str, form: WeightFormat, make: Make, folder: Callable[[str], Path]
+    kind: str, form: WeightFormat, kernels: ctypes.CDLL, make: Make, folder: Callable[[str], Path]
 ) -> None:
     ids = text(LENGTH)
 
@@ -208,7 +208,7 @@ def test_packed_weights_are_multiplied_as_exactly_as_bfloat16(
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 stored: WeightFormat = "int8" if name == "lm_head" else form
-                module.weight = torch.nn.Parameter(as_stored(module.weight.detach(), stored).to(dtype))
+                module.weight = torch.nn.Parameter(as_stored(kernels, module.weight.detach(), stored).to(dtype))
         if model.config.tie_word_embeddings:
             model.model.embed_tokens.weight = model.lm_head.weight
         with torch.inference_mode():
@@ -219,14 +219,33 @@ def test_packed_weights_are_multiplied_as_exactly_as_bfloat16(
     assert (found - exact).norm() < (rounded - exact).norm()
 
 
-def as_stored(weight: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+def as_stored(kernels: ctypes.CDLL, weight: torch.Tensor, form: WeightFormat) -> torch.Tensor:
     """What a matrix is once it was packed, in float32."""
-    whole, scales = quantise(weight, form)
-    blocks = whole.float().view(weight.shape[0], -1, 32) * scales[..., :1].float()
-    return (blocks + scales[..., 1:].float().sum(-1, keepdim=True)).view_as(weight)
+    whole, scales = quantise(kernels, weight, form)
+    numbers = whole.view(torch.int8).float().view(weight.shape[0], -1, 32)
+    return (numbers * scales[..., :1].float() + scales[..., 1:].float().sum(-1, keepdim=True)).view_as(weight)
 
 
-def test_int4_finds_the_numbers_of_a_4_bit_file_again_and_comes_nearer_to_it_than_bfloat16() -> None:
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_scale_and_minimum_are_those_that_fit_best(form: WeightFormat, kernels: ctypes.CDLL) -> None:
+    torch.manual_seed(4)
+    weight = (torch.randn(16, 320) * torch.logspace(-5, 2, 16)[:, None]).bfloat16()
+    whole, scales = quantise(kernels, weight, form)
+    numbers = whole.view(torch.int8).double().view(16, -1, 32)
+    blocks = weight.double().view(16, -1, 32)
+    columns = [numbers, torch.ones_like(numbers)] if form == "int4" else [numbers]
+    best = torch.linalg.lstsq(torch.stack(columns, -1), blocks[..., None]).solution[..., 0]
+    error = (as_stored(kernels, weight, form).double().view_as(blocks) - blocks).norm(dim=-1)
+    error_best = ((torch.stack(columns, -1) @ best[..., None])[..., 0] - blocks).norm(dim=-1)
+    is_coarse = best[..., 0] < 2.0**-14  # below that float16 has fewer bits
+    assert (error <= 1.01 * error_best + 2e-3 * blocks.abs().amax(-1))[~is_coarse].all()
+    assert is_coarse.float().mean() < 0.5
+    assert scales.isfinite().all()
+
+
+def test_int4_finds_the_numbers_of_a_4_bit_file_again_and_comes_nearer_to_it_than_bfloat16(
+    kernels: ctypes.CDLL,
+) -> None:
     generator = torch.Generator().manual_seed(5)
     whole = torch.randint(0, 16, (64, 6, 32), generator=generator)
     whole[..., 3], whole[..., 9] = 0, 15  # as in every block that was rounded between its least and its largest weight
@@ -234,15 +253,15 @@ def test_int4_finds_the_numbers_of_a_4_bit_file_again_and_comes_nearer_to_it_tha
     minimum = (scale * (-8 + torch.randn((64, 6, 1), generator=generator))).half().float()
     written = (minimum + scale * whole).view(64, -1)
     stored = written.bfloat16()
-    assert torch.equal(quantise(stored, "int4")[0].view_as(whole), whole)
-    assert (as_stored(stored, "int4") - written).norm() < 0.6 * (stored.float() - written).norm()
+    assert torch.equal(quantise(kernels, stored, "int4")[0].view_as(whole), whole.byte())
+    assert (as_stored(kernels, stored, "int4") - written).norm() < 0.6 * (stored.float() - written).norm()
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
-def test_weights_that_are_all_alike_or_zero_can_be_packed(form: WeightFormat) -> None:
+def test_weights_that_are_all_alike_or_zero_can_be_packed(form: WeightFormat, kernels: ctypes.CDLL) -> None:
     weight = torch.zeros(32, 64)
     weight[:, 32:] = 0.5
-    assert torch.allclose(as_stored(weight, form), weight, rtol=1e-2, atol=0)
+    assert torch.allclose(as_stored(kernels, weight, form), weight, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from gptoss.messages import events as ev
-from gptoss.messages.envelope import Record
+from gptoss.messages.envelope import Event, Record
 from gptoss.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -165,16 +165,26 @@ def test_readings_are_not_carried_over_a_restart(metrics: Metrics) -> None:
     assert "gptoss_trace_spans_exported_total" in metrics.saved().families
 
 
-def test_sessions_are_counted_while_they_are_in_use(script: "Script") -> None:
+def test_sessions_are_counted_while_they_are_kept(script: "Script") -> None:
     found = Metrics()
-    script.receive("req_1")
-    received = next(one for one in script.records if isinstance(one.event, ev.RequestReceived))
-    index = script.records.index(received)
-    script.records[index] = Record(received.meta, msgspec.structs.replace(received.event, session_id="s1"))
-    for record in script.records:
-        found.fold(record)
-    assert b"sessions_active 1.0" in found.render()[0]
-    found.fold(script.request("req_1", script.completion(1)))
-    assert b"sessions_active 1.0" in found.render()[0]
-    found.fold(script.add("system", ev.ClockAnchored(wall_ns=1), after_ms=181_000))
-    assert b"sessions_active 0.0" in found.render()[0]
+
+    def shown(event: Event) -> bytes:
+        for record in script.records:
+            found.fold(record)
+        script.records.clear()
+        found.fold(script.add("memory", event))
+        script.records.clear()
+        return next(line for line in found.render()[0].splitlines() if line.startswith(b"sessions_active"))
+
+    granted = ev.ReservationGranted(
+        request_id="req_1", kv_bytes=1, kv_bytes_free_max=2, unbound_bytes=1, session_id="s1"
+    )
+    kept = ev.SessionKept(session_id="s1", executor="cpu", tokens=3, kv_bytes=4, at_ns=5, pressure=0.1)
+    released = ev.ReservationReleased(request_id="req_1", kv_bytes=1, executor="cpu", at_ns=6)
+    gone = ev.SessionEvicted(session_id="s1", executor="cpu", reason="idle", kv_bytes=4, used_ns=6, pressure=0.1)
+    assert [shown(event) for event in (granted, kept, released, gone)] == [
+        b"sessions_active 1.0",
+        b"sessions_active 1.0",
+        b"sessions_active 1.0",
+        b"sessions_active 0.0",
+    ]

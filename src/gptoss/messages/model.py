@@ -43,6 +43,8 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         prefix_cache_bytes: the most of that KV memory that cached prefixes may take while it is not reserved.
         kv_pages: pages that it consists of; 0 where each request has a contiguous slot of its own.
         summation: of the CPU kernels; ``auto`` where others run.
+        multi_device: it spans several devices.
+        workspace_bytes: device memory that a step may take beside weights and KV, as estimated.
     """
 
     model_name: str
@@ -61,6 +63,8 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_bytes: int = 0
     kv_pages: int = 0
     summation: Summation = "auto"
+    multi_device: bool = False
+    workspace_bytes: int = 0
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,6 +34,7 @@ class LiveViews:
 
     def fold(self, record: Record) -> None:
         """Take one record in."""
+        self.projection.turn(record)
         request = self._books.fold(record)
         self.projection.take(record, request)
         self.metrics.take(record, request)

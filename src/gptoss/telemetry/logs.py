@@ -122,6 +122,8 @@ class LogWriter:
             record: the record.
             request: the request that it changed, up to date.
         """
+        if isinstance(record.event, ev.CommandConsumed):
+            return
         self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
         if self._broken or (line := log_line(record, request)) is None:
             return

@@ -82,7 +82,7 @@ class Catalogue:
         self.prefix_hit = Counter("llm_prefix_cache_hit_total", "Requests served from the prefix cache.", ("reason",))
         self.admission = Counter("llm_admission_total", "Admission decisions.", ("action",))
         self.kv_in_use = Gauge("kv_bytes_in_use", "KV memory in use.", ("executor",))
-        self.sessions = Gauge("sessions_active", "Sessions with a request running or within the last 180 s.")
+        self.sessions = Gauge("sessions_active", "Sessions that run, or whose KV is kept.")
         self.gpu_busy = Gauge("gpu_utilization", "Percent of time in which the GPU was busy.", ("gpu",))
         self.gpu_memory = Gauge("gpu_mem_used_bytes", "GPU memory in use.", ("gpu",))
 

@@ -10,10 +10,9 @@ from gptoss.telemetry.metric_catalogue import Catalogue
 
 
 class Present(msgspec.Struct, frozen=True, kw_only=True):
-    """What holds now, beside the books: requests in the queue, sessions in use, the newest reading of the machine."""
+    """What holds now, beside the books: requests in the queue, and the newest reading of the machine."""
 
     queued: int
-    sessions: int
     host: HostObserved | None
 
 
@@ -23,7 +22,7 @@ def put_gauges(families: Catalogue, books: Books, present: Present) -> None:
     model_name = next((name for view in views if (name := model_of(view))), "")
     if model_name:
         families.waiting.put((model_name, "all"), present.queued)
-    families.sessions.put((), present.sessions)
+    families.sessions.put((), len(books.sessions.book.sessions))
     for view in views:
         families.ready.put((view.name,), view.state == "ready")
         if view.capabilities is not None:

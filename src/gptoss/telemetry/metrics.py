@@ -19,7 +19,7 @@ from gptoss.errors import AbortedByCrash
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Record
 from gptoss.telemetry.books import Books
-from gptoss.telemetry.executor_view import model_of
+from gptoss.telemetry.executor_view import ExecutorBook, model_of
 from gptoss.telemetry.exposition import content_type_for, exposition
 from gptoss.telemetry.metric_catalogue import PROVIDER, Catalogue, operation_of
 from gptoss.telemetry.metric_families import FamilyCollector, Histogram, Labels, SavedFamily
@@ -28,8 +28,6 @@ from gptoss.telemetry.request_view import RequestBook, RequestView, is_crash_end
 from gptoss.telemetry.tail_sampling import TailSampling
 from gptoss.telemetry.wall_clock import wall_offset_ns
 
-SESSION_IDLE_NS = 180 * NS_PER_S
-SESSIONS_MAX = 10_000
 PROMPT_VERSION_CHARS = 16
 
 _MODEL_SIZE = re.compile(r"(?<![a-z0-9])(\d+(?:\.\d+)?[bm])(?![a-z0-9])", re.IGNORECASE)
@@ -43,7 +41,8 @@ class SavedMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
     boot: str
     families: dict[str, SavedFamily]
-    books: Books
+    requests: RequestBook
+    executors: ExecutorBook
     queued: set[str]
 
 
@@ -77,7 +76,6 @@ class Metrics:
         self._boot = boot
         self._families = Catalogue()
         self._queued: set[str] = set()
-        self._sessions: dict[str, int] = {}
         self._newest_ns = 0
         self._host: ev.HostObserved | None = None
         self._sampling = TailSampling()
@@ -176,8 +174,6 @@ class Metrics:
         if not request.is_over:
             return
         families.ends.add((request.state, request.outcome))
-        if request.session_id:
-            self._note_session(request.session_id)
         if request.accepted_ns is not None:
             self._take_end(request)
 
@@ -238,12 +234,6 @@ class Metrics:
             found.append((families.gen_ai_each, gen_ai, 1 / request.tokens_per_s))
         return found
 
-    def _note_session(self, session_id: str) -> None:
-        self._sessions.pop(session_id, None)
-        self._sessions[session_id] = self._newest_ns
-        if len(self._sessions) > SESSIONS_MAX:
-            self._sessions.pop(next(iter(self._sessions)))
-
     # ------------------------------------------------------------ labels
 
     def _vllm(self, executor: str) -> Labels:
@@ -274,29 +264,27 @@ class Metrics:
         body = self._rendered.get(content_type)
         if body is None:
             # Kept until the next record: many scrapes at once cost one rendering.
-            put_gauges(self._families, self._books, self._now())
+            put_gauges(self._families, self._books, Present(queued=len(self._queued), host=self._host))
             body = self._rendered[content_type] = exposition(self._registry, content_type)
         return body, content_type
-
-    def _now(self) -> Present:
-        oldest_ns = self._newest_ns - SESSION_IDLE_NS
-        sessions = {name for name, ended_ns in self._sessions.items() if ended_ns >= oldest_ns}
-        sessions |= {view.session_id for view in self._books.requests.open.values() if view.session_id}
-        return Present(queued=len(self._queued), sessions=len(sessions), host=self._host)
 
     # ------------------------------------------------------------ over restarts
 
     def saved(self) -> SavedMetrics:
         """All that a later start needs to go on from here."""
         counted = {name: family.saved() for name, family in self._families.counting().items()}
-        running = RequestBook(open=self._books.requests.open, boot=self._boot)
-        books = Books(requests=running, executors=self._books.executors)
-        return SavedMetrics(boot=self._boot, families=counted, books=books, queued=self._queued)
+        return SavedMetrics(
+            boot=self._boot,
+            families=counted,
+            requests=RequestBook(open=self._books.requests.open, boot=self._boot),
+            executors=self._books.executors,
+            queued=self._queued,
+        )
 
     @classmethod
     def restored(cls, saved: SavedMetrics) -> Self:
         """Metrics as they were when they were saved; what no counter needs is not there."""
-        metrics = cls(saved.books)
+        metrics = cls(Books(requests=saved.requests, executors=saved.executors))
         metrics._begin_boot(saved.boot)
         metrics._queued = saved.queued
         metrics.add(saved.families)

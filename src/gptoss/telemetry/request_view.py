@@ -243,10 +243,11 @@ class RequestBook:
 
     def _steps(self, meta: Meta, event: Event) -> None:
         assert isinstance(event, ev.StepCommitted)
-        now_ns = meta.mono_ns
+        find, now_ns = self.open.get, meta.mono_ns
         for row in event.rows:  # for each token of each request: nothing here is worth a call
-            if row.tokens and (view := self.open.get(row.request_id)) is not None:
-                view.tokens_seen += row.tokens
+            tokens = row.tokens
+            if tokens and (view := find(row.request_id)) is not None:
+                view.tokens_seen += tokens
                 last_ns = view.last_token_ns
                 view.token_gap_ns = None if last_ns is None else max(0, now_ns - last_ns)
                 view.last_token_ns = now_ns

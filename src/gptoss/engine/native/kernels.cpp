@@ -1058,6 +1058,54 @@ class Engine {
     Activations normed_, attended_, gated_;
 };
 
+// Round to nearest even; a NaN stays one.
+uint16_t narrow_float16(float f) {
+    const uint32_t sign = bits_of(f) >> 16 & 0x8000u, bits = bits_of(f) & 0x7fffffffu;
+    if (bits > 0x7f800000u) return 0x7e00u;
+    if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
+    if (bits < 0x38800000u)  // below 2^-14 the unit is 2^-24, which is also that of a float32 from 0.5 to 1
+        return uint16_t(sign | (bits_of(float_of(bits) + 0.5f) - bits_of(0.5f)));
+    return uint16_t(sign | (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13);
+}
+
+constexpr float SCALE_MIN = 0x1p-20f;  // below this float16 is too coarse for a scale
+
+inline float at_least(float x, float least) { return x < least ? least : x; }  // a NaN stays one
+
+// 32 weights as whole numbers of `BITS` bits, and the scale, in 4 bits also the minimum, that fit those best.
+template <int BITS> void quantise_block(const uint16_t* from, uint8_t* whole, uint16_t* scales) {
+    float x[DEPTH], numbers[DEPTH];
+    float least = INFINITY, most = -INFINITY, sum = 0;
+    for (int i = 0; i < DEPTH; i++) {
+        x[i] = float_of(uint32_t(from[i]) << 16);
+        least = std::min(least, x[i]);
+        most = std::max(most, x[i]);
+        sum += x[i];
+    }
+    const float zero = BITS == 4 ? least : 0.0f;
+    const float range = BITS == 4 ? (most - least) / 15 : std::max(most, -least) / 127;
+    const float step = at_least(range, SCALE_MIN);
+    float number_sum = 0;
+    for (int i = 0; i < DEPTH; i++) {
+        numbers[i] = std::nearbyint((x[i] - zero) / step);
+        number_sum += numbers[i];
+        whole[i] = uint8_t(int32_t(numbers[i]));
+    }
+    const float middle = BITS == 4 ? number_sum / DEPTH : 0.0f;
+    float along = 0, square = 0;
+    for (int i = 0; i < DEPTH; i++) {
+        along += (numbers[i] - middle) * x[i];
+        square += (numbers[i] - middle) * (numbers[i] - middle);
+    }
+    scales[0] = narrow_float16(at_least(along / at_least(square, BITS == 4 ? 0.5f : 1.0f), SCALE_MIN));
+    if constexpr (BITS == 4) {
+        float stored[PART_LANES];
+        const Halves scale = Halves{} + scales[0];
+        store(stored, widen_float16(reinterpret_cast<const uint16_t*>(&scale)));
+        scales[1] = narrow_float16(sum / DEPTH - stored[0] * middle);
+    }
+}
+
 template <class T>
 void pack_blocks(const T* from, int outputs, int inputs, int bits, int first_block, int step, uint16_t* to) {
     const int depth_blocks = blocks_of(inputs, DEPTH);
@@ -1098,6 +1146,14 @@ int32_t gptoss_prefers_pairs() {
 #else
     return 0;
 #endif
+}
+
+// Blocks of 32 bfloat16 weights as whole numbers of 8 or 4 bits, each in 1 byte, and each block's scale and, in 4 bits, minimum
+// in float16.
+void gptoss_quantise(const uint16_t* from, int64_t blocks, int32_t bits, uint8_t* whole, uint16_t* scales) {
+    for (int64_t block = 0; block < blocks; block++, from += DEPTH, whole += DEPTH)
+        if (bits == 4) quantise_block<4>(from, whole, scales + 2 * block);
+        else quantise_block<8>(from, whole, scales + block);
 }
 
 // Lays out `outputs` x `inputs` weights as blocks: every `step`th from `first_block`. A weight comes in 2 bytes if it has 16
