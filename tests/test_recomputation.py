@@ -145,7 +145,7 @@ async def eventful(system: ServingSystem, log: StringIO) -> Views:
         while system.gateway.running or any(system.system.mailbox_depths().values()):
             await asyncio.sleep(0.01)
     await system.caught_up()
-    kept = system._span_export
+    kept = system._observer.spans
     assert isinstance(kept, KeptSpans)
     return views_of(
         system.projection,

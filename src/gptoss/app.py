@@ -47,14 +47,12 @@ from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin, Record
 from gptoss.surroundings import BYTES_PER_MB, Surroundings, live_surroundings
-from gptoss.telemetry.carried_counters import counters_before
+from gptoss.telemetry.carried_counters import counters_carried_into
 from gptoss.telemetry.live_views import LiveViews
 from gptoss.telemetry.logs import LogWriter
-from gptoss.telemetry.observer import observe, record_spans
-from gptoss.telemetry.otlp import SpanExport
+from gptoss.telemetry.observer import Observer
 from gptoss.telemetry.segment_recovery import record_aborted
-from gptoss.telemetry.segments import SegmentJournal, SegmentReader
-from gptoss.telemetry.spans import Span
+from gptoss.telemetry.segments import SegmentJournal
 from gptoss.telemetry.system_snapshot import without_secrets
 from gptoss.telemetry.telemetry_actor import COUNTERS_STREAM, CatchUp, TelemetryActor
 
@@ -91,10 +89,11 @@ class ServingSystem:
         self.settings = settings or Settings()
         self.surroundings = surroundings or live_surroundings()
         self.clock: Clock = self.surroundings.clock
+        self._observer = Observer()
         self.views = LiveViews(
             step_timeout_s=self.settings.step_timeout_s,
             log=log,
-            spans=self._export_spans if self.settings.otlp_endpoint else None,
+            spans=self._observer.put if self.settings.otlp_endpoint else None,
         )
         self.projection = self.views.projection
         self.metrics = self.views.metrics
@@ -107,7 +106,6 @@ class ServingSystem:
         self._drivers: DriverFactory = drivers or _own_process
         self._renderer = renderer
         self._model = model
-        self._span_export: SpanExport | None = None
         self._draining = False
         self._failure: str | None = None
         self.escalated: str = ""
@@ -144,14 +142,14 @@ class ServingSystem:
         await self.system.start()
         self.system.on_escalated(self._note_escalation)
         try:
-            self._span_export = around.open_span_export(self.settings)
-            carried = await asyncio.to_thread(self._counters_before)
+            self._observer.open(around.open_span_export(self.settings), around.open_host(self.settings))
+            carried = await asyncio.to_thread(counters_carried_into, self.journal, self.settings.journal_path)
             self._start_telemetry()
             # From the first record on, the projections miss nothing.
             await self.caught_up()
             self._announce(carried)
             self.system.run_task(self._anchor_clock(), name="clock_anchor")
-            self._observe()
+            self.system.run_task(self._observer.run(self.journal, self.clock), name="observer")
             model = self._model or await self._prepare_model()
             renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)
             self._start_deciders()
@@ -203,9 +201,7 @@ class ServingSystem:
         if hasattr(self, "gateway") and not self._draining:
             await self.drain(0.0)
         await self.system.stop()
-        if self._span_export is not None:
-            await asyncio.to_thread(self._span_export.close)
-            record_spans(self.journal, self._span_export)
+        await self._observer.close(self.journal)
         self.journal.append(ev.NodeStopped(reason="stopped"), Origin(stream="system", actor="app"))
         await asyncio.to_thread(self.journal.close)
 
@@ -267,21 +263,6 @@ class ServingSystem:
             self._failure = event.message
         elif isinstance(event, ev.EngineLoaded):
             self._context_lengths[event.executor] = event.capabilities.max_model_len
-
-    def _counters_before(self) -> msgspec.Raw | None:
-        """What earlier boots counted, where there is a journal that outlived them."""
-        if not isinstance(self.journal, SegmentJournal):
-            return None
-        return counters_before(SegmentReader(self.settings.journal_path), self.journal.boot)
-
-    def _observe(self) -> None:
-        host = self.surroundings.open_host(self.settings)
-        if host is not None or self._span_export is not None:
-            self.system.run_task(observe(self.journal, self.clock, host, self._span_export), name="observer")
-
-    def _export_spans(self, spans: tuple[Span, ...]) -> None:
-        if self._span_export is not None:
-            self._span_export.put(spans)
 
     def _announce(self, carried: msgspec.Raw | None) -> None:
         origin = Origin(stream="system", actor="app")

@@ -9,19 +9,26 @@ Rules:
 """
 
 import logging
+from pathlib import Path
 
 import msgspec
 
+from gptoss.actors.journal import Journal
 from gptoss.errors import JournalCorrupt
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.metrics import Metrics, SavedMetrics
-from gptoss.telemetry.segment_reader import SegmentReader
+from gptoss.telemetry.segments import SegmentJournal, SegmentReader
 
 WHOLE_SEGMENTS_MAX = 2
 
 _log = logging.getLogger("gptoss.telemetry")
 _saved_decoder = msgspec.msgpack.Decoder(SavedMetrics)
+
+
+def counters_carried_into(journal: Journal, folder: Path) -> msgspec.Raw | None:
+    """The counters that this boot of a journal begins with; None where no journal outlives its process."""
+    return counters_before(SegmentReader(folder), journal.boot) if isinstance(journal, SegmentJournal) else None
 
 
 def counters_before(reader: SegmentReader, boot: str) -> msgspec.Raw | None:
