@@ -190,7 +190,10 @@ function drawCharts(charts, columns, { stats, memory, now_unix_s: nowS }) {
     ACTIONS.map(([action]) => columns.admission.map((second) => second[action] ?? 0)),
     endS,
     many(decisions, "decision"),
-    ["queue", "reject"].map((action) => (stats.admission[action] ? `${number(stats.admission[action])} ${action}` : "")).filter(Boolean).join(", "),
+    [["queue", "queued"], ["shrink", "shrunk"], ["reject", "refused"]]
+      .map(([action, word]) => stats.admission[action] && `${number(stats.admission[action])} ${word}`)
+      .filter(Boolean)
+      .join(", "),
   );
 }
 
