@@ -60,7 +60,7 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
         for parameter in operation["parameters"]
     ]
     if "requestBody" in operation:
-        rows.append(("body", _kind(operation["requestBody"]["content"]["application/json"]["schema"])))
+        rows.append(("body", _kind(next(iter(operation["requestBody"]["content"].values()))["schema"])))
     for status, response in operation["responses"].items():
         kinds = " or ".join(f"{_kind(media['schema'])}" for media in response["content"].values())
         rows.append((status, f"{escape(response['description'])}: {kinds}"))
