@@ -8,7 +8,7 @@ import { Seconds } from "./seconds.js";
 
 const EVERY_MS = 1_000;
 const GONE_EVERY_MS = 2_000;
-const LISTED = 60;
+const LISTED = 40;
 const RATE_S = 10;
 const OPEN = new Set(["received", "queued", "admitted", "running"]);
 const WRONG = new Set(["failed", "rejected"]);

@@ -202,7 +202,7 @@ function stepStrip(columns, total) {
   const label = `${many(steps, "step")}, the longest ${took(longest)}, ${company}`;
   return [
     h("h3", {}, "The steps it shared"),
-    h("p", { class: "soft" }, `${label}. Their height is their time${most ? "; below stands how many others were in them" : ""}.`),
+    h("p", { class: "soft" }, `${label}. Above, how long each took${most ? "; below, how many others were in it" : ""}.`),
     svg("svg", { class: "strip", viewBox: `0 0 ${WIDTH} ${most ? 96 : 64}`, preserveAspectRatio: "none", role: "img", "aria-label": label }, bars),
     h(
       "p",
