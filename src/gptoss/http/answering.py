@@ -125,6 +125,8 @@ async def _answer_whole(
     async def look() -> None:
         client.check()
 
+    await choices.admitted(look)
+    _note_admission(request, choices)
     return json_response(await whole_answer(choices, answer, look))
 
 
@@ -141,8 +143,6 @@ async def whole_answer(choices: Choices, answer: Answer, look: Look) -> Any:
     """
     said: list[list[Delta]] = [[] for _ in choices.generations]
     outcomes = [Outcome()] * len(said)
-    await choices.admitted(look)
-    _note_admission(request, choices)
     while (news := await choices.next(look)) is not None:
         index, found = news
         if isinstance(found, Outcome):
