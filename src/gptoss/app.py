@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import msgspec
 
-from gptoss.actors.admission import AdmissionActor
+from gptoss.actors.admission_actor import AdmissionActor
 from gptoss.actors.batch_actor import BatchDesk, BatchWork
 from gptoss.actors.decider import DeciderActor
 from gptoss.actors.deciders import deciders_of
@@ -30,6 +30,7 @@ from gptoss.actors.executor import ExecutorActor, ExecutorConfig
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
+from gptoss.actors.memory_guard import MemoryActor
 from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
 from gptoss.actors.supervisor import Supervision
@@ -247,10 +248,11 @@ class ServingSystem:
 
     def _watch_loading(self, record: Record) -> None:
         # On the appending thread: one assignment each, and the event loop only reads.
-        if isinstance(record.event, ev.EngineLoadFailed):
-            self._failure = record.event.message
-        elif isinstance(record.event, ev.EngineLoaded):
-            self._context_lengths[record.event.executor] = record.event.capabilities.max_model_len
+        event = record.event
+        if isinstance(event, ev.EngineLoadFailed):
+            self._failure = event.message
+        elif isinstance(event, ev.EngineLoaded):
+            self._context_lengths[event.executor] = event.capabilities.max_model_len
 
     def _announce(self) -> None:
         origin = Origin(stream="system", actor="app")
@@ -294,7 +296,7 @@ class ServingSystem:
     def _start_deciders(self) -> None:
         deciders, directory = self.deciders, self.directory
         makers: dict[str, Callable[[], DeciderActor[Any]]] = {
-            "memory": lambda: DeciderActor(deciders.memory, directory),
+            "memory": lambda: MemoryActor(deciders.memory, directory),
             "admission": lambda: AdmissionActor(deciders.admission, directory),
             "router": lambda: DeciderActor(deciders.router, directory),
         }
@@ -340,6 +342,7 @@ class ServingSystem:
             max_model_len=settings.max_model_len,
             kv_budget_bytes=settings.kv_budget_mb * BYTES_PER_MB,
             prefix_cache_bytes=settings.prefix_cache_mb * BYTES_PER_MB,
+            session_bytes_max=settings.session_kv_mb * BYTES_PER_MB,
             speculation=settings.speculation,
             kernels=settings.kernels,
             quantization=settings.quantization,

@@ -41,7 +41,7 @@ Each class has a stable ``code``. A journaled failure carries the code and a mes
 exception, because an exception pins frames and the tensors in them.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class GptossError(Exception):
@@ -167,7 +167,10 @@ class UnsupportedMedia(RequestError):
 
 
 class Overloaded(GptossError):
-    """The server cannot take the request now; ``retry_after_s`` says when to try again."""
+    """The server cannot take the request now; ``retry_after_s`` says when to try again.
+
+    ``admission`` are the numbers of the decision, where admission decided it: an ``AdmissionNote``.
+    """
 
     code = "overloaded"
     status = 503
@@ -175,6 +178,7 @@ class Overloaded(GptossError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.admission: Any = None
 
 
 class QueueFull(Overloaded):

@@ -258,6 +258,7 @@ def context(gateway: FakeGateway, settings: Settings, timing: HttpTiming) -> Htt
         memory_stats=lambda: {"memory_pressure": 0.0},
         metrics=metrics,
         recent_requests=lambda limit: [{"request_id": "known"}][:limit],
+        live=lambda after, limit: {"after": after, "limit": limit},
         events=events,
         story=story,
         event_page=event_page,

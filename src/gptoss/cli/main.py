@@ -17,6 +17,7 @@ import msgspec
 import rich_click
 from rich.console import Console
 
+from gptoss.cli.bench import bench
 from gptoss.cli.bundle import bundle
 from gptoss.cli.chat import chat
 from gptoss.cli.events import events
@@ -92,6 +93,7 @@ main.add_command(bundle)
 main.add_command(replay)
 main.add_command(journal)
 main.add_command(simulate)
+main.add_command(bench)
 bundle.add_command(report)
 
 

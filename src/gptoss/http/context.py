@@ -18,7 +18,7 @@ from gptoss.clock import Clock, IdSource, SystemIds
 from gptoss.config import Settings
 from gptoss.errors import GptossError
 from gptoss.messages.batch import Batch
-from gptoss.messages.commands import Command
+from gptoss.messages.commands import AdmissionNote, Command
 from gptoss.telemetry.bundle_order import BundleOrder
 
 
@@ -119,6 +119,7 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
         health, readiness, stats, memory_stats: queries of the live projection; readiness is (ready, reason).
         metrics: ``Accept`` header -> (exposition, content type).
         recent_requests: limit -> newest requests.
+        live: (second, limit) -> what a live view shows: the seconds since, health, stats, memory, newest requests.
         events: request id -> its records, JSON-ready; empty when unknown.
         story: request id -> its timeline and what delayed it, JSON-ready; None when unknown.
         event_page: newest records, JSON-ready; see ``EventAsk``.
@@ -140,6 +141,7 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     memory_stats: Callable[[], dict[str, Any]]
     metrics: Callable[[str], Awaitable[tuple[bytes, str]]]
     recent_requests: Callable[[int], list[dict[str, Any]]]
+    live: Callable[[int, int], dict[str, Any]]
     events: Callable[[str], Awaitable[list[dict[str, Any]]]]
     story: Callable[[str], Awaitable[dict[str, Any] | None]]
     event_page: Callable[[EventAsk], Awaitable[dict[str, Any]]]
@@ -158,4 +160,6 @@ CLOSING: web.AppKey[asyncio.Event] = web.AppKey("closing", asyncio.Event)
 """Set once the server closes its connections itself, so that a cut one is not taken for a client that left."""
 BATCHES: web.AppKey[BatchDesk] = web.AppKey("batches", BatchDesk)
 CONTEXT: web.AppKey[HttpContext] = web.AppKey("context", HttpContext)
+ADMISSION: web.RequestKey[AdmissionNote] = web.RequestKey("admission", AdmissionNote)
+"""How the call was let in."""
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)

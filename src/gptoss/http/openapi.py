@@ -198,6 +198,14 @@ OPERATIONS: tuple[Operation, ...] = (
         query={"limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}}, refuses=(400,),
     ),
     Operation(
+        method="get", path="/admin/live", tag="Operate", summary="The last seconds, health, memory and newest requests",
+        query={
+            "after": {"type": "integer", "minimum": 0, "default": 0},
+            "limit": {"type": "integer", "minimum": 0, "maximum": 1000, "default": 40},
+        },
+        refuses=(400,),
+    ),
+    Operation(
         method="get", path="/admin/requests/{request_id}/events", tag="Operate", summary="Everything about one request",
         refuses=(404,),
     ),
@@ -227,7 +235,11 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(method="get", path="/openapi.json", tag="Read", summary="This document"),
     Operation(method="get", path="/docs", tag="Read", summary="This document for people", answer="text/html"),
-    Operation(method="get", path="/", tag="Read", summary="What runs here and how to call it", answer="text/html"),
+    Operation(method="get", path="/", tag="Read", summary="The page: chat, the server live, how to call it", answer="text/html"),
+    Operation(
+        method="get", path="/assets/{name}", tag="Read", summary="A file of the page", answer="text/javascript",
+        refuses=(404,),
+    ),
 )  # fmt: skip
 
 _EVERYWHERE = {"403": "an Origin that is not this server", "421": "a Host that is not this server"}

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gptoss.http import (
     admin,
+    assets,
     batches,
     docs_page,
     embeddings,
@@ -24,11 +25,11 @@ from gptoss.http.batch_runner import BatchRunner
 from gptoss.http.body import MIB
 from gptoss.http.chat import CHAT
 from gptoss.http.completions import COMPLETIONS
-from gptoss.http.context import BATCHES, CLOSING, CONTEXT, HttpContext
+from gptoss.http.context import ADMISSION, BATCHES, CLOSING, CONTEXT, HttpContext
 from gptoss.http.errors import answer_errors
 from gptoss.http.file_store import FILES, FileStore
 from gptoss.http.guard import admit_callers
-from gptoss.http.headers import response_request_id
+from gptoss.http.headers import ADMISSION_HEADER, admission_value, response_request_id
 from gptoss.http.intake import NAMED_FIELDS
 from gptoss.http.response_store import ResponseStore
 
@@ -55,6 +56,7 @@ def make_app(context: HttpContext) -> web.Application:
     app.add_routes(
         [
             web.get("/", page.home),
+            web.get("/assets/{name:.+}", assets.asset),
             web.post("/v1/chat/completions", CHAT.handle),
             web.post("/v1/completions", COMPLETIONS.handle),
             web.post("/v1/responses", responses.RESPONSES.handle),
@@ -82,6 +84,7 @@ def make_app(context: HttpContext) -> web.Application:
             web.get("/stats", health.stats),
             web.get("/memory_stats", health.memory_stats),
             web.get("/metrics", health.metrics),
+            web.get("/admin/live", admin.live),
             web.get("/admin/requests", admin.recent_requests),
             web.get("/admin/requests/{request_id}/events", admin.request_events),
             web.get("/admin/requests/{request_id}/timeline", admin.request_timeline),
@@ -97,6 +100,9 @@ def make_app(context: HttpContext) -> web.Application:
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["X-Request-ID"] = response_request_id(request)
+    note = request.get(ADMISSION)
+    if note is not None:
+        response.headers[ADMISSION_HEADER] = admission_value(note)
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Server"] = "gptoss"
     if request.app[CONTEXT].draining():
