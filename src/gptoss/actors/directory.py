@@ -9,7 +9,9 @@ REQUEST_PREFIX = "request/"
 EXECUTOR_PREFIX = "executor/"
 _PREFIX_CHARS = len(REQUEST_PREFIX)
 DECIDER_NAMES = ("memory", "admission", "router")
-"""The deciders that live as long as the system."""
+"""The deciders that every request meets; they live as long as the system."""
+STANDING_DECIDERS = (*DECIDER_NAMES, "batches")
+"""All that live as long as the system."""
 
 
 class Directory:

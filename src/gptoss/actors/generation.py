@@ -17,7 +17,7 @@ import msgspec
 from gptoss.engine.port import ChatMessage, TokenLogprob
 from gptoss.errors import GptossError
 from gptoss.messages.answer import AnswerShape, Part, TextPart, content_of, joined
-from gptoss.messages.commands import CancelReason
+from gptoss.messages.commands import AdmissionNote, CancelReason
 from gptoss.messages.model import FinishReason
 from gptoss.messages.sampling import SamplingParams
 
@@ -39,6 +39,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
         cache_salt: requests share cached prefixes only with those of the same salt.
         user: whom the caller acts for; recorded as a keyed hash.
         metadata: the caller's own notes; only their number is recorded.
+        prompt_field: the field that the prompt stands in, for errors; empty is what it is called in chat or completions.
+        length_field: the field that bounds the answer's length, for errors.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -60,6 +62,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     user: str = ""
     metadata: dict[str, str] = {}
+    prompt_field: str = ""
+    length_field: str = "max_tokens"
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +114,8 @@ Notice = Literal["first_byte", "slow", "disconnect"]
 class Generation:
     """One running request, as its consumer sees it.
 
+    ``admission`` says how it was let in or refused, once that is decided.
+
     Iterate over it for the deltas. The iteration ends when the request has; a failed or refused request raises its
     ``GptossError`` there. Leaving early needs ``cancel``.
     """
@@ -129,6 +135,7 @@ class Generation:
         self.max_tokens = 0
         self.prompt_tokens = 0
         self.outcome: Outcome | None = None
+        self.admission: AdmissionNote | None = None
         self._on_cancel = on_cancel
         self._on_notice = on_notice
         self._next: Delta | None = None  # what waits, while it is one delta; more of them are gathered below
@@ -211,9 +218,10 @@ class Generation:
 
     # ---- the request actor's side
 
-    def put_admitted(self, max_tokens: int) -> None:
-        """The request may run."""
+    def put_admitted(self, max_tokens: int, note: AdmissionNote | None = None) -> None:
+        """The request may run; ``note`` says how that came."""
         self.max_tokens = max_tokens
+        self.admission = note
         self._admitted.set()
 
     def put(self, delta: Delta) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from gptoss.errors import JournalError
-from gptoss.messages import events
+from gptoss.messages import batch_events, events
+from gptoss.messages.batch_commands import BatchCommand
 from gptoss.messages.commands import Command, DeciderCommand
 from gptoss.messages.envelope import Event, Record, Stored
 
@@ -20,7 +21,8 @@ Upcaster = Callable[[list[Any]], list[Any]]
 
 EVENT_TYPES: dict[str, type[Event]] = {
     name: cls
-    for name, cls in inspect.getmembers(events, inspect.isclass)
+    for module in (events, batch_events)
+    for name, cls in inspect.getmembers(module, inspect.isclass)
     if issubclass(cls, Event) and cls is not Event
 }
 UPCASTERS: dict[tuple[str, int], Upcaster] = {}
@@ -31,7 +33,7 @@ _stored_decoder = msgspec.msgpack.Decoder(Stored)
 _event_decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
     name: msgspec.msgpack.Decoder(cls) for name, cls in EVENT_TYPES.items()
 }
-_command_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(DeciderCommand)
+_command_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(DeciderCommand | BatchCommand)
 
 
 def encode_record(record: Record) -> bytes:

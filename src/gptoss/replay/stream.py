@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from gptoss.actors.decider import Decider, fold
+from gptoss.actors.decider import Decider, fold, recorded_form
 from gptoss.errors import JournalError
 from gptoss.messages.codec import decode_command
 from gptoss.messages.commands import BeginRequest, Command
@@ -155,8 +155,9 @@ class DeciderStream:
             return
         if self.is_known:
             self.tally.snapshots += 1
-            if recorded != self.state:
-                yield self._divergence("snapshot", record.meta, record.meta.type, diff(recorded, self.state))
+            theirs, ours = (recorded_form(self.decider, state) for state in (recorded, self.state))
+            if theirs != ours:
+                yield self._divergence("snapshot", record.meta, record.meta.type, diff(theirs, ours))
         self.state, self.is_known = recorded, True
 
     def _gap(self, meta: Meta) -> Iterator[Divergence]:

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# A copy of a server's journal and node key that stands by itself, made while the server runs or not:
+#
+#   backup.sh /var/lib/gptoss /backups/gptoss-2026-05-01
+#
+# Sealed segments never change, so they are copied as they are. The open one may be caught in the middle of a write: that
+# tail is cut from the copy, as the server would cut it after a crash. GPTOSS is the command to check with.
+set -euo pipefail
+
+if [[ $# -ne 2 ]]; then
+    echo "usage: backup.sh DATA_DIR TARGET_DIR" >&2
+    exit 2
+fi
+data=$1
+target=$2
+gptoss=${GPTOSS:-gptoss}
+
+if [[ ! -d "$data/journal" ]]; then
+    echo "backup.sh: $data holds no journal" >&2
+    exit 2
+fi
+if [[ -e "$target" ]]; then
+    echo "backup.sh: $target is there already" >&2
+    exit 2
+fi
+
+umask 077
+scratch="$target.part"
+trap 'rm -rf "$scratch"' EXIT
+
+# Retention may unlink a segment between the listing and the copy; then the next listing is without it.
+for attempt in 1 2 3; do
+    rm -rf "$scratch"
+    mkdir -p "$scratch"
+    if cp -a --reflink=auto "$data/journal" "$scratch/"; then
+        break
+    elif [[ $attempt -eq 3 ]]; then
+        echo "backup.sh: the journal could not be copied" >&2
+        exit 1
+    fi
+done
+if [[ -e "$data/node.key" ]]; then
+    cp -a "$data/node.key" "$scratch/"
+fi
+
+if ! "$gptoss" journal verify --data-dir "$scratch"; then
+    "$gptoss" journal repair --data-dir "$scratch"
+    rm -rf "$scratch"/journal.backup-*
+fi
+"$gptoss" journal verify --data-dir "$scratch" >/dev/null
+mv "$scratch" "$target"
+echo "wrote $target"
