@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from gptoss.config import ProfileName, PromptVersion
 from gptoss.engine.port import ChatMessage, TokenLogprob
 from gptoss.errors import GptossError
 from gptoss.messages.answer import AnswerShape, Part, TextPart, content_of, joined
@@ -39,6 +40,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
         cache_salt: requests share cached prefixes only with those of the same salt.
         user: whom the caller acts for; recorded as a keyed hash.
         metadata: the caller's own notes; only their number is recorded.
+        profile: whose default length it takes, ``latency_first`` or ``quality_first``; empty is the server's.
+        prompt_version: how the conversation is made into a prompt, see ``rendering``; empty is the server's.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -60,6 +63,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     user: str = ""
     metadata: dict[str, str] = {}
+    profile: ProfileName | Literal[""] = ""
+    prompt_version: PromptVersion | Literal[""] = ""
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):

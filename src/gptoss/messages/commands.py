@@ -90,7 +90,6 @@ class BeginRequest(Command, frozen=True, kw_only=True):
     parent_id: str = ""
     user_hmac: str = ""
     num_metadata: int = 0
-    prompt_version: str = ""
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
@@ -102,6 +101,7 @@ class PromptReady(Command, frozen=True, kw_only=True):
     date: str
     param: str = "messages"
     grammar_hmac: str = ""
+    prompt_version: str = ""
 
 
 class PromptUnusable(Command, frozen=True, kw_only=True):
