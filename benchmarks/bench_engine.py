@@ -40,12 +40,17 @@ def _memory_mb() -> float:
     return psutil.Process().memory_info().rss / MB
 
 
+def _answer_tokens(count: int) -> int:
+    """So long that the first streams still answer when the last prompt, read between their steps, has been read."""
+    return 2 * STEPS_MAX + 8 * count
+
+
 def measure_streams(model: LoadedModel, counts: Sequence[int], budget_s: float) -> str:
     """Decode steps with more and more streams."""
     rows: list[list[str]] = []
     for count in counts:
         streams = Streams(model)
-        streams.start(count, PROMPT_TOKENS, 2 * STEPS_MAX)
+        streams.start(count, PROMPT_TOKENS, _answer_tokens(count))
         took = streams.decode_s(budget_s, STEPS_MAX)
         kv = streams.step().kv_bytes_in_use
         read = model.capabilities.weights_bytes / took / 1e9
@@ -150,7 +155,7 @@ def _runner_seconds(model: LoadedModel, count: int, context: int, num_logits: in
 def step_parts(model: LoadedModel, count: int) -> dict[str, float]:
     """Milliseconds of each part of a decode step of ``count`` streams, all of them together at the end."""
     streams = Streams(model)
-    streams.start(count, PROMPT_TOKENS, 2 * STEPS_MAX)
+    streams.start(count, PROMPT_TOKENS, _answer_tokens(count))
     watch = Stopwatch()
     steps = STEPS_MAX // 2
     with _timed(model, watch):
@@ -182,7 +187,7 @@ def boundary_ms(options: Load, count: int) -> float:
             if isinstance(event, LoadFailed):
                 raise RuntimeError(event.message)
         for number in range(count):
-            driver.send(request(f"r{number}", PROMPT_TOKENS, STEPS_MAX, event.capabilities.vocab_size))
+            driver.send(request(f"r{number}", PROMPT_TOKENS, _answer_tokens(count), event.capabilities.vocab_size))
         steps: list[StepDone] = []
         left = count
         while left:

@@ -38,7 +38,7 @@ from gptoss.config import Settings
 from gptoss.engine.model_folder import no_progress
 from gptoss.engine.model_source import prepare_in_child
 
-READY_TIMEOUT_S = 180
+READY_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 30
 WORKLOADS = {
     "1": Workload("1 stream", streams=1, requests=4),

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
@@ -12,8 +13,9 @@ from gptoss.actors.generation import GenerateRequest
 from gptoss.app import ServingSystem
 from gptoss.config import Settings
 from gptoss.engine.model_source import PreparedModel
-from gptoss.engine.port import Submit
+from gptoss.engine.port import EngineEvent, Finished, Submit
 from gptoss.messages import events as ev
+from gptoss.messages.codec import encode_record
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, fake_token
 
 MODEL = PreparedModel(folder="", model_name=FAKE_MODEL, source="test", max_model_len=4096)
@@ -159,3 +161,50 @@ async def test_the_context_length_is_told_where_vllm_tells_it(client: Any) -> No
     assert (model["max_model_len"], model["root"], model["parent"]) == (4096, model["id"], None)
     _, counted = await post(client, "/tokenize", messages=MESSAGES)
     assert counted == {"count": 3, "max_model_len": 4096, "tokens": [3, 3, 5], "token_strs": None}
+
+
+class StoppedDriver(FakeDriver):
+    """An engine whose answers all end at the stop string."""
+
+    def _tell(self, events: list[EngineEvent]) -> None:
+        ended: list[EngineEvent] = [
+            msgspec.structs.replace(event, reason="stop", stop_reason="canary")
+            if isinstance(event, Finished)
+            else event
+            for event in events
+        ]
+        super()._tell(ended)
+
+
+async def test_the_stop_string_that_ended_an_answer_is_told_and_stands_in_no_control_event() -> None:
+    async with ServingSystem(
+        Settings(journal="memory", devices="cpu"),
+        drivers=lambda _: StoppedDriver(),
+        renderer=FakeRenderer(),
+        model=MODEL,
+    ) as system:
+        await system.ready(10.0)
+        async with TestClient(TestServer(gptoss.make_app(system))) as client:
+            _, answer = await post(client, "/v1/completions", prompt="x", max_tokens=2, stop=["canary"])
+        assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["stop_reason"]) == ("stop", "canary")
+        assert not any(b"canary" in encode_record(record) for record in system.journal.read())
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 5000}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_completion_tokens": 5000}, "max_completion_tokens"),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 5000}, "max_tokens"),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 5000}, "max_output_tokens"),
+        ("/v1/responses", {"input": "word " * 5000}, "input"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 5000}]}, "messages"),
+    ],
+)
+async def test_a_context_that_is_too_short_is_told_of_the_field_that_the_client_wrote(
+    client: Any, path: str, fields: dict[str, Any], param: str
+) -> None:
+    status, answer = await post(client, path, **fields)
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", param)
+    if "max" in param:
+        assert param in answer["error"]["message"]

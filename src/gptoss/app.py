@@ -21,7 +21,8 @@ from typing import Any, Self
 
 import msgspec
 
-from gptoss.actors.admission import AdmissionActor
+from gptoss.actors.admission_actor import AdmissionActor
+from gptoss.actors.batch_actor import BatchDesk, BatchWork
 from gptoss.actors.decider import DeciderActor
 from gptoss.actors.deciders import deciders_of
 from gptoss.actors.directory import Directory, executor_name
@@ -29,6 +30,7 @@ from gptoss.actors.executor import ExecutorActor, ExecutorConfig
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
+from gptoss.actors.memory_guard import MemoryActor
 from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
 from gptoss.actors.supervisor import Supervision
@@ -102,6 +104,7 @@ class ServingSystem:
         self._failure: str | None = None
         self.escalated: str = ""
         self._context_lengths: dict[str, int] = {}
+        self._batch_desk: BatchDesk | None = None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -170,6 +173,8 @@ class ServingSystem:
             return
         self._draining = True
         self.journal.append(ev.DrainStarted(timeout_s=timeout_s), Origin(stream="system", actor="app"))
+        if self._batch_desk is not None:
+            self._batch_desk.stop_work()
         self.directory.tell("admission", cmd.StartDraining(now_ns=self.system.now_ns()), control=True)
         try:
             async with asyncio.timeout(timeout_s):
@@ -199,6 +204,17 @@ class ServingSystem:
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; False when no such request runs."""
         return self.gateway.cancel(request_id)
+
+    async def open_batches(self, work: BatchWork) -> BatchDesk:
+        """Begin to run batches, those that earlier runs left included; the first caller's work does it.
+
+        Raises:
+            JournalError, OSError: what earlier runs left cannot be read.
+        """
+        if self._batch_desk is None:
+            self._batch_desk = BatchDesk(self.system, work)
+            await self._batch_desk.open(self.deciders.batches, self.directory)
+        return self._batch_desk
 
     @property
     def draining(self) -> bool:
@@ -232,10 +248,11 @@ class ServingSystem:
 
     def _watch_loading(self, record: Record) -> None:
         # On the appending thread: one assignment each, and the event loop only reads.
-        if isinstance(record.event, ev.EngineLoadFailed):
-            self._failure = record.event.message
-        elif isinstance(record.event, ev.EngineLoaded):
-            self._context_lengths[record.event.executor] = record.event.capabilities.max_model_len
+        event = record.event
+        if isinstance(event, ev.EngineLoadFailed):
+            self._failure = event.message
+        elif isinstance(event, ev.EngineLoaded):
+            self._context_lengths[event.executor] = event.capabilities.max_model_len
 
     def _announce(self) -> None:
         origin = Origin(stream="system", actor="app")
@@ -279,7 +296,7 @@ class ServingSystem:
     def _start_deciders(self) -> None:
         deciders, directory = self.deciders, self.directory
         makers: dict[str, Callable[[], DeciderActor[Any]]] = {
-            "memory": lambda: DeciderActor(deciders.memory, directory),
+            "memory": lambda: MemoryActor(deciders.memory, directory),
             "admission": lambda: AdmissionActor(deciders.admission, directory),
             "router": lambda: DeciderActor(deciders.router, directory),
         }
@@ -325,6 +342,7 @@ class ServingSystem:
             max_model_len=settings.max_model_len,
             kv_budget_bytes=settings.kv_budget_mb * BYTES_PER_MB,
             prefix_cache_bytes=settings.prefix_cache_mb * BYTES_PER_MB,
+            session_bytes_max=settings.session_kv_mb * BYTES_PER_MB,
             speculation=settings.speculation,
             kernels=settings.kernels,
             quantization=settings.quantization,

@@ -22,7 +22,9 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 CountOrAuto = Annotated[int, Meta(ge=0, le=1_000_000_000_000)]
 CountOrNone = Annotated[int, Meta(ge=-1, le=1_000_000_000_000)]
+CountOrNever = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,6 +46,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         prefix_cache_mb: the part of its KV memory that cached prefixes may take while no request needs it; -1 is none.
         speculation: ``ngram`` guesses tokens that stood in the request before and verifies several in a step.
         max_queue: requests that may wait for admission.
+        queue_order: ``fair`` lets tenants take turns; ``priority`` knows none, the lowest number and the oldest go first.
+        queue_ageing_s: in a fair queue, the waiting that a step of priority is worth, and after which a tenant's turn is due.
+        pressure_evict, pressure_shrink, pressure_queue, pressure_refuse: shares of the KV memory that is spoken for, from
+            which on idle sessions are given up, newcomers shrunk, queued, and refused if late; 0 is never.
+        multi_device_prompt_len, multi_device_kv_mb: a prompt or a request above goes to an executor of several devices; 0 is never.
+        session_kv_mb: KV that one session may keep between turns; 0 keeps none. ``sessions_kv_mb`` bounds all of them.
+        session_idle_s: a session that is unused for so long is given up.
+        policy_version: of the deciders' rules; 1 decides as servers before tenants, pressure and sessions did.
         queue_timeout_s: how long one may wait there; ``request_timeout_s`` bounds its whole life.
         step_timeout_s: an engine with running requests that is silent for this long is replaced.
         drain_timeout_s: how long running requests may go on after SIGTERM.
@@ -52,6 +62,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         content: what the content family keeps: ``none``, ``tokens`` (and stop strings), or ``full``, which is text too.
         journal_segment_mb, journal_retention_mb, content_retention_mb: sizes of the embedded store.
         body_limit_mb: largest request body.
+        batch_concurrency: items of batches that run at once, behind everything else.
+        file_limit_mb: largest uploaded file; ``files_limit_mb`` bounds all files together.
         log_format: ``console``, ``json``, or ``auto`` by terminal.
     """
 
@@ -76,6 +88,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_cache_mb: CountOrNone = 0
     speculation: Literal["off", "ngram"] = "off"
     max_queue: Count = 512
+    queue_order: Literal["fair", "priority"] = "fair"
+    queue_ageing_s: Seconds = 10.0
+    pressure_evict: Share = 0.70
+    pressure_shrink: Share = 0.80
+    pressure_queue: Share = 0.85
+    pressure_refuse: Share = 0.90
+    multi_device_prompt_len: CountOrNever = 8000
+    multi_device_kv_mb: CountOrNever = 6000
+    session_kv_mb: CountOrNever = 512
+    sessions_kv_mb: CountOrNever = 20_480
+    session_idle_s: Seconds = 180.0
+    policy_version: Annotated[int, Meta(ge=1, le=2)] = 2
     queue_timeout_s: Seconds = 60.0
     request_timeout_s: Seconds = 600.0
     step_timeout_s: Seconds = 60.0
@@ -87,6 +111,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     journal_retention_mb: Count = 2048
     content_retention_mb: Count = 512
     body_limit_mb: Count = 2
+    batch_concurrency: Count = 4
+    file_limit_mb: Count = 200
+    files_limit_mb: Count = 2048
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -8,6 +8,8 @@ GptossError                    code                     status
 │   ├── ModelNotFound          model_not_found          404
 │   ├── RequestNotFound        request_not_found        404
 │   ├── ResponseNotFound       response_not_found       404
+│   ├── FileUnknown            file_not_found           404
+│   ├── BatchUnknown           batch_not_found          404
 │   ├── NotFound               not_found                404
 │   ├── MethodNotAllowed       method_not_allowed       405
 │   ├── BodyTimeout            body_timeout             408
@@ -39,7 +41,7 @@ Each class has a stable ``code``. A journaled failure carries the code and a mes
 exception, because an exception pins frames and the tensors in them.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class GptossError(Exception):
@@ -108,6 +110,20 @@ class ResponseNotFound(RequestError):
     status = 404
 
 
+class FileUnknown(RequestError):
+    """No file with this id is kept."""
+
+    code = "file_not_found"
+    status = 404
+
+
+class BatchUnknown(RequestError):
+    """No batch with this id is known."""
+
+    code = "batch_not_found"
+    status = 404
+
+
 class NotFound(RequestError):
     """No such path."""
 
@@ -151,7 +167,10 @@ class UnsupportedMedia(RequestError):
 
 
 class Overloaded(GptossError):
-    """The server cannot take the request now; ``retry_after_s`` says when to try again."""
+    """The server cannot take the request now; ``retry_after_s`` says when to try again.
+
+    ``admission`` are the numbers of the decision, where admission decided it: an ``AdmissionNote``.
+    """
 
     code = "overloaded"
     status = 503
@@ -159,6 +178,7 @@ class Overloaded(GptossError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.admission: Any = None
 
 
 class QueueFull(Overloaded):

@@ -27,6 +27,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True):
         step_s: how long a step takes, in seconds.
         die_at_step: the engine exits with -9 at this step, once for each driver; 0 never.
         kv_budget_bytes: what its capabilities say; one token costs ``2`` bytes.
+        prefix_cache_bytes: likewise; with it, sessions keep all their tokens. No prompt gets cheaper by it.
     """
 
     step_s: float = 0.0
@@ -34,6 +35,7 @@ class FakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int = 8
     max_model_len: int = 4096
     kv_budget_bytes: int = 1_000_000
+    prefix_cache_bytes: int = 0
     vocab_size: int = FAKE_VOCAB
     eos_token_ids: tuple[int, ...] = (0,)
 
@@ -91,11 +93,13 @@ class FakeEngine:
     Attributes:
         kv_budget_bytes: KV memory that requests may hold now; lower it to let the device run out of memory.
         step_number: of the last step.
+        sessions: bytes kept for each.
     """
 
     def __init__(self, load: port.Load, options: FakeOptions) -> None:
         self.kv_budget_bytes = options.kv_budget_bytes
         self.step_number = 0
+        self.sessions: dict[str, int] = {}
         self._load = load
         self._options = options
         self._limits = Limits(max_batch_size=options.max_batch_size, chunk_tokens=CHUNK_TOKENS, is_row_invariant=True)
@@ -126,6 +130,9 @@ class FakeEngine:
                 return [] if sequence is None else [_finished(sequence, "cancelled"), *self._drained()]
             case port.Snapshot():
                 return [self._status(command.nonce)]
+            case port.DropSession():
+                self.sessions.pop(command.session_id, None)
+                return []
             case port.Drain():
                 self._is_draining = True
                 return self._drained()
@@ -214,7 +221,13 @@ class FakeEngine:
         sequence = self._sequences.pop(row.request_id)
         if row.failure:
             return _failed(sequence.submit, "engine_error", f"the model's output is {row.failure}")
-        return _finished(sequence, sequence.end or "length")
+        finished = _finished(sequence, sequence.end or "length")
+        session_id = sequence.submit.session_id
+        if not session_id or not self._options.prefix_cache_bytes or not self._load.session_bytes_max:
+            return finished
+        tokens = sequence.num_prompt + sequence.produced
+        kept = self.sessions[session_id] = kv_bytes(FAKE_LAYOUT, tokens)
+        return msgspec.structs.replace(finished, session_tokens=tokens, session_bytes=kept)
 
     def _step_done(
         self, plan: StepPlan, rows: tuple[port.StepRow, ...], started_ns: int, duration_ns: int
@@ -261,6 +274,7 @@ class FakeEngine:
             max_model_len=options.max_model_len,
             max_batch_size=options.max_batch_size,
             kv_budget_bytes=options.kv_budget_bytes,
+            prefix_cache_bytes=options.prefix_cache_bytes,
             kv_layout=FAKE_LAYOUT,
             weights_bytes=0,
             device=load.device,

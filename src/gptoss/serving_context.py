@@ -19,6 +19,7 @@ from gptoss.telemetry.bundle_order import BundleOrder
 from gptoss.telemetry.bundle_redact import bundle_key
 from gptoss.telemetry.delays import story
 from gptoss.telemetry.event_tail import EventPage, EventQuery, EventTail
+from gptoss.telemetry.metrics import content_type_for
 from gptoss.telemetry.recording import LiveRecording
 from gptoss.telemetry.request_records import request_records
 from gptoss.telemetry.system_snapshot import system_snapshot
@@ -73,6 +74,34 @@ class EventPages:
                 await asyncio.sleep(FOLLOW_EVERY_S)
 
 
+class Scrapes:
+    """Expositions of the metrics. Who asks while another is answered gets one that was begun after they asked.
+
+    While requests run every exposition is another, and a hundred scrapers that come at once would each stop the event
+    loop for one.
+    """
+
+    def __init__(self, serving: ServingSystem) -> None:
+        self._serving = serving
+        self._lock = asyncio.Lock()
+        self._begun = 0
+        self._newest: dict[str, tuple[int, bytes]] = {}
+        """Content type -> which exposition it was, and its body."""
+
+    async def scrape(self, accept: str) -> tuple[bytes, str]:
+        """The body and its content type."""
+        asked, content_type = self._begun, content_type_for(accept)
+        async with self._lock:
+            number, body = self._newest.get(content_type, (0, b""))
+            if number <= asked:
+                self._begun += 1
+                number = self._begun
+                await self._serving.caught_up()
+                body, _ = self._serving.metrics.render(accept)
+                self._newest[content_type] = (number, body)
+        return body, content_type
+
+
 def make_app(serving: ServingSystem) -> web.Application:
     """An aiohttp application for a started ``ServingSystem``; mount it under any prefix with ``add_subapp``."""
     return make_http_app(http_context(serving))
@@ -82,10 +111,6 @@ def http_context(serving: ServingSystem) -> HttpContext:
     """What handlers need, filled from a started ``ServingSystem``."""
     projection, journal, system = serving.projection, serving.journal, serving.system
     one_at_a_time = asyncio.Lock()
-
-    async def metrics(accept: str) -> tuple[bytes, str]:
-        await serving.caught_up()
-        return serving.metrics.render(accept)
 
     async def events(request_id: str) -> list[dict[str, Any]]:
         return await asyncio.to_thread(lambda: [as_json(r) for r in request_records(journal, request_id)])
@@ -123,14 +148,18 @@ def http_context(serving: ServingSystem) -> HttpContext:
         readiness=readiness,
         stats=lambda: projection.stats(system.now_ns()),
         memory_stats=projection.memory_stats,
-        metrics=metrics,
+        metrics=Scrapes(serving).scrape,
         recent_requests=projection.recent_requests,
+        live=lambda after, limit: projection.live(system.now_ns(), after=after, limit=limit, journal=journal.health),
         events=events,
         story=story_of,
         event_page=EventPages(serving).page,
         snapshot=snapshot,
         bundle=bundle,
         draining=lambda: serving.draining,
+        open_batches=serving.open_batches,
+        data_folder=serving.settings.data_path if serving.settings.journal == "segments" else None,
+        ids=serving.surroundings.ids,
         default_temperature=PROFILE_TEMPERATURES[serving.settings.profile],
     )
 

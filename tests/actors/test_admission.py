@@ -1,6 +1,8 @@
 """Admission as given events, when command, then events."""
 
-from gptoss.actors.admission import Admission, AdmissionPolicy, AdmissionState
+from gptoss.actors.admission import Admission
+from gptoss.actors.admission_fit import AdmissionPolicy
+from gptoss.actors.admission_state import AdmissionState
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.commands import Command
@@ -64,7 +66,7 @@ def test_nobody_is_admitted_before_an_executor_is_ready() -> None:
 
 def test_a_full_batch_queues_and_a_full_queue_refuses_with_retry_after() -> None:
     state, _ = run(capacity(), admit("a"), granted("a"), admit("b", at=1), admit("c", at=2))
-    assert state.line() == ["b", "c"]
+    assert state.line.names() == ["b", "c"]
     _, events = run(admit("d", at=3), state=state)
     assert decisions(events) == [("reject", "queue_full")]
     assert isinstance(events[0], ev.AdmissionDecided)

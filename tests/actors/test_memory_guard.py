@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptoss.actors.memory_guard import GuardState, MemoryGuard
+from gptoss.actors.memory_guard import MemoryGuard
+from gptoss.actors.memory_state import GuardState
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.commands import Command

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gptoss.engine.port import Load
 from gptoss.engine.runner import PackedRunner
 from gptoss.engine.runner_choice import KvOptions, Native, RunnerChoice, choose_runner
 from gptoss.errors import ModelLoadError
+from gptoss.messages.model import Summation
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
@@ -84,11 +86,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def make(kernels: ctypes.CDLL, folder: Callable[[str], Path]) -> Make:
     @functools.cache
-    def made(kind: str, form: WeightFormat = "bfloat16", num_threads: int = 2) -> NativeRunner:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder(kind), dtype=torch.bfloat16).eval()
-        return NativeRunner(kernels, model, form=form, max_model_len=640, num_threads=num_threads)
+    def made(
+        kind: str, form: WeightFormat = "bfloat16", num_threads: int = 2, summation: Summation = "auto"
+    ) -> NativeRunner:
+        return runner_of(kernels, folder(kind), form, num_threads, summation)
 
     return made
+
+
+def runner_of(
+    kernels: ctypes.CDLL, folder: Path, form: WeightFormat, num_threads: int, summation: Summation
+) -> NativeRunner:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return NativeRunner(kernels, model, form=form, max_model_len=640, num_threads=num_threads, summation=summation)
 
 
 def text(length: int, seed: int = 0) -> list[int]:
@@ -134,16 +144,44 @@ def test_logits_are_nearer_to_float32_than_those_of_bfloat16_eager_attention(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
-def test_bits_do_not_depend_on_the_cut_the_company_or_the_threads(kind: str, form: WeightFormat, make: Make) -> None:
+@pytest.mark.parametrize(
+    ("form", "summation"), [("bfloat16", "blocks"), ("bfloat16", "pairs"), ("int8", "auto"), ("int4", "auto")]
+)
+def test_bits_do_not_depend_on_the_cut_the_company_or_the_threads(
+    kind: str, form: WeightFormat, summation: Summation, make: Make
+) -> None:
+    def logits(sizes: list[int], strangers: int = 0, num_threads: int = 2) -> torch.Tensor:
+        return logits_of(make(kind, form, num_threads, summation), ids, sizes, strangers)
+
     ids = text(LENGTH)
-    whole = logits_of(make(kind, form), ids, [LENGTH])
+    whole = logits([LENGTH])
     assert whole.isfinite().all()
     for sizes in CUTS:
-        assert torch.equal(logits_of(make(kind, form), ids, sizes), whole)
-    assert torch.equal(logits_of(make(kind, form), ids, CUTS[1], strangers=16), whole)
-    assert torch.equal(logits_of(make(kind, form, 1), ids, CUTS[1], strangers=1), whole)
-    assert torch.equal(logits_of(make(kind, form, 3), ids, [LENGTH]), whole)
+        assert torch.equal(logits(sizes), whole)
+    assert torch.equal(logits(CUTS[1], strangers=16), whole)
+    assert torch.equal(logits(CUTS[1], strangers=1, num_threads=1), whole)
+    assert torch.equal(logits([LENGTH], num_threads=3), whole)
+
+
+@pytest.mark.parametrize("summation", ["blocks", "pairs"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instructions are those of x86")
+def test_a_machine_without_its_instructions_gives_the_same_bits(
+    summation: Summation, make: Make, folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = [f"-mno-{name}" for name in ("amx-bf16", "amx-tile", "avx512bf16", "avx512vnni", "avx512f")]
+    monkeypatch.setattr(build, "_flags", lambda: (*build.FLAGS, *build.QUIET, "-march=native", *without))
+    poorer = runner_of(open_kernels(tmp_path), folder("llama"), "bfloat16", 2, summation)
+    ids = text(LENGTH)
+    own = make("llama", "bfloat16", 2, summation)
+    assert own.summation == poorer.summation == summation
+    assert torch.equal(logits_of(poorer, ids, CUTS[1]), logits_of(own, ids, CUTS[1]))
+
+
+def test_the_two_orders_of_summing_differ_in_rounding_alone(make: Make) -> None:
+    ids = text(LENGTH)
+    blocks, pairs = (logits_of(make("llama", "bfloat16", 2, order), ids, [LENGTH]) for order in ("blocks", "pairs"))
+    assert not torch.equal(blocks, pairs)
+    assert (blocks - pairs).norm() < 0.01 * blocks.norm()
 
 
 @pytest.mark.parametrize(("form", "gap_max", "share"), [("int8", 0.03, 0.6), ("int4", 0.5, 0.45)])
@@ -161,7 +199,7 @@ def test_packed_weights_cost_little_and_take_less_memory(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_packed_weights_are_multiplied_as_exactly_as_bfloat16(
-    kind: str, form: WeightFormat, make: Make, folder: Callable[[str], Path]
+    kind: str, form: WeightFormat, kernels: ctypes.CDLL, make: Make, folder: Callable[[str], Path]
 ) -> None:
     ids = text(LENGTH)
 
@@ -170,7 +208,7 @@ def test_packed_weights_are_multiplied_as_exactly_as_bfloat16(
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 stored: WeightFormat = "int8" if name == "lm_head" else form
-                module.weight = torch.nn.Parameter(as_stored(module.weight.detach(), stored).to(dtype))
+                module.weight = torch.nn.Parameter(as_stored(kernels, module.weight.detach(), stored).to(dtype))
         if model.config.tie_word_embeddings:
             model.model.embed_tokens.weight = model.lm_head.weight
         with torch.inference_mode():
@@ -181,14 +219,33 @@ def test_packed_weights_are_multiplied_as_exactly_as_bfloat16(
     assert (found - exact).norm() < (rounded - exact).norm()
 
 
-def as_stored(weight: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+def as_stored(kernels: ctypes.CDLL, weight: torch.Tensor, form: WeightFormat) -> torch.Tensor:
     """What a matrix is once it was packed, in float32."""
-    whole, scales = quantise(weight, form)
-    blocks = whole.float().view(weight.shape[0], -1, 32) * scales[..., :1].float()
-    return (blocks + scales[..., 1:].float().sum(-1, keepdim=True)).view_as(weight)
+    whole, scales = quantise(kernels, weight, form)
+    numbers = whole.view(torch.int8).float().view(weight.shape[0], -1, 32)
+    return (numbers * scales[..., :1].float() + scales[..., 1:].float().sum(-1, keepdim=True)).view_as(weight)
 
 
-def test_int4_finds_the_numbers_of_a_4_bit_file_again_and_comes_nearer_to_it_than_bfloat16() -> None:
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_scale_and_minimum_are_those_that_fit_best(form: WeightFormat, kernels: ctypes.CDLL) -> None:
+    torch.manual_seed(4)
+    weight = (torch.randn(16, 320) * torch.logspace(-5, 2, 16)[:, None]).bfloat16()
+    whole, scales = quantise(kernels, weight, form)
+    numbers = whole.view(torch.int8).double().view(16, -1, 32)
+    blocks = weight.double().view(16, -1, 32)
+    columns = [numbers, torch.ones_like(numbers)] if form == "int4" else [numbers]
+    best = torch.linalg.lstsq(torch.stack(columns, -1), blocks[..., None]).solution[..., 0]
+    error = (as_stored(kernels, weight, form).double().view_as(blocks) - blocks).norm(dim=-1)
+    error_best = ((torch.stack(columns, -1) @ best[..., None])[..., 0] - blocks).norm(dim=-1)
+    is_coarse = best[..., 0] < 2.0**-14  # below that float16 has fewer bits
+    assert (error <= 1.01 * error_best + 2e-3 * blocks.abs().amax(-1))[~is_coarse].all()
+    assert is_coarse.float().mean() < 0.5
+    assert scales.isfinite().all()
+
+
+def test_int4_finds_the_numbers_of_a_4_bit_file_again_and_comes_nearer_to_it_than_bfloat16(
+    kernels: ctypes.CDLL,
+) -> None:
     generator = torch.Generator().manual_seed(5)
     whole = torch.randint(0, 16, (64, 6, 32), generator=generator)
     whole[..., 3], whole[..., 9] = 0, 15  # as in every block that was rounded between its least and its largest weight
@@ -196,15 +253,15 @@ def test_int4_finds_the_numbers_of_a_4_bit_file_again_and_comes_nearer_to_it_tha
     minimum = (scale * (-8 + torch.randn((64, 6, 1), generator=generator))).half().float()
     written = (minimum + scale * whole).view(64, -1)
     stored = written.bfloat16()
-    assert torch.equal(quantise(stored, "int4")[0].view_as(whole), whole)
-    assert (as_stored(stored, "int4") - written).norm() < 0.6 * (stored.float() - written).norm()
+    assert torch.equal(quantise(kernels, stored, "int4")[0].view_as(whole), whole.byte())
+    assert (as_stored(kernels, stored, "int4") - written).norm() < 0.6 * (stored.float() - written).norm()
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
-def test_weights_that_are_all_alike_or_zero_can_be_packed(form: WeightFormat) -> None:
+def test_weights_that_are_all_alike_or_zero_can_be_packed(form: WeightFormat, kernels: ctypes.CDLL) -> None:
     weight = torch.zeros(32, 64)
     weight[:, 32:] = 0.5
-    assert torch.allclose(as_stored(weight, form), weight, rtol=1e-2, atol=0)
+    assert torch.allclose(as_stored(kernels, weight, form), weight, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])

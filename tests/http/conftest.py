@@ -2,13 +2,15 @@
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, cast
 
 import aiohttp
 import msgspec
 import pytest
 
+from gptoss.actors.batch_actor import BatchWork
+from gptoss.actors.batches import Batches
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Notice, Outcome, Usage
 from gptoss.actors.rendering import Rendering
 from gptoss.actors.system import System
@@ -19,7 +21,8 @@ from gptoss.http.context import EventAsk, HttpContext, HttpTiming, MadeBundle
 from gptoss.http.headers import _NAME
 from gptoss.http.routes import make_app
 from gptoss.http.server import ConnectionBounds, RunningServer, serve
-from gptoss.messages.commands import CancelReason
+from gptoss.messages.batch import Batch
+from gptoss.messages.commands import CancelReason, Command
 from gptoss.telemetry.bundle_order import BundleOrder
 from gptoss.testing import FakeRenderer
 
@@ -129,6 +132,27 @@ class FakeGateway:
             self._stop(name, "disconnect" if notice == "disconnect" else "slow_client")
 
 
+class PaperDesk:
+    """Decides about batches and runs none of them."""
+
+    def __init__(self) -> None:
+        self._decider = Batches(1)
+        self._state = self._decider.initial()
+
+    @property
+    def batches(self) -> Mapping[str, Batch]:
+        return self._state.batches
+
+    async def order(self, command: Command) -> None:
+        for event in self._decider.decide(self._state, command):
+            self._state = self._decider.evolve(self._state, event)
+
+    @classmethod
+    async def open(cls, work: BatchWork) -> "PaperDesk":
+        await work.restore([])
+        return cls()
+
+
 class House:
     """The server under test and a client for it."""
 
@@ -234,12 +258,14 @@ def context(gateway: FakeGateway, settings: Settings, timing: HttpTiming) -> Htt
         memory_stats=lambda: {"memory_pressure": 0.0},
         metrics=metrics,
         recent_requests=lambda limit: [{"request_id": "known"}][:limit],
+        live=lambda after, limit: {"after": after, "limit": limit},
         events=events,
         story=story,
         event_page=event_page,
         snapshot=snapshot,
         bundle=gateway.bundle,
         draining=lambda: False,
+        open_batches=PaperDesk.open,
         default_temperature=0.7,
         timing=timing,
     )

@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 import openai
 import pytest
 
 from gptoss.actors.generation import Delta, Generation, Outcome
+from gptoss.config import Settings
 from gptoss.engine.port import ChatMessage, TokenLogprob
 from gptoss.errors import EngineLost, RequestError
 from gptoss.http.response_answer import ResponseAnswer
@@ -17,6 +19,13 @@ from gptoss.http.response_store import ResponseStore, StoredResponse
 from gptoss.messages.answer import CallPart, Part, TextPart
 
 PATH = "/v1/responses"
+LOOK: dict[str, Any] = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": True}
+
+
+async def hello(generation: Generation) -> None:
+    generation.put_admitted(16)
+    generation.put(Delta(text="Hello world", token_ids=(1, 2)))
+    generation.end(Outcome(finish_reason="stop"))
 
 
 @pytest.fixture
@@ -160,6 +169,16 @@ async def test_items_become_the_conversation_that_they_stand_for(house: Any) -> 
         ({"input": "x", "temperature": 3}, "temperature"),
         ({"input": "x", "background": True}, "background"),
         ({"input": "x", "truncation": "auto"}, "truncation"),
+        ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": "x", "tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"input": "x", "tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"input": "x", "tools": [{"type": "function", "name": "a"}] * 2}, "tools"),
+        ({"input": "x", "tool_choice": "required"}, "tool_choice"),
+        ({"input": "x", "tools": [LOOK], "tool_choice": {"type": "function", "name": "b"}}, "tool_choice"),
+        ({"input": "x", "tools": [LOOK], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"input": "x", "text": {"format": {"type": "grammar"}}}, "text.format.type"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input"),
         ({"input": "x", "conversation": "c"}, "conversation"),
         ({"input": "x", "prompt": {"id": "p"}}, "prompt"),
         ({"input": "x", "include": ["file_search_call.results"]}, "include"),
@@ -314,4 +333,150 @@ def test_the_store_is_bounded_in_bytes_too() -> None:
     store.keep(stored("huge", 20_000))
     assert "huge" not in store
     store.keep(stored("f", 3000))
-    assert store._num_bytes == sum(size for _, size in store._kept.values())
+    store.close()
+
+
+def test_the_store_outlives_the_process_and_forgets_for_good_what_is_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "responses.sqlite"
+    store = ResponseStore(path)
+    store.keep(stored("kept"))
+    store.keep(stored("gone", 5000))
+    store.delete("gone")
+    again = ResponseStore(path)  # while the first still has the file, as after kill -9
+    assert again.get("kept", param="x") == stored("kept")
+    assert "gone" not in again
+    assert not any(b"xxxxxxxxxx" in file.read_bytes() for file in path.parent.iterdir())
+    assert path.stat().st_mode & 0o777 == 0o600
+    again.close()
+    store.close()
+
+
+def test_a_file_that_is_no_store_is_put_aside_and_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "responses.sqlite"
+    path.write_bytes(b"no database at all" * 100)
+    store = ResponseStore(path)
+    store.keep(stored("a"))
+    assert "a" in store
+    assert (tmp_path / "responses.sqlite.broken").read_bytes().startswith(b"no database")
+    store.close()
+
+
+async def test_responses_are_kept_in_the_data_folder_unless_the_log_keeps_no_content(
+    open_house: Any, tmp_path: Path
+) -> None:
+    cases: tuple[tuple[Literal["none", "tokens"], bool], ...] = (("none", False), ("tokens", True))
+    for content, is_kept in cases:
+        house = await open_house(data_folder=tmp_path, settings=Settings(content=content))
+        _, created = await house.ask(PATH, input="x")
+        again = await open_house(data_folder=tmp_path, settings=Settings(content=content))
+        async with again.session.get(f"{PATH}/{created['id']}") as response:
+            assert response.status == (200 if is_kept else 404)
+
+
+# ---------------------------------------------------------------- tools and forms
+
+
+async def calls_look(generation: Generation) -> None:
+    generation.put_admitted(9)
+    for part in (CallPart(0, "", "look", "call_1"), CallPart(0, '{"at":'), CallPart(0, "1}")):
+        generation.put(Delta(token_ids=(1,), found=(part,)))
+        await asyncio.sleep(0.001)
+    generation.end(Outcome(finish_reason="tool_calls"))
+
+
+async def test_a_function_is_called_and_its_output_goes_on_with_the_conversation(
+    house: Any, client: openai.AsyncOpenAI
+) -> None:
+    house.gateway.script = calls_look
+    tools: Any = [LOOK]
+    first = await client.responses.create(model="demo", input="Where?", tools=tools, tool_choice="required")
+    assert first.status == "completed"
+    call: Any = first.output[0]
+    assert (call.type, call.name, call.arguments, call.call_id) == ("function_call", "look", '{"at":1}', "call_1")
+    assert first.tools[0].to_dict()["name"] == "look"
+    submitted = house.gateway.submitted[0]
+    assert submitted.tools[0]["function"] == {"name": "look", "parameters": {"type": "object"}, "strict": True}
+    assert submitted.shape.tool_choice == "required"
+    house.gateway.script = hello
+    output: Any = {"type": "function_call_output", "call_id": "call_1", "output": "here"}
+    by_id = await client.responses.create(model="demo", input=[output], previous_response_id=first.id, tools=tools)
+    assert by_id.output_text == "Hello world"
+    items: Any = [{"role": "user", "content": "Where?"}, *(item.to_dict() for item in first.output), output]
+    await client.responses.create(model="demo", input=items, tools=tools)
+    told = [(m.role, m.content, len(m.tool_calls), m.tool_call_id) for m in house.gateway.submitted[2].messages]
+    assert told[0] == ("user", "Where?", 0, None)
+    assert told[1][2] == 1
+    assert told[2] == ("tool", "here", 0, "call_1")
+
+
+async def test_a_streamed_call_comes_in_the_clients_own_events(house: Any, client: openai.AsyncOpenAI) -> None:
+    house.gateway.script = calls_look
+    tools: Any = [LOOK]
+    async with client.responses.stream(model="demo", input="Where?", tools=tools) as stream:
+        types = [event.type async for event in stream]
+        final = await stream.get_final_response()
+    assert types == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [item.type for item in final.output] == ["function_call"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (None, ("auto", "")),
+        ("auto", ("auto", "")),
+        ("none", ("none", "")),
+        ("required", ("required", "")),
+        ({"type": "function", "name": "look"}, ("named", "look")),
+    ],
+)
+async def test_tool_choices(house: Any, choice: Any, expected: tuple[str, str]) -> None:
+    _, answer = await house.ask(PATH, input="x", tools=[LOOK], tool_choice=choice, parallel_tool_calls=False)
+    shape = house.gateway.submitted[0].shape
+    assert (shape.tool_choice, shape.tool_name, shape.parallel_calls) == (*expected, False)
+    assert answer["tool_choice"] == (choice or "auto")
+    assert answer["parallel_tool_calls"] is False
+
+
+async def test_calls_of_one_turn_are_one_turn_again(house: Any) -> None:
+    items = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "Looking."},
+        {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"},
+        {"type": "function_call", "call_id": "c2", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "1"},
+        {"type": "function_call_output", "call_id": "c2", "output": "2"},
+    ]
+    assert (await house.ask(PATH, input=items))[0] == 200
+    told = [(m.role, [call["id"] for call in m.tool_calls]) for m in house.gateway.submitted[0].messages]
+    assert told == [("user", []), ("assistant", ["c1", "c2"]), ("tool", []), ("tool", [])]
+
+
+async def test_the_text_can_be_bound_to_a_schema(house: Any, client: openai.AsyncOpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form: Any = {"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}}
+    answer = await client.responses.create(model="demo", input="x", text=form)
+    assert answer.text is not None
+    assert answer.text.to_dict()["format"] == form["format"]
+    bound = house.gateway.submitted[0].shape.format
+    assert (bound.kind, msgspec.json.decode(bound.text), bound.param) == ("json", schema, "text.format")
+    await house.ask(PATH, input="x", text={"format": {"type": "json_object"}})
+    assert house.gateway.submitted[1].shape.format.text == '{"type":"object"}'
+    await house.ask(PATH, input="x", text={"format": {"type": "text"}, "verbosity": "low"})
+    assert house.gateway.submitted[2].shape.format is None
+
+
+async def test_errors_name_the_fields_of_this_endpoint(house: Any) -> None:
+    await house.ask(PATH, input="x")
+    assert (house.gateway.submitted[0].prompt_field, house.gateway.submitted[0].length_field) == (
+        "input",
+        "max_output_tokens",
+    )

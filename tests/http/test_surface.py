@@ -1,6 +1,5 @@
 """The reading endpoints, the page, and who may call."""
 
-import base64
 import hashlib
 import re
 from collections.abc import Callable
@@ -8,8 +7,10 @@ from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
+from yarl import URL
 
 from gptoss.config import Settings
+from gptoss.http.assets import assets
 from gptoss.http.guard import default_hosts
 from gptoss.http.routes import make_app
 from gptoss.http.server import serve
@@ -97,25 +98,75 @@ async def test_a_bad_limit_is_refused(house: Any, limit: str) -> None:
     assert (status, answer["error"]["param"]) == (400, "limit")
 
 
-async def test_the_page_names_model_port_and_links_and_permits_only_its_style(open_house: Callable[..., Any]) -> None:
+async def test_a_live_view_asks_for_the_seconds_since_the_last(house: Any) -> None:
+    assert await get(house, "/admin/live") == (200, {"after": 0, "limit": 40})
+    assert await get(house, "/admin/live?after=17&limit=0") == (200, {"after": 17, "limit": 0})
+
+
+@pytest.mark.parametrize(("query", "param"), [("after=-1", "after"), ("after=x", "after"), ("limit=1001", "limit")])
+async def test_a_bad_ask_for_a_live_view_is_refused(house: Any, query: str, param: str) -> None:
+    status, answer = await get(house, f"/admin/live?{query}")
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+async def test_the_page_names_model_port_and_links_and_permits_only_its_own_files(
+    open_house: Callable[..., Any],
+) -> None:
     house = await open_house(readiness=lambda: (False, "loading <weights>"))
     house.gateway.served_model = "<demo>"
     async with house.session.get("/") as response:
-        policy = response.headers["Content-Security-Policy"]
+        policy = dict(part.strip().split(" ", 1) for part in response.headers["Content-Security-Policy"].split(";"))
         html = await response.text()
-    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)
-    assert style is not None
-    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
-    assert f"style-src 'sha256-{digest}'" in policy
-    assert "default-src 'none'" in policy
+    assert policy == {
+        "default-src": "'none'",
+        "script-src": "'self'",
+        "style-src": "'self'",
+        "img-src": "'self'",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    assert not re.search(r"<style|<script>|style=|\son\w+=|https?://(?!127)", html)
     assert "&lt;demo&gt;" in html
     assert "<demo>" not in html
     assert "not ready: loading &lt;weights&gt;" in html
     assert f"curl http://127.0.0.1:{house.port}/v1/chat/completions" in html
-    assert f"http://127.0.0.1:{house.port}/v1&quot;, api_key" in html
-    for link in re.findall(r'href="([^"]+)"', html):
+    assert f"http://127.0.0.1:{house.port}/v1&#34;, api_key" in html
+    for link in re.findall(r'(?:href|src)="([^"#]+)"', html):
         async with house.session.get(f"/{link}") as response:
             assert response.status in {200, 503}, link
+
+
+async def test_files_of_the_page_are_sent_once(house: Any) -> None:
+    async with house.session.get("/assets/page.js") as response:
+        assert response.headers["Content-Type"] == "text/javascript; charset=utf-8"
+        etag = response.headers["ETag"]
+        assert etag == f'"{hashlib.sha256(await response.read()).hexdigest()}"'
+    for known, status in ((etag, 304), (f'"other", {etag}', 304), ("*", 304), ('"other"', 200)):
+        async with house.session.get("/assets/page.js", headers={"If-None-Match": known}) as response:
+            assert (response.status, response.headers["ETag"]) == (status, etag)
+            assert bool(await response.read()) == (status == 200)
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing.js", "", "../page.py", "..%2fpage.py", "vendor", "vendor/", "%2e%2e/page.py"]
+)
+async def test_nothing_but_files_of_the_page_is_sent(house: Any, name: str) -> None:
+    async with house.session.get(URL(f"{house.url}/assets/{name}", encoded=True)) as response:
+        assert response.status == 404
+        assert (await response.json())["error"]["code"] == "not_found"
+
+
+async def test_modules_import_only_files_that_are_there(house: Any) -> None:
+    named = {"page.js"}
+    for name, asset in assets().items():
+        if name.endswith(".js"):
+            named |= set(re.findall(r'^import .* from "\./([^"]+)";$', asset.body.decode(), re.MULTILINE))
+    scripts = {name for name in assets() if name.endswith(("js", "mjs"))}
+    assert named == scripts
 
 
 async def test_the_app_can_be_mounted_under_a_prefix(house: Any) -> None:

@@ -1,6 +1,7 @@
 """What another policy would have done."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,9 @@ def test_a_policy_that_cannot_be_tried_is_refused_by_name(text: str, words: str,
 
 def test_a_policy_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "changed.toml"
-    file.write_text("".join(f"{name} = 7\n" for name in TRIABLE))
-    assert read_policy(file) == dict.fromkeys(TRIABLE, 7)
+    given = {**dict.fromkeys(TRIABLE, 1), "queue_order": "priority"}
+    file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in given.items()))
+    assert read_policy(file) == given
     with pytest.raises(ConfigError, match="cannot read"):
         read_policy(tmp_path / "none.toml")
 

@@ -5,12 +5,13 @@ from typing import Any
 from unittest import mock
 
 from gptoss.actors import kernel
-from gptoss.actors.admission import Admission, AdmissionState
+from gptoss.actors.admission import Admission
+from gptoss.actors.admission_state import AdmissionState
 from gptoss.actors.executor import ExecutorActor
 from gptoss.actors.inbox import DATA, Inbox, Lane, Letter
 from gptoss.actors.kernel import Kernel
 from gptoss.actors.lifecycle import Lifecycle, RequestState
-from gptoss.actors.memory_guard import GuardState
+from gptoss.actors.memory_state import GuardState
 from gptoss.actors.request import RequestActor
 from gptoss.actors.router import Router, RouterState
 from gptoss.actors.system import Timer
@@ -101,7 +102,7 @@ def memory_granted_twice() -> Any:
     """The guard forgets that unbound grants count."""
 
     def wrong(self: GuardState) -> int:
-        free = [pool.kv_budget_bytes - self.reserved_bytes(name) for name, pool in self.pools.items()]
+        free = [self.free_bytes(name) + self.reserved_bytes("") for name in self.pools]
         return max(0, max(free, default=0))
 
     return mock.patch.object(GuardState, "free_bytes_max", wrong)

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gptoss.actors.admission import AdmissionState
-from gptoss.actors.memory_guard import GuardState
+from gptoss.actors.admission_state import AdmissionRecord
+from gptoss.actors.memory_state import GuardRecord
 from gptoss.actors.router import RouterState
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
@@ -76,9 +76,10 @@ def test_every_field_that_holds_ids_is_known() -> None:
     assert named >= ID_FIELDS | NAMING_FIELDS
     keyed = {
         name
-        for state in (AdmissionState, GuardState, RouterState)
+        for state in (AdmissionRecord, GuardRecord, RouterState)
         for name, kind in typing.get_type_hints(state).items()
-        if typing.get_origin(kind) is dict and name not in {"capacities", "pools", "executors"}
+        if typing.get_origin(kind) in {dict, tuple}
+        and name not in {"capacities", "pools", "executors", "lacking", "sessions"}
     }
     assert keyed == SNAPSHOT_FIELDS
 

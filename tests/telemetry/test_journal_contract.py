@@ -9,7 +9,7 @@ import pytest
 from gptoss.actors.journal import Journal
 from gptoss.clock import SystemClock
 from gptoss.messages.envelope import Origin, Record
-from gptoss.messages.events import ClockAnchored, PromptTokens, RequestCancelled, SlotReleased
+from gptoss.messages.events import AnswerDelivered, ClockAnchored, PromptTokens, RequestCancelled, SlotReleased
 from gptoss.telemetry import journal_base
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
@@ -92,6 +92,18 @@ def test_finished_streams_are_forgotten_in_the_end_and_live_ones_never() -> None
     assert sequencer.draft(tick(), Origin(stream="r0")).meta.seq == 0
     assert sequencer.draft(tick(), Origin(stream="r1")).meta.seq == 1
     assert sequencer.draft(tick(), Origin(stream="live")).meta.seq == 1
+
+
+def test_a_finished_request_leaves_no_counter_behind_that_would_live_for_ever() -> None:
+    sequencer = journal_base.Sequencer(node="n", boot="b", clock=SystemClock())
+    origin = Origin(stream="request/r1", correlation="r1")
+    text = AnswerDelivered(request_id="r1", text="x")
+    for event in (tick(), text, RequestCancelled(reason="client")):
+        sequencer.advance(sequencer.draft(event, origin))
+    late = sequencer.draft(text, origin)
+    sequencer.advance(late)
+    assert late.meta.seq == 1
+    assert not sequencer._live
 
 
 @pytest.mark.parametrize("flushed", [False, True])

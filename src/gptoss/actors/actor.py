@@ -13,7 +13,6 @@ Rules:
 """
 
 import asyncio
-import contextlib
 import contextvars
 import inspect
 import queue
@@ -58,8 +57,7 @@ class LoopActor(SystemActor):
         if threading.get_ident() == self._kernel.loop_thread:
             self._kernel.call_turn(self._drain, context=self._variables)
         else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody will handle anything any more
-                self._kernel.loop.call_soon_threadsafe(self._drain, context=self._variables)
+            self._kernel.call_turn_from_thread(self._drain, self._variables)
 
     def _open(self) -> None:
         if self._run_on_start():

@@ -16,7 +16,7 @@ needs the stream from its beginning, which retention forgets. The larger the sta
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import msgspec
 
@@ -57,6 +57,28 @@ class Decider(Protocol[S]):
 
     def tells(self, state: S, event: Event, now_ns: int) -> list[Told]:
         """What other deciders are told because of ``event``. Pure; ``state`` is that after the whole command."""
+        ...
+
+
+@runtime_checkable
+class KeepsRecord(Protocol[S]):
+    """A decider whose state has another form in snapshots than while it is decided on.
+
+    States that are cheap to change hold indexes that follow from the rest; a snapshot has the rest, as plain data. Two
+    states are the same if their records are equal.
+    """
+
+    @property
+    def record_type(self) -> type[Any]:
+        """Of the record."""
+        ...
+
+    def recorded(self, state: S) -> Any:
+        """The record of a state."""
+        ...
+
+    def restored(self, record: Any) -> S:
+        """The state of a record."""
         ...
 
 
@@ -123,13 +145,27 @@ class DeciderActor(LoopActor, Generic[S]):
         self._commands_to_snapshot -= 1
         if self._commands_to_snapshot > 0:
             return
-        state = msgspec.msgpack.encode(self.state)
+        state = msgspec.msgpack.encode(recorded_form(self.decider, self.state))
         self.record(SnapshotTaken(decider=self.decider.name, state=msgspec.Raw(state)), correlation="")
         self._commands_to_snapshot = max(SNAPSHOT_COMMANDS_MIN, len(state) // SNAPSHOT_BYTES_PER_COMMAND)
 
 
 def fold(decider: Decider[S], state: S, event: Event) -> S:
     """``evolve``, and of a snapshot the state that it holds."""
-    if isinstance(event, SnapshotTaken):
-        return msgspec.msgpack.decode(event.state, type=type(state))
-    return decider.evolve(state, event)
+    if not isinstance(event, SnapshotTaken):
+        return decider.evolve(state, event)
+    keeper = keeper_of(decider)
+    if keeper is not None:
+        return keeper.restored(msgspec.msgpack.decode(event.state, type=keeper.record_type))
+    return msgspec.msgpack.decode(event.state, type=type(state))
+
+
+def recorded_form(decider: Decider[S], state: S) -> Any:
+    """A state as plain data, as a snapshot holds it."""
+    keeper = keeper_of(decider)
+    return state if keeper is None else keeper.recorded(state)
+
+
+def keeper_of(decider: Decider[S] | None) -> KeepsRecord[S] | None:
+    """The decider, if its states have another form in snapshots."""
+    return cast("KeepsRecord[S]", decider) if isinstance(decider, KeepsRecord) else None

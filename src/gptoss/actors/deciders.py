@@ -4,13 +4,19 @@ from typing import Any
 
 import msgspec
 
-from gptoss.actors.admission import Admission, AdmissionPolicy
+from gptoss.actors.admission import Admission
+from gptoss.actors.admission_fit import AdmissionPolicy
+from gptoss.actors.batches import Batches
 from gptoss.actors.decider import Decider
 from gptoss.actors.directory import REQUEST_PREFIX
 from gptoss.actors.lifecycle import Lifecycle
-from gptoss.actors.memory_guard import MemoryGuard
+from gptoss.actors.memory_guard import GuardPolicy, MemoryGuard
+from gptoss.actors.pressure import PressureLevels
 from gptoss.actors.router import Router
+from gptoss.clock import NS_PER_S
 from gptoss.config import Settings
+
+BYTES_PER_MB = 1024 * 1024
 
 
 class Deciders(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,19 +26,61 @@ class Deciders(msgspec.Struct, frozen=True, kw_only=True):
     admission: Admission
     router: Router
     lifecycle: Lifecycle
+    batches: Batches
 
     def of(self, stream: str) -> Decider[Any] | None:
         """Who decides in a stream; None for streams of which nothing is decided."""
         if stream.startswith(REQUEST_PREFIX):
             return self.lifecycle
-        return {"memory": self.memory, "admission": self.admission, "router": self.router}.get(stream)
+        named: dict[str, Decider[Any]] = {
+            "memory": self.memory,
+            "admission": self.admission,
+            "router": self.router,
+            "batches": self.batches,
+        }
+        return named.get(stream)
 
 
 def deciders_of(settings: Settings) -> Deciders:
     """The deciders that these settings ask for."""
     return Deciders(
-        memory=MemoryGuard(),
-        admission=Admission(AdmissionPolicy(max_queue=settings.max_queue)),
+        memory=MemoryGuard(_guard_policy(settings)),
+        admission=Admission(_admission_policy(settings)),
         router=Router(),
         lifecycle=Lifecycle(settings.queue_timeout_s),
+        batches=Batches(settings.batch_concurrency),
+    )
+
+
+def _admission_policy(settings: Settings) -> AdmissionPolicy:
+    if settings.policy_version == 1:
+        return AdmissionPolicy(max_queue=settings.max_queue)
+    return AdmissionPolicy(
+        max_queue=settings.max_queue,
+        version=settings.policy_version,
+        ageing_s=settings.queue_ageing_s if settings.queue_order == "fair" else 0.0,
+        levels=_levels(settings),
+        route_multi_tokens=settings.multi_device_prompt_len,
+        route_multi_kv_bytes=settings.multi_device_kv_mb * BYTES_PER_MB,
+    )
+
+
+def _guard_policy(settings: Settings) -> GuardPolicy:
+    if settings.policy_version == 1:
+        return GuardPolicy()
+    return GuardPolicy(
+        version=settings.policy_version,
+        levels=_levels(settings),
+        session_bytes_max=settings.session_kv_mb * BYTES_PER_MB,
+        sessions_bytes_max=settings.sessions_kv_mb * BYTES_PER_MB,
+        session_idle_ns=int(settings.session_idle_s * NS_PER_S),
+    )
+
+
+def _levels(settings: Settings) -> PressureLevels:
+    return PressureLevels(
+        evict=settings.pressure_evict,
+        shrink=settings.pressure_shrink,
+        queue=settings.pressure_queue,
+        refuse=settings.pressure_refuse,
     )

@@ -7,8 +7,11 @@ from gptoss.messages.envelope import NO_CAUSE
 
 REQUEST_PREFIX = "request/"
 EXECUTOR_PREFIX = "executor/"
+_PREFIX_CHARS = len(REQUEST_PREFIX)
 DECIDER_NAMES = ("memory", "admission", "router")
-"""The deciders that live as long as the system."""
+"""The deciders that every request meets; they live as long as the system."""
+STANDING_DECIDERS = (*DECIDER_NAMES, "batches")
+"""All that live as long as the system."""
 
 
 class Directory:
@@ -38,9 +41,7 @@ class Directory:
         ref = self._refs.get(name)
         if ref is None:
             return False
-        correlation = (
-            name.removeprefix(REQUEST_PREFIX) if name.startswith(REQUEST_PREFIX) else getattr(message, "request_id", "")
-        )
+        correlation = name[_PREFIX_CHARS:] if name.startswith(REQUEST_PREFIX) else getattr(message, "request_id", "")
         ref.tell(message, cause=cause, correlation=correlation, control=control)
         return True
 

@@ -26,6 +26,8 @@ PROBE_PERIOD_S = 1.0
 STOP_TIMEOUT_S = 5.0
 # Memory readings that differ by less than this say nothing new and are not recorded.
 MEMORY_GRAIN_BYTES = 16 * 1024 * 1024
+# What others leave free on a host changes all the time.
+FREE_GRAIN_BYTES = 256 * 1024 * 1024
 
 # What shows that the engine gets on with its work; an answered probe shows only that the process lives.
 PROGRESS = (port.StepDone, port.Finished, port.Failed)
@@ -68,7 +70,7 @@ class ExecutorActor(ThreadedActor):
         self._in_flight: dict[str, _InFlight] = {}
         self._progress_ns = 0
         self._nonce = 0
-        self._observed: tuple[int, int] = (0, -1)
+        self._observed: tuple[int, int, int] = (0, 0, -1)
         self._is_deaf = False
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             port.LoadProgressed: self._load_progressed,
@@ -76,6 +78,7 @@ class ExecutorActor(ThreadedActor):
             port.LoadFailed: self._load_failed,
             port.Submit: self._submit,
             CancelInEngine: self._cancel,
+            cmd.DropSession: lambda drop: self._driver.send(port.DropSession(session_id=drop.session_id)),
             port.StepDone: self._step_done,
             port.Finished: self._finished,
             port.Failed: self._failed,
@@ -149,7 +152,13 @@ class ExecutorActor(ThreadedActor):
         messages = {
             "memory": cmd.SetMemoryPool(now_ns=now_ns, executor=self._name, capabilities=capabilities),
             "router": cmd.SetExecutor(now_ns=now_ns, executor=self._name, slots=slots, kv_budget_bytes=budget),
-            "admission": cmd.SetCapacity(now_ns=now_ns, executor=self._name, slots=slots, kv_budget_bytes=budget),
+            "admission": cmd.SetCapacity(
+                now_ns=now_ns,
+                executor=self._name,
+                slots=slots,
+                kv_budget_bytes=budget,
+                multi_device=capabilities.multi_device,
+            ),
         }
         for name, message in messages.items():
             self._directory.tell(name, message, cause=cause)
@@ -234,8 +243,10 @@ class ExecutorActor(ThreadedActor):
             )
             flight.last_pos = self.record(applied, correlation=news.request_id, cause=flight.last_pos).meta.pos
         name = request_name(news.request_id)
-        if news.text:
-            self._directory.tell(name, TokensProduced(attempt=news.attempt, token_ids=(), text=news.text))
+        stopped_by = news.stop_reason if isinstance(news.stop_reason, str) else ""
+        if news.text or stopped_by:
+            rest = TokensProduced(attempt=news.attempt, token_ids=(), text=news.text, stopped_by=stopped_by)
+            self._directory.tell(name, rest)
         done = cmd.EngineDone(
             now_ns=self._now(),
             attempt=news.attempt,
@@ -244,6 +255,8 @@ class ExecutorActor(ThreadedActor):
             completion_tokens=news.completion_tokens,
             cached_tokens=news.cached_tokens,
             stop_reason=news.stop_reason if isinstance(news.stop_reason, int) else None,
+            session_tokens=news.session_tokens,
+            session_bytes=news.session_bytes,
         )
         self._directory.tell(name, done, cause=flight.last_pos)
 
@@ -264,7 +277,11 @@ class ExecutorActor(ThreadedActor):
         self._driver.send(port.Snapshot(nonce=self._nonce))
 
     def _status(self, news: port.EngineStatus) -> None:
-        observed = (news.memory_bytes // MEMORY_GRAIN_BYTES, news.kv_bytes_in_use)
+        observed = (
+            news.memory_bytes // MEMORY_GRAIN_BYTES,
+            news.free_bytes // FREE_GRAIN_BYTES,
+            news.kv_bytes_in_use,
+        )
         if observed == self._observed:
             return
         self._observed = observed
@@ -274,6 +291,8 @@ class ExecutorActor(ThreadedActor):
             used_bytes=news.memory_bytes,
             total_bytes=news.device_memory_total_bytes,
             kv_bytes_in_use=news.kv_bytes_in_use,
+            free_bytes=news.free_bytes,
+            prefix_cache_bytes=news.prefix_cache_bytes,
         )
         self._directory.tell("memory", observe)
 

@@ -17,7 +17,7 @@ import msgspec
 from gptoss.engine.port import ChatMessage, TokenLogprob
 from gptoss.errors import GptossError
 from gptoss.messages.answer import AnswerShape, Part, TextPart, content_of, joined
-from gptoss.messages.commands import CancelReason
+from gptoss.messages.commands import AdmissionNote, CancelReason
 from gptoss.messages.model import FinishReason
 from gptoss.messages.sampling import SamplingParams
 
@@ -39,6 +39,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
         cache_salt: requests share cached prefixes only with those of the same salt.
         user: whom the caller acts for; recorded as a keyed hash.
         metadata: the caller's own notes; only their number is recorded.
+        prompt_field: the field that the prompt stands in, for errors; empty is what it is called in chat or completions.
+        length_field: the field that bounds the answer's length, for errors.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -60,6 +62,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     user: str = ""
     metadata: dict[str, str] = {}
+    prompt_field: str = ""
+    length_field: str = "max_tokens"
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +114,8 @@ Notice = Literal["first_byte", "slow", "disconnect"]
 class Generation:
     """One running request, as its consumer sees it.
 
+    ``admission`` says how it was let in or refused, once that is decided.
+
     Iterate over it for the deltas. The iteration ends when the request has; a failed or refused request raises its
     ``GptossError`` there. Leaving early needs ``cancel``.
     """
@@ -129,8 +135,10 @@ class Generation:
         self.max_tokens = 0
         self.prompt_tokens = 0
         self.outcome: Outcome | None = None
+        self.admission: AdmissionNote | None = None
         self._on_cancel = on_cancel
         self._on_notice = on_notice
+        self._next: Delta | None = None  # what waits, while it is one delta; more of them are gathered below
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -166,6 +174,9 @@ class Generation:
         """What has become available, without waiting; None when nothing has."""
         if not self._has_more():
             return None
+        if self._next is not None:
+            delta, self._next = self._next, None
+            return delta
         delta = Delta(
             text="".join(self._texts),
             token_ids=tuple(self._token_ids),
@@ -207,19 +218,32 @@ class Generation:
 
     # ---- the request actor's side
 
-    def put_admitted(self, max_tokens: int) -> None:
-        """The request may run."""
+    def put_admitted(self, max_tokens: int, note: AdmissionNote | None = None) -> None:
+        """The request may run; ``note`` says how that came."""
         self.max_tokens = max_tokens
+        self.admission = note
         self._admitted.set()
 
     def put(self, delta: Delta) -> None:
-        """Hand over what a step produced."""
+        """Hand over what a step produced; its parts are joined."""
+        if not (delta.text or delta.token_ids or delta.found):
+            return
+        if not self._has_more():
+            self._next = delta
+        else:
+            if self._next is not None:
+                self._gather(self._next)
+                self._next = None
+            self._gather(delta)
+        self._news.set()
+
+    def _gather(self, delta: Delta) -> None:
         if delta.text:
             self._texts.append(delta.text)
         self._token_ids.extend(delta.token_ids)
-        self._logprobs.extend(delta.logprobs)
+        if delta.logprobs:
+            self._logprobs.extend(delta.logprobs)
         self._parts.extend(delta.parts)
-        self._news.set()
 
     def end(self, outcome: Outcome) -> None:
         """Hand over how the request ended; only the first call counts."""
@@ -229,4 +253,4 @@ class Generation:
             self._news.set()
 
     def _has_more(self) -> bool:
-        return bool(self._texts or self._token_ids or self._parts)
+        return bool(self._next or self._texts or self._token_ids or self._parts)

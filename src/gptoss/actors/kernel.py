@@ -13,6 +13,7 @@ import contextvars
 import logging
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Coroutine
 from pathlib import PurePath
 from typing import Any, Literal, Protocol
@@ -53,6 +54,8 @@ class Kernel:
         self.call_turn = dispatcher.bind(self.loop)
         self.letters_a_turn = dispatcher.letters_a_turn
         self.stopping = False
+        self._rung: deque[tuple[Callable[[], object], contextvars.Context]] = deque()
+        self._is_woken = False
         # Dictionaries for their order: what is cancelled first must not depend on where objects lie in memory.
         self.timers: dict[Cancellable, None] = {}
         self.tasks: dict[asyncio.Task[Any], None] = {}
@@ -100,6 +103,25 @@ class Kernel:
             self.loop.call_soon(callback, *args, context=self.context)
         else:
             self.loop.call_soon_threadsafe(callback, *args, context=self.context)
+
+    def call_turn_from_thread(self, turn: Callable[[], object], context: contextvars.Context) -> None:
+        """Ask for a turn on the loop from another thread; not at all when the loop is closed.
+
+        The loop is woken once for a whole burst: waking is a system call, which costs more than the turn, and lets the
+        other thread's work in between every two of them.
+        """
+        self._rung.append((turn, context))
+        if not self._is_woken:
+            self._is_woken = True
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._pass_turns_on, context=self.context)
+
+    def _pass_turns_on(self) -> None:
+        # Cleared before the deque is read: a turn that is asked for from here on is seen below or wakes the loop again.
+        self._is_woken = False
+        while self._rung:
+            turn, context = self._rung.popleft()
+            self.call_turn(turn, context=context)
 
     def run_on_loop(self, callback: Callable[..., object], *args: Any) -> None:
         """Call at once on the loop's own thread, soon from others; not at all when the loop is closed."""

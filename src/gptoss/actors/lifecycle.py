@@ -25,6 +25,8 @@ from gptoss.messages.sampling import SamplingParams, check_sampling
 
 Phase = Literal["new", "rendering", "estimating", "admitting", "routing", "running", "ended"]
 MAX_ATTEMPTS = 3
+TENANT_HEX = 16
+"""So much of a tenant's keyed hash tells it from the others."""
 
 
 class RequestState(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +45,10 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     tokens_out: int = 0
     executor: str = ""
+    tenant: str = ""
+    session_id: str = ""
+    is_bound: bool = False
+    multi_device: bool = False
     first_token: bool = False
     first_byte: bool = False
     cancel: CancelReason | None = None
@@ -95,11 +101,17 @@ class Lifecycle:
             case ev.RequestAdmitted() | ev.AttemptRetried():
                 # A lost executor's route is forgotten by the router itself when the executor leaves.
                 route = cmd.RouteRequest(
-                    now_ns=now_ns, request_id=request_id, kv_bytes=state.kv_bytes, prompt_tokens=state.prompt_tokens
+                    now_ns=now_ns,
+                    request_id=request_id,
+                    kv_bytes=state.kv_bytes,
+                    prompt_tokens=state.prompt_tokens,
+                    session_id=state.session_id,
+                    multi_device=state.multi_device,
                 )
                 return [("router", route)]
             case ev.RequestCompleted() | ev.RequestFailed() | ev.RequestCancelled() | ev.RequestRejected():
                 return [
+                    *_keeps(state, event, now_ns),
                     ("router", cmd.ForgetRoute(now_ns=now_ns, request_id=request_id)),
                     ("admission", cmd.WithdrawRequest(now_ns=now_ns, request_id=request_id)),
                 ]
@@ -116,7 +128,25 @@ class Lifecycle:
             kv_bytes_prompt=event.kv_bytes_prompt,
             priority=state.priority,
             deadline_ns=min(state.deadline_ns, now_ns + self._queue_timeout_ns),
+            advice=event.advice,
+            tenant=state.tenant,
+            session_id=state.session_id,
+            can_shrink=not state.is_bound,
         )
+
+
+def _keeps(state: RequestState, event: Event, now_ns: int) -> list[Told]:
+    """What the memory guard is told of a turn that the engine keeps; before the turn's own memory is released."""
+    if not (state.session_id and isinstance(event, ev.RequestCompleted)):
+        return []
+    keep = cmd.KeepSession(
+        now_ns=now_ns,
+        session_id=state.session_id,
+        executor=state.executor,
+        tokens=event.session_tokens,
+        kv_bytes=event.session_bytes,
+    )
+    return [("memory", keep)]
 
 
 # ---------------------------------------------------------------- decisions
@@ -161,10 +191,10 @@ def _rendered(state: RequestState, command: cmd.PromptReady) -> list[Event]:
     room = state.max_model_len - command.prompt_tokens
     wanted = state.sampling.max_tokens
     if room < 1 or (wanted is not None and wanted > room):
-        asked = f" and max_tokens asks for {wanted} more" if wanted is not None else ""
+        asked = f" and {command.length_param} asks for {wanted} more" if wanted is not None else ""
         error = ContextLengthExceeded(
             f"the prompt has {command.prompt_tokens} tokens{asked}; the context holds {state.max_model_len}",
-            param=command.param if room < 1 else "max_tokens",
+            param=command.param if room < 1 else command.length_param,
         )
         return [rejection(error)]
     return [
@@ -186,18 +216,28 @@ def _unusable(_: RequestState, command: cmd.PromptUnusable) -> list[Event]:
 
 
 def _estimated(_: RequestState, command: cmd.EstimateReady) -> list[Event]:
-    return [ev.RequestEstimated(kv_bytes=command.kv_bytes, kv_bytes_prompt=command.kv_bytes_prompt)]
+    return [
+        ev.RequestEstimated(kv_bytes=command.kv_bytes, kv_bytes_prompt=command.kv_bytes_prompt, advice=command.advice)
+    ]
 
 
 def _granted(_: RequestState, command: cmd.AdmissionGranted) -> list[Event]:
-    return [ev.RequestAdmitted(action=command.action, max_tokens=command.max_tokens, kv_bytes=command.kv_bytes)]
+    return [
+        ev.RequestAdmitted(
+            action=command.action, max_tokens=command.max_tokens, kv_bytes=command.kv_bytes, note=command.note
+        )
+    ]
 
 
 def _refused(_: RequestState, command: cmd.AdmissionRefused) -> list[Event]:
     status = 429 if command.code == "queue_full" else 503
     return [
         ev.RequestRejected(
-            code=command.code, status=status, message=command.message, retry_after_s=command.retry_after_s
+            code=command.code,
+            status=status,
+            message=command.message,
+            retry_after_s=command.retry_after_s,
+            note=command.note,
         )
     ]
 
@@ -233,6 +273,8 @@ def _done(state: RequestState, command: cmd.EngineDone) -> list[Event]:
             stop_reason=command.stop_reason if isinstance(command.stop_reason, int) else None,
             reasoning_tokens=command.reasoning_tokens,
             num_calls=command.num_calls,
+            session_tokens=command.session_tokens,
+            session_bytes=command.session_bytes,
         )
     ]
 
@@ -264,6 +306,11 @@ def _give_up(state: RequestState, command: cmd.FailRequest) -> list[Event]:
 
 def _cancelled(state: RequestState, completion_tokens: int) -> ev.RequestCancelled:
     return ev.RequestCancelled(reason=state.cancel or "client", completion_tokens=completion_tokens)
+
+
+def session_key(session_id: str, tenant: str) -> str:
+    """The name of a conversation within its tenant, so that nobody gets at another's by its id; empty without one."""
+    return f"{session_id}@{tenant[:TENANT_HEX]}" if session_id else ""
 
 
 def rejection(error: GptossError) -> ev.RequestRejected:
@@ -307,15 +354,23 @@ CHANGES: dict[type[Event], Callable[[Any], dict[str, Any]]] = {
         "deadline_ns": e.deadline_ns,
         "max_model_len": e.max_model_len,
         "default_max_tokens": e.default_max_tokens,
+        "tenant": e.user_hmac[:TENANT_HEX],
+        "session_id": session_key(e.session_id, e.user_hmac),
     },
     ev.RequestValidated: lambda e: {"sampling": e.sampling},
     ev.PromptRendered: lambda e: {
         "phase": "estimating",
         "prompt_tokens": e.prompt_tokens,
         "max_tokens": e.max_tokens,
+        "is_bound": bool(e.grammar_hmac),
     },
     ev.RequestEstimated: lambda _: {"phase": "admitting"},
-    ev.RequestAdmitted: lambda e: {"phase": "routing", "max_tokens": e.max_tokens, "kv_bytes": e.kv_bytes},
+    ev.RequestAdmitted: lambda e: {
+        "phase": "routing",
+        "max_tokens": e.max_tokens,
+        "kv_bytes": e.kv_bytes,
+        "multi_device": e.action == "route_multi",
+    },
     ev.RequestRouted: lambda e: {"phase": "running", "executor": e.executor, "attempt": e.attempt},
     ev.FirstTokenProduced: lambda _: {"first_token": True},
     ev.FirstByteSent: lambda _: {"first_byte": True},

@@ -93,7 +93,7 @@ class Rendering:
 
 def prompt_param(request: GenerateRequest) -> str:
     """The field that a request's prompt comes from."""
-    return "messages" if request.prompt is None else "prompt"
+    return request.prompt_field or ("messages" if request.prompt is None else "prompt")
 
 
 def _render(renderer: Renderer, request: GenerateRequest, date: str, *, add_generation_prompt: bool) -> RenderedPrompt:

@@ -13,7 +13,7 @@ decider: their journal entry is the executor's ``StepCommitted``.
 
 import hashlib
 import hmac
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 
@@ -26,36 +26,40 @@ from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
 from gptoss.engine.answer_port import OutputParser
 from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
-from gptoss.errors import ActorError, EngineError, GptossError, RequestError, error_from
+from gptoss.errors import ActorError, EngineError, GptossError, Overloaded, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
-from gptoss.messages.answer import Part
+from gptoss.messages.answer import Part, joined
 from gptoss.messages.commands import Command
 from gptoss.messages.sampling import SamplingParams
 
 
 class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
-    """From the executor: what one step produced for this request."""
+    """From the executor: what one step produced for this request.
+
+    ``stopped_by`` is the stop string that ended it: the client's text, which no command may hold.
+    """
 
     attempt: int
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     text_lengths: tuple[int, ...] = ()
+    stopped_by: str = ""
 
-    def pieces(self) -> Iterator[tuple[int | None, str]]:
+    def pieces(self) -> list[tuple[int | None, str]]:
         """Each token with the text that came with it; text without a token last."""
         if len(self.token_ids) == 1:
-            yield self.token_ids[0], self.text
-            return
+            return [(self.token_ids[0], self.text)]
         at = 0
+        found: list[tuple[int | None, str]] = []
         for token_id, length in zip(self.token_ids, self.text_lengths, strict=False):
-            yield token_id, self.text[at : at + length]
+            found.append((token_id, self.text[at : at + length]))
             at += length
-        for token_id in self.token_ids[len(self.text_lengths) :]:
-            yield token_id, ""
+        found += [(token_id, "") for token_id in self.token_ids[len(self.text_lengths) :]]
         if at < len(self.text):
-            yield None, self.text[at:]
+            found.append((None, self.text[at:]))
+        return found
 
 
 class CancelInEngine(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +108,7 @@ class RequestActor(DeciderActor[RequestState]):
         self._parser: OutputParser | None = None
         self._delivered: list[int] = []
         self._text: list[str] = []
+        self._stopped_by = ""
         self._deadline: Timer | None = None
         self._deadline_ns = 0
         self.reactions = {
@@ -217,6 +222,7 @@ class RequestActor(DeciderActor[RequestState]):
             date=date,
             grammar_hmac=_keyed_hash(self._services.hmac_key, prompt.grammar) if prompt.grammar else "",
             param=prompt_param(request),
+            length_param=request.length_field,
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
 
@@ -243,7 +249,7 @@ class RequestActor(DeciderActor[RequestState]):
 
     def _tell_admitted(self, event: ev.RequestAdmitted) -> None:
         self._generation.prompt_tokens = self.state.prompt_tokens
-        self._generation.put_admitted(event.max_tokens)
+        self._generation.put_admitted(event.max_tokens, event.note)
 
     def _submit(self, event: ev.SamplingBound) -> None:
         assert self._prompt is not None
@@ -257,6 +263,7 @@ class RequestActor(DeciderActor[RequestState]):
             deadline_ns=self._deadline_ns,
             cache_salt=self._request.cache_salt,
             grammar=self._prompt.grammar,
+            session_id=self.state.session_id,
         )
         if self.directory.tell(executor_name(self.state.executor), submit, cause=self.event_pos):
             return
@@ -271,12 +278,14 @@ class RequestActor(DeciderActor[RequestState]):
         self.context.ref.tell(lost, cause=self.event_pos, correlation=self._id)
 
     def _deliver(self, tokens: TokensProduced) -> None:
-        if self.state.phase != "running" or tokens.attempt != self.state.attempt:
+        state = self.state
+        if state.phase != "running" or tokens.attempt != state.attempt:
             return
-        if not self.state.first_token and tokens.token_ids:
+        if not state.first_token and tokens.token_ids:
             seen = cmd.FirstTokenSeen(now_ns=self._now(), attempt=tokens.attempt)
             super().on_receive(seen)
         self._delivered.extend(tokens.token_ids)
+        self._stopped_by = tokens.stopped_by or self._stopped_by
         if self._services.keep_text:
             self._text.append(tokens.text)
         delta = Delta(text=tokens.text, token_ids=tokens.token_ids, logprobs=tokens.logprobs, found=self._parts(tokens))
@@ -287,9 +296,10 @@ class RequestActor(DeciderActor[RequestState]):
         if self._parser is None:
             return None
         parts: list[Part] = []
-        for token_id, text in tokens.pieces():
+        pieces = tokens.pieces()
+        for token_id, text in pieces:
             parts += self._parser.push(token_id, text)
-        return tuple(parts)
+        return tuple(parts if len(pieces) == 1 else joined(parts))
 
     def _read_to_end(self, done: cmd.EngineDone) -> cmd.EngineDone:
         """Hand over what the parser still holds back; returns ``done`` with what was counted in the output."""
@@ -319,7 +329,8 @@ class RequestActor(DeciderActor[RequestState]):
             reasoning_tokens=event.reasoning_tokens,
         )
         reason = "tool_calls" if event.num_calls and event.finish_reason == "stop" else event.finish_reason
-        self._finish_with(Outcome(finish_reason=reason, usage=usage, stop_reason=event.stop_reason))
+        stop_reason = self._stopped_by or event.stop_reason
+        self._finish_with(Outcome(finish_reason=reason, usage=usage, stop_reason=stop_reason))
 
     def _failed(self, event: ev.RequestFailed) -> None:
         self._finish_with(
@@ -336,6 +347,9 @@ class RequestActor(DeciderActor[RequestState]):
 
     def _rejected(self, event: ev.RequestRejected) -> None:
         error = error_from(event.code, event.message, param=event.param or None, retry_after_s=event.retry_after_s)
+        self._generation.admission = event.note
+        if isinstance(error, Overloaded):
+            error.admission = event.note
         self._finish_with(Outcome(error=error))
 
     def _usage(self, completion_tokens: int) -> Usage:

@@ -17,7 +17,9 @@ import msgspec
 import rich_click
 from rich.console import Console
 
+from gptoss.cli.bench import bench
 from gptoss.cli.bundle import bundle
+from gptoss.cli.chat import chat
 from gptoss.cli.events import events
 from gptoss.cli.journal import journal
 from gptoss.cli.replay import replay
@@ -76,6 +78,7 @@ def main() -> None:
     [bold]Examples[/]
       gptoss serve                 a small demo model on http://127.0.0.1:8000
       gptoss serve 20b             openai/gpt-oss-20b
+      gptoss chat                  talk to it
       gptoss events req_5f0c...    what happened to a request, and when
       gptoss bundle create         a debug bundle of the last ten minutes
       gptoss replay FILE           the decisions of a bundle again, and where they differ
@@ -84,11 +87,13 @@ def main() -> None:
 
 
 main.add_command(serve)
+main.add_command(chat)
 main.add_command(events)
 main.add_command(bundle)
 main.add_command(replay)
 main.add_command(journal)
 main.add_command(simulate)
+main.add_command(bench)
 bundle.add_command(report)
 
 

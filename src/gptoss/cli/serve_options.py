@@ -51,9 +51,31 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Queue and time": {
         "max_queue": ("N", "Requests that may wait; more are refused."),
+        "queue_order": (
+            "",
+            "fair: tenants take turns; priority: the most urgent and the oldest first, whosever they are.",
+        ),
+        "queue_ageing_s": ("S", "Waiting that a step of priority is worth, and after which a tenant's turn is due."),
         "queue_timeout_s": ("S", "How long one may wait."),
         "request_timeout_s": ("S", "How long a request may take in all."),
         "drain_timeout_s": ("S", "How long running requests may go on after SIGTERM."),
+    },
+    "Memory": {
+        "pressure_evict": ("SHARE", "Give idle sessions up once so much of the KV memory is spoken for; 0: never."),
+        "pressure_shrink": ("SHARE", "Halve the answers of newcomers from then on; 0: never."),
+        "pressure_queue": ("SHARE", "Let newcomers take their turn in the queue from then on; 0: never."),
+        "pressure_refuse": ("SHARE", "Refuse who is forecast to be late, without benefit of the doubt; 0: never."),
+        "multi_device_prompt_len": ("TOKENS", "Longer prompts go to an executor of several devices; 0: never."),
+        "multi_device_kv_mb": ("MB", "Requests with more KV memory go there too; 0: never."),
+        "session_kv_mb": ("MB", "KV that one session may keep between its turns; 0: no sessions."),
+        "sessions_kv_mb": ("MB", "KV that all sessions may keep; at most half of the prefix caches."),
+        "session_idle_s": ("S", "Give a session up that is not used for so long."),
+        "policy_version": ("N", "Rules of admission; 1: as before tenants, pressure and sessions."),
+    },
+    "Batches": {
+        "batch_concurrency": ("N", "Items of batches that run at once, behind everything else."),
+        "file_limit_mb": ("MB", "Largest uploaded file."),
+        "files_limit_mb": ("MB", "All files together; more are refused."),
     },
     "Storage": {
         "data_dir": ("DIR", "Journal and node key; by default the user's data folder."),

@@ -12,11 +12,12 @@ Rules:
 
 import bisect
 import gc
+from typing import Any
 
 import torch
 
 from gptoss.engine.kv_cache import RequestKv
-from gptoss.engine.prefix_cache import Chain, Hit, PrefixCache
+from gptoss.engine.prefix_cache import Chain, Hit, Kept, PrefixCache
 from gptoss.engine.runner import Runner, Slot
 from gptoss.engine.scheduler import SchedulerState
 from gptoss.engine.sequence import Sequence
@@ -147,6 +148,22 @@ class Batch:
         if self._cache and sequence.chain and isinstance(sequence.slot, RequestKv):
             room = self._cache_room(self.kv_bytes_in_use)
             self._cache.store(sequence.chain, self._cacheable(sequence), sequence.slot, sequence.num_computed, room)
+
+    def keep_session(self, sequence: Sequence, bytes_max: int) -> Kept:
+        """Keep the beginning of a request that is over for the next one of its session, as far as it is cached.
+
+        A request that did not run changes nothing.
+        """
+        session_id = sequence.submit.session_id
+        if not (session_id and bytes_max and self._cache and sequence.chain and sequence.slot is not None):
+            return Kept(0, 0)
+        return self._cache.pin(session_id, sequence.chain, bytes_max)
+
+    def drop_session(self, session_id: str) -> list[Any]:
+        """Let what was kept for a session go its way; there is nothing to say about it."""
+        if self._cache:
+            self._cache.unpin(session_id)
+        return []
 
     def distrust(self, sequence: Sequence) -> None:
         """Take out of the prefix cache whatever a request has in common with it: its logits made no sense."""

@@ -27,6 +27,7 @@ from gptoss.engine.port import (
     Cancel,
     Drain,
     Drained,
+    DropSession,
     EngineEvent,
     EngineStatus,
     Failed,
@@ -59,7 +60,7 @@ MEMORY_FAULTS_MAX = 2
 DRAFT_STREAMS_MAX = 4
 """With more streams at once a step is no longer bound by reading the weights, and guesses cost what they save."""
 
-CoreCommand: TypeAlias = Submit | Cancel | Drain | Snapshot
+CoreCommand: TypeAlias = Submit | Cancel | Drain | DropSession | Snapshot
 
 
 class CoreOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,11 +68,13 @@ class CoreOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         prefix_cache_bytes: the most that the prefix cache may hold, within the KV budget; 0 is no cache.
+        session_bytes_max: of that, what one session may keep between its turns; 0 is nothing.
         provenance: names the model and its numerics, for the keys of that cache.
         speculates: guess tokens and verify several in a step; only with runners whose bits allow it.
     """
 
     prefix_cache_bytes: int = 0
+    session_bytes_max: int = 0
     provenance: str = ""
     speculates: bool = False
 
@@ -126,6 +129,7 @@ class EngineCore:
         )
         self.notes = _notes(options, limits, has_cache=cache is not None)
         self._batch = Batch(runner, limits, capabilities.kv_budget_bytes, cache, cache_bytes_max)
+        self._session_bytes_max = options.session_bytes_max
         self._pace = PrefillPace()
         self._num_steps = 0
         self._num_sequences = 0
@@ -147,6 +151,8 @@ class EngineCore:
             case Drain():
                 self._is_draining = True
                 return self._drained()
+            case DropSession():
+                return self._batch.drop_session(command.session_id)
             case Snapshot():
                 return [self._status(command.nonce)]
 
@@ -319,6 +325,8 @@ class EngineCore:
         return [Drained()] if self._is_draining and not self._batch.sequences else []
 
     def _finish(self, sequence: Sequence, end: End) -> Finished:
+        # Of a turn that its client gave up, nobody is told what was kept.
+        kept = self._batch.keep_session(sequence, 0 if end.reason == "cancelled" else self._session_bytes_max)
         self._batch.remove(sequence)
         return Finished(
             request_id=sequence.submit.request_id,
@@ -329,6 +337,8 @@ class EngineCore:
             completion_tokens=sequence.num_output,
             cached_tokens=min(sequence.num_cached, sequence.num_prompt),
             stop_reason=end.stop_reason,
+            session_tokens=kept.num_tokens,
+            session_bytes=kept.num_bytes,
         )
 
     def _fail(self, sequence: Sequence, error: GptossError) -> Failed:
@@ -340,7 +350,8 @@ class EngineCore:
             free, total = torch.cuda.mem_get_info(self._device)
             used = total - free
         else:
-            used, total = psutil.Process().memory_info().rss, psutil.virtual_memory().total
+            host = psutil.virtual_memory()
+            used, total, free = psutil.Process().memory_info().rss, host.total, host.available
         return EngineStatus(
             nonce=nonce,
             step=self._num_steps,
@@ -349,6 +360,8 @@ class EngineCore:
             kv_bytes_in_use=self._batch.kv_bytes_in_use,
             memory_bytes=used,
             device_memory_total_bytes=total,
+            free_bytes=free,
+            prefix_cache_bytes=self._batch.cache_bytes,
         )
 
 
@@ -381,6 +394,7 @@ def core_options(load: Load, model: LoadedModel) -> CoreOptions:
     budget = model.capabilities.kv_budget_bytes
     return CoreOptions(
         prefix_cache_bytes=load.prefix_cache_bytes or budget // 2,
+        session_bytes_max=load.session_bytes_max,
         speculates=load.speculation == "ngram",
         provenance=f"{model.fingerprint.weights} {type(model.runner).__name__} {model.capabilities.dtype} {torch.__version__}",
     )

@@ -28,7 +28,7 @@ from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config, max_mode
 from gptoss.engine.model_folder import Progress, check_folder, file_sha256, no_progress, read_json
 from gptoss.engine.mxfp4 import count_parameters, weight_forms
 from gptoss.engine.native.build import NativeUnavailableError, open_kernels
-from gptoss.engine.native.runner import ARCHITECTURES
+from gptoss.engine.native.runner import ARCHITECTURES, NativeRunner
 from gptoss.engine.port import Load
 from gptoss.engine.prompt import eos_token_ids, load_tokenizer
 from gptoss.engine.runner import Runner
@@ -104,6 +104,7 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         num_threads=torch.get_num_threads(),
         eos_token_ids=eos_token_ids(load.folder, tokenizer),
         kv_pages=choice.kv_pages,
+        summation=runner.summation if isinstance(runner, NativeRunner) else "auto",
     )
     return LoadedModel(
         runner=runner,
@@ -173,7 +174,7 @@ def _choose_kernels(
     try:
         folder = Settings(cache_dir=load.cache_folder).cache_path
         progress("kernels", 0, 0, "files")
-        return Native(open_kernels(folder), form, max_model_len), ()
+        return Native(open_kernels(folder), form, max_model_len, load.summation), ()
     except NativeUnavailableError as error:
         if must:
             raise ModelLoadError(f"{must} the CPU kernels: {error}") from None

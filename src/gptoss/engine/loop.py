@@ -12,21 +12,48 @@ import os
 import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
 from gptoss.clock import NS_PER_MS, Clock
 from gptoss.engine.model_folder import check_folder
-from gptoss.engine.port import EngineCommand, EngineEvent, Load, Loaded, LoadFailed, LoadProgressed, Shutdown
+from gptoss.engine.port import (
+    Cancel,
+    Drain,
+    EngineCommand,
+    EngineEvent,
+    Load,
+    Loaded,
+    LoadFailed,
+    LoadProgressed,
+    Shutdown,
+    Snapshot,
+    Submit,
+)
 from gptoss.errors import EngineProtocolError, GptossError
 
 if TYPE_CHECKING:
-    from gptoss.engine.core import EngineCore
     from gptoss.engine.load import LoadedModel
 
 COMMANDS_MAX = 65_536
 EXIT_LOAD_FAILED = 1
+
+
+class Core(Protocol):
+    """A loaded engine as the loop sees it: commands and steps go in, events come out."""
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        ...
+
+    def handle(self, command: Submit | Cancel | Drain | Snapshot) -> list[EngineEvent]:
+        """Take a command between two steps."""
+        ...
+
+    def step(self) -> list[EngineEvent]:
+        """Do one step."""
+        ...
 
 
 def serve(
@@ -73,7 +100,7 @@ def serve(
             notes=(*model.notes, *core.notes),
         )
     )
-    _run(core, commands, emit)
+    run(core, commands, emit)
     return 0
 
 
@@ -92,7 +119,7 @@ def _set_num_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def _run(core: "EngineCore", commands: "queue.Queue[EngineCommand]", emit: Callable[[EngineEvent], None]) -> None:
+def run(core: Core, commands: "queue.Queue[EngineCommand]", emit: Callable[[EngineEvent], None]) -> None:
     """Commands and steps in turn, until ``Shutdown``."""
     while True:
         for command in _take(commands, wait=not core.has_work()):

@@ -70,6 +70,15 @@ def kv_bytes(layout: KvLayout, tokens: int) -> int:
     return layer_tokens * _layer_token_bytes(layout)
 
 
+def tokens_within(layout: KvLayout, bytes_max: int, tokens_max: int) -> int:
+    """The most tokens, up to ``tokens_max``, of which one request takes at most ``bytes_max`` KV bytes."""
+    low, high = 0, tokens_max
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if kv_bytes(layout, middle) <= bytes_max else (low, middle - 1)
+    return low
+
+
 def kv_bytes_per_token(layout: KvLayout) -> int:
     """KV bytes of one token in all layers: the growth per token until the sliding windows are full."""
     return (layout.full_layers + layout.sliding_layers) * _layer_token_bytes(layout)

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from gptoss.engine.answer_port import Dialect
-from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
+from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint, Summation
 from gptoss.messages.plan import Preemption, RowFailure, Start
 from gptoss.messages.sampling import SamplingParams
 
@@ -42,6 +42,7 @@ class Load(_Wire, frozen=True, kw_only=True):
         kv_budget_bytes: 0 lets the engine derive it from free memory.
         prefix_cache_bytes: the part of it that cached prefixes may take while no request needs it. 0 is half of it;
             negative is none.
+        session_bytes_max: what may be kept of one session between its turns, within the prefix cache; 0 keeps none.
         num_threads: 0 lets the engine choose.
         speculation: ``ngram`` guesses tokens that stood in the request before, where the runner can verify guesses
             without a change of bits.
@@ -49,6 +50,7 @@ class Load(_Wire, frozen=True, kw_only=True):
         quantization: ``int8`` or ``int4`` packs weights; only with the CPU kernels.
         kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         cache_folder: where compiled kernels are kept; empty is the user's cache folder.
+        summation: of the CPU kernels; ``auto`` is the fastest on this machine. Another repeats another machine's bits.
     """
 
     folder: str
@@ -59,12 +61,14 @@ class Load(_Wire, frozen=True, kw_only=True):
     max_model_len: int = 0
     kv_budget_bytes: int = 0
     prefix_cache_bytes: int = 0
+    session_bytes_max: int = 0
     speculation: Literal["off", "ngram"] = "off"
     num_threads: int = 0
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["none", "int8", "int4"] = "none"
     cache_folder: str = ""
     kv_layout: Literal["auto", "slots", "paged"] = "auto"
+    summation: Summation = "auto"
 
 
 class Submit(_Wire, frozen=True, kw_only=True):
@@ -79,6 +83,7 @@ class Submit(_Wire, frozen=True, kw_only=True):
         deadline_ns: on this machine's monotonic clock; among equal priorities the earliest runs first. 0 is none. The
             engine does not enforce it: whoever submits cancels.
         cache_salt: requests share cached prefixes only with those of the same salt.
+        session_id: what is computed is kept for the next request of this session, in place of what was kept before.
         grammar: bounds every token of the output; empty leaves it free. Checked by ``engine.grammar`` beforehand.
     """
 
@@ -91,6 +96,7 @@ class Submit(_Wire, frozen=True, kw_only=True):
     deadline_ns: int = 0
     cache_salt: str = ""
     grammar: str = ""
+    session_id: str = ""
 
 
 class Cancel(_Wire, frozen=True, kw_only=True):
@@ -103,6 +109,12 @@ class Drain(_Wire, frozen=True, kw_only=True):
     """Finish what runs, take nothing new; answered by ``Drained`` when idle."""
 
 
+class DropSession(_Wire, frozen=True, kw_only=True):
+    """Keep nothing more for this session: what is cached of it becomes a cached prefix as any other. Idempotent."""
+
+    session_id: str
+
+
 class Snapshot(_Wire, frozen=True, kw_only=True):
     """Ask for an ``EngineStatus`` with the same nonce; doubles as a liveness probe."""
 
@@ -113,7 +125,7 @@ class Shutdown(_Wire, frozen=True, kw_only=True):
     """Release the device and exit."""
 
 
-EngineCommand: TypeAlias = Load | Submit | Cancel | Drain | Snapshot | Shutdown
+EngineCommand: TypeAlias = Load | Submit | Cancel | Drain | DropSession | Snapshot | Shutdown
 
 
 # ---------------------------------------------------------------- events
@@ -160,7 +172,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
     top: tuple[tuple[int, float, str, bytes], ...] = ()
 
 
-class StepRow(msgspec.Struct, frozen=True, kw_only=True):
+class StepRow(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What one step did for one request: the row of the plan, and what came of it.
 
     Attributes:
@@ -225,6 +237,7 @@ class Finished(_Wire, frozen=True, kw_only=True):
         completion_tokens: tokens generated over all attempts, the end-of-sequence token included.
         cached_tokens: of the prompt, those taken from the prefix cache.
         stop_reason: the stop string or token id that ended it, if one did.
+        session_tokens: its first tokens that are kept for its session, and ``session_bytes`` what they take.
     """
 
     request_id: str
@@ -235,6 +248,8 @@ class Finished(_Wire, frozen=True, kw_only=True):
     completion_tokens: int
     cached_tokens: int = 0
     stop_reason: str | int | None = None
+    session_tokens: int = 0
+    session_bytes: int = 0
 
 
 class Failed(_Wire, frozen=True, kw_only=True):
@@ -247,7 +262,10 @@ class Failed(_Wire, frozen=True, kw_only=True):
 
 
 class EngineStatus(_Wire, frozen=True, kw_only=True):
-    """Answer to ``Snapshot``. ``memory_bytes`` is the process's resident memory, or the device's on a GPU."""
+    """Answer to ``Snapshot``. ``memory_bytes`` is the process's resident memory, or the device's on a GPU.
+
+    ``free_bytes`` is what the device still has, -1 if that is not known.
+    """
 
     nonce: int
     step: int
@@ -256,6 +274,8 @@ class EngineStatus(_Wire, frozen=True, kw_only=True):
     kv_bytes_in_use: int
     memory_bytes: int
     device_memory_total_bytes: int
+    free_bytes: int = -1
+    prefix_cache_bytes: int = 0
 
 
 class Drained(_Wire, frozen=True, kw_only=True):

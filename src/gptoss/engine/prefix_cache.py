@@ -12,13 +12,15 @@ Rules:
 - Least recently used goes first. Using a block uses those before it too, and a touch leaves a block newer than its
   followers; so what goes is always the end of a chain, and no block stays that cannot be reached.
 - The cache holds at most what its owner allows at the time: reserved memory always comes first.
+- A session pins the beginning of its last request: those blocks go after all others, and then session by session, the
+  one that was pinned first before the others. A pin keeps nobody from using a block.
 """
 
 import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptoss.engine.kv_cache import KvGeometry, RequestKv
 
@@ -67,6 +69,13 @@ class Hit:
         self.num_bytes = sum(block.num_bytes for block in blocks)
 
 
+class Kept(NamedTuple):
+    """What a session pins: the first tokens of its last request, and the bytes of their blocks."""
+
+    num_tokens: int
+    num_bytes: int
+
+
 class PrefixCache:
     """Blocks of one engine.
 
@@ -83,6 +92,9 @@ class PrefixCache:
         self.block_tokens = block_tokens
         self.num_bytes = 0
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # least recently used first
+        self._pinned: dict[bytes, Block] = {}
+        self._pins: dict[bytes, int] = {}  # how many sessions pin each of those
+        self._sessions: OrderedDict[str, list[bytes]] = OrderedDict()  # the one pinned first is first
         self._provenance = provenance
         self._windows = geometry.windows
         self._tail = max(-(-window // block_tokens) for window in self._windows)
@@ -95,7 +107,7 @@ class PrefixCache:
         """The longest cached beginning of ``token_ids``, of at most ``tokens_max`` tokens. Changes nothing."""
         found: list[Block] = []
         for index in range(min(tokens_max, len(token_ids)) // self.block_tokens):
-            block = self._blocks.get(self._key(chain, token_ids, index))
+            block = self._get(self._key(chain, token_ids, index))
             if block is None or block.token_ids != self._tokens(token_ids, index):
                 break
             found.append(block)
@@ -138,12 +150,12 @@ class PrefixCache:
         own = set(chain.keys)
         for index in range(chain.num_stored, num_blocks):
             key = self._key(chain, token_ids, index)
-            known = self._blocks.get(key)
+            known = self._get(key)
             if known is not None and _is_whole(known):
                 continue
             first, end = index * self.block_tokens, (index + 1) * self.block_tokens
             num_bytes = slot.copy_bytes(first, end, computed)
-            chain.is_open = index == 0 or chain.keys[index - 1] in self._blocks
+            chain.is_open = index == 0 or self._get(chain.keys[index - 1]) is not None
             chain.is_open = chain.is_open and self._make_room(key, num_bytes, own, bytes_max)
             if not chain.is_open:
                 break
@@ -155,19 +167,58 @@ class PrefixCache:
     def forget(self, chain: Chain) -> None:
         """Drop what a request is made of, whoever stored it: something is wrong with its keys or values."""
         for key in chain.keys:
-            block = self._blocks.pop(key, None)
+            block = self._blocks.pop(key, None) or self._pinned.pop(key, None)
             self.num_bytes -= block.num_bytes if block else 0
         chain.is_open = False
 
+    def pin(self, session_id: str, chain: Chain, bytes_max: int) -> Kept:
+        """Let a session pin the beginning of a chain, as far as it is stored, instead of what it pinned before.
+
+        Args:
+            session_id: names the session.
+            chain: of its last request.
+            bytes_max: what its blocks may take.
+        """
+        keys: list[bytes] = []
+        num_bytes = 0
+        for key in chain.keys[: chain.num_stored]:
+            block = self._get(key)
+            if block is None or num_bytes + block.num_bytes > bytes_max:
+                break
+            keys.append(key)
+            num_bytes += block.num_bytes
+        for key in keys:
+            self._pins[key] = self._pins.get(key, 0) + 1
+            if key in self._blocks:
+                self._pinned[key] = self._blocks.pop(key)
+        self.unpin(session_id)
+        if keys:
+            self._sessions[session_id] = keys
+        return Kept(len(keys) * self.block_tokens, num_bytes)
+
+    def unpin(self, session_id: str) -> None:
+        """Let a session pin nothing more; its blocks are then the most recently used ones."""
+        for key in reversed(self._sessions.pop(session_id, [])):
+            self._pins[key] -= 1
+            if self._pins[key]:
+                continue
+            del self._pins[key]
+            block = self._pinned.pop(key, None)
+            if block is not None:
+                self._blocks[key] = block
+
     def shrink(self, bytes_max: int) -> None:
-        """Drop least recently used blocks until at most ``bytes_max`` are held."""
+        """Drop least recently used blocks, pinned ones last, until at most ``bytes_max`` are held."""
         while self.num_bytes > bytes_max:
+            if not self._blocks:
+                self.unpin(next(iter(self._sessions)))
+                continue
             _, block = self._blocks.popitem(last=False)
             self.num_bytes -= block.num_bytes
 
     def _make_room(self, key: bytes, num_bytes: int, own: set[bytes], bytes_max: int) -> bool:
         """Drop blocks until one fits in place of its older copy; False if that would cost a block of the chain's own."""
-        older = self._blocks.get(key)
+        older = self._get(key)
         growth = num_bytes - (older.num_bytes if older else 0)
         while self.num_bytes + growth > bytes_max:
             oldest = next(iter(self._blocks), None)
@@ -177,9 +228,13 @@ class PrefixCache:
         return True
 
     def _put(self, key: bytes, block: Block) -> None:
-        older = self._blocks.get(key)
+        older = self._get(key)
         self.num_bytes += block.num_bytes - (older.num_bytes if older else 0)
-        self._blocks[key] = block
+        blocks = self._pinned if key in self._pinned else self._blocks
+        blocks[key] = block
+
+    def _get(self, key: bytes) -> Block | None:
+        return self._blocks.get(key) or self._pinned.get(key)
 
     def _key(self, chain: Chain, token_ids: Sequence[int], index: int) -> bytes:
         while len(chain.keys) <= index:

@@ -24,7 +24,7 @@ from gptoss.engine.packed_linear import pack_linears
 from gptoss.engine.parity import REQUESTS, TOLERANCE, TOLERANCE_MAX, TOLERANCE_PACKED, ParityError, Reference
 from gptoss.engine.runner import MIN_ROWS, GenericRunner, PackedRunner, Runner
 from gptoss.errors import ModelLoadError
-from gptoss.messages.model import KvLayout
+from gptoss.messages.model import KvLayout, Summation
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
@@ -39,6 +39,7 @@ class Native(msgspec.Struct, frozen=True):
     library: ctypes.CDLL
     form: WeightFormat
     max_model_len: int
+    summation: Summation = "auto"
 
 
 class KvOptions(msgspec.Struct, frozen=True):
@@ -124,6 +125,7 @@ def _native_runner(model: Any, native: Native, reference: Reference) -> NativeRu
         form=native.form,
         max_model_len=native.max_model_len,
         num_threads=torch.get_num_threads(),
+        summation=native.summation,
     )
     reference.check_logits(runner, TOLERANCE_PACKED.get(native.form, TOLERANCE[runner.dtype]))
     return runner

@@ -75,12 +75,15 @@ class TaggedParser:
         self._space = ""  # held back: before a tag it is dropped
         self._has_text = False  # of the thought or the visible text that is being read
         self._drops_space = is_reasoning
+        self._is_plain = not (self._think or self._calls or is_reasoning)  # no tag means anything: all of it is text
         self._found: list[Part] = []
 
     def push(self, token_id: int | None, text: str) -> list[Part]:
         """See ``engine.port.OutputParser``."""
         was_reasoning = self._is_reasoning
         more = text + self._texts.get(token_id, "") if token_id is not None else text
+        if self._is_plain:
+            return [TextPart("content", more)] if more else []
         if more:
             self._read(more)
         if token_id is not None and was_reasoning and self._is_reasoning:

@@ -15,6 +15,7 @@ from gptoss.telemetry.bundle_order import parse_order
 
 RECENT_DEFAULT = 100
 RECENT_MAX = 1000
+LIVE_DEFAULT = 40
 WAIT_S_MAX = 30
 POSITION_MAX = 2**63 - 1
 CHUNK_BYTES = 2**18
@@ -33,6 +34,13 @@ async def recent_requests(request: web.Request) -> web.StreamResponse:
     """``GET /admin/requests?limit=N``: the newest requests, open ones first."""
     limit = _number(request, "limit", 1, RECENT_MAX, RECENT_DEFAULT)
     return json_response({"object": "list", "data": request.app[CONTEXT].recent_requests(limit)})
+
+
+async def live(request: web.Request) -> web.StreamResponse:
+    """``GET /admin/live?after=SECOND&limit=N``: what a live view shows; ``now`` is the ``after`` of the next call."""
+    after = _number(request, "after", 0, POSITION_MAX)
+    limit = _number(request, "limit", 0, RECENT_MAX, LIVE_DEFAULT)
+    return json_response(request.app[CONTEXT].live(after, limit))
 
 
 async def request_events(request: web.Request) -> web.StreamResponse:

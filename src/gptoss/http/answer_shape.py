@@ -7,12 +7,13 @@ Rules:
 - The older ``functions`` and ``function_call`` are refused with a word on what to send instead.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from gptoss.errors import RequestError
-from gptoss.http.schema import ChatCompletionRequest, NamedToolChoice, ResponseFormat, StructuredOutputs
+from gptoss.http.schema import ChatCompletionRequest, NamedToolChoice, StructuredOutputs, Tool
 from gptoss.messages.answer import AnswerFormat, AnswerShape, ToolChoice
 
 TOOLS_MAX = 128
@@ -28,7 +29,15 @@ def wanted_tools(wire: ChatCompletionRequest) -> tuple[dict[str, Any], ...]:
     for name, instead in (("functions", "tools"), ("function_call", "tool_choice")):
         if getattr(wire, name) not in (None, "none", "auto", []):
             raise RequestError(f"{name} is the older form of {instead} and not supported; send {instead}", param=name)
-    tools = wire.tools or []
+    return checked_tools(wire.tools or [])
+
+
+def checked_tools(tools: Sequence[Tool]) -> tuple[dict[str, Any], ...]:
+    """Tools as chat templates take them.
+
+    Raises:
+        RequestError: there are too many, or two have one name.
+    """
     if len(tools) > TOOLS_MAX:
         raise RequestError(f"tools has {len(tools)} entries; at most {TOOLS_MAX} are allowed", param="tools")
     names = [tool.function.name for tool in tools]
@@ -44,7 +53,7 @@ def answer_shape(wire: ChatCompletionRequest) -> AnswerShape:
     Raises:
         RequestError: ``param`` names the field that cannot be honoured.
     """
-    choice, name = _tool_choice(wire)
+    choice, name = tool_choice_of(wire.tool_choice, [tool.function.name for tool in wire.tools or []])
     return AnswerShape(
         tool_choice=choice,
         tool_name=name,
@@ -53,9 +62,16 @@ def answer_shape(wire: ChatCompletionRequest) -> AnswerShape:
     )
 
 
-def _tool_choice(wire: ChatCompletionRequest) -> tuple[ToolChoice, str]:
-    choice = wire.tool_choice
-    names = [tool.function.name for tool in wire.tools or []]
+def tool_choice_of(choice: str | NamedToolChoice | None, names: Sequence[str]) -> tuple[ToolChoice, str]:
+    """Whether tools may or must be called, and which one, if only one may.
+
+    Args:
+        choice: as the client wrote it.
+        names: of the tools that are offered.
+
+    Raises:
+        RequestError: it asks for a tool that is not there, or for something else.
+    """
     if choice in (None, "none", "auto"):
         return ("auto" if names and choice != "none" else "none"), ""
     if not names:
@@ -75,7 +91,9 @@ def _tool_choice(wire: ChatCompletionRequest) -> tuple[ToolChoice, str]:
 def _format(wire: ChatCompletionRequest) -> AnswerFormat | None:
     found: list[AnswerFormat] = []
     if wire.response_format is not None and wire.response_format.type != "text":
-        found.append(_response_format(wire.response_format))
+        wanted = wire.response_format
+        schema = None if wanted.json_schema is None else wanted.json_schema.schema_
+        found.append(json_format(wanted.type, schema, "response_format", "response_format.json_schema.schema"))
     if wire.guided_json is not None:
         found.append(AnswerFormat(kind="json", text=_schema_text(wire.guided_json), param="guided_json"))
     if wire.guided_regex is not None:
@@ -91,17 +109,27 @@ def _format(wire: ChatCompletionRequest) -> AnswerFormat | None:
     return found[0] if found else None
 
 
-def _response_format(wanted: ResponseFormat) -> AnswerFormat:
-    if wanted.type == "json_object":
-        return AnswerFormat(kind="json", text=ANY_OBJECT)
-    if wanted.type != "json_schema":
+def json_format(kind: str, schema: dict[str, Any] | None, param: str, schema_param: str) -> AnswerFormat:
+    """The form that OpenAI calls ``json_object`` or ``json_schema``.
+
+    Args:
+        kind: which of the two.
+        schema: of the second.
+        param: the field that asks for it.
+        schema_param: the field of the schema.
+
+    Raises:
+        RequestError: it is neither, or the schema is missing.
+    """
+    if kind == "json_object":
+        return AnswerFormat(kind="json", text=ANY_OBJECT, param=param)
+    if kind != "json_schema":
         raise RequestError(
-            f"response_format.type is {wanted.type[:64]!r}; it must be 'text', 'json_object' or 'json_schema'",
-            param="response_format.type",
+            f"{param}.type is {kind[:64]!r}; it must be 'text', 'json_object' or 'json_schema'", param=f"{param}.type"
         )
-    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
-        raise RequestError("response_format.json_schema.schema is missing", param="response_format.json_schema.schema")
-    return AnswerFormat(kind="json", text=_schema_text(wanted.json_schema.schema_))
+    if schema is None:
+        raise RequestError(f"{schema_param} is missing", param=schema_param)
+    return AnswerFormat(kind="json", text=_schema_text(schema), param=param)
 
 
 def _structured(wanted: StructuredOutputs) -> list[AnswerFormat]:

@@ -14,8 +14,8 @@ from aiohttp import web
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome
 from gptoss.engine.port import TokenLogprob
 from gptoss.errors import GptossError
-from gptoss.http.choices import Choices, start_choices
-from gptoss.http.context import CLOSING, CONTEXT, REQUEST_ID
+from gptoss.http.choices import Choices, Look, start_choices
+from gptoss.http.context import ADMISSION, CLOSING, CONTEXT, REQUEST_ID
 from gptoss.http.errors import json_response
 from gptoss.http.sse import ClientConnection, SseStream
 from gptoss.messages.answer import Part
@@ -96,8 +96,8 @@ async def answer_call(request: web.Request, call: Call) -> web.StreamResponse:
     try:
         if call.stream:
             stream = SseStream(request, client, context.clock, context.timing.keepalive_s)
-            return await _answer_as_it_comes(choices, answer, client, stream)
-        return await _answer_whole(choices, answer, client)
+            return await _answer_as_it_comes(request, choices, answer, client, stream)
+        return await _answer_whole(request, choices, answer, client)
     except asyncio.CancelledError:
         if request.app[CLOSING].is_set():
             choices.cancel("shutdown")
@@ -115,15 +115,34 @@ async def answer_call(request: web.Request, call: Call) -> web.StreamResponse:
     except Exception:
         choices.cancel("sibling_failed")  # without effect on the one whose failure this is
         raise
+    finally:
+        choices.close()
 
 
-async def _answer_whole(choices: Choices, answer: Answer, client: ClientConnection) -> web.StreamResponse:
+async def _answer_whole(
+    request: web.Request, choices: Choices, answer: Answer, client: ClientConnection
+) -> web.StreamResponse:
     async def look() -> None:
         client.check()
 
+    await choices.admitted(look)
+    _note_admission(request, choices)
+    return json_response(await whole_answer(choices, answer, look))
+
+
+async def whole_answer(choices: Choices, answer: Answer, look: Look) -> Any:
+    """The body of a call that is answered at once.
+
+    Args:
+        choices: of the call.
+        answer: how it is written.
+        look: looks at the caller now and then.
+
+    Raises:
+        GptossError: a choice was refused or failed.
+    """
     said: list[list[Delta]] = [[] for _ in choices.generations]
     outcomes = [Outcome()] * len(said)
-    await choices.admitted(look)
     while (news := await choices.next(look)) is not None:
         index, found = news
         if isinstance(found, Outcome):
@@ -131,16 +150,17 @@ async def _answer_whole(choices: Choices, answer: Answer, client: ClientConnecti
         else:
             said[index].append(found)
     finished = [_finished(deltas, outcome) for deltas, outcome in zip(said, outcomes, strict=True)]
-    return json_response(answer.whole(finished))
+    return answer.whole(finished)
 
 
 async def _answer_as_it_comes(
-    choices: Choices, answer: Answer, client: ClientConnection, stream: SseStream
+    request: web.Request, choices: Choices, answer: Answer, client: ClientConnection, stream: SseStream
 ) -> web.StreamResponse:
     async def look() -> None:
         client.check()
 
     await choices.admitted(look)
+    _note_admission(request, choices)
     await stream.open()
     await stream.send(answer.opened())
     for generation in choices.generations:
@@ -167,6 +187,13 @@ def _finished(deltas: list[Delta], outcome: Outcome) -> FinishedChoice:
         logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
         outcome=outcome,
     )
+
+
+def _note_admission(request: web.Request, choices: Choices) -> None:
+    """Let the answer's headers tell how the first choice was let in."""
+    note = choices.generations[0].admission
+    if note is not None:
+        request[ADMISSION] = note
 
 
 def _tell_disconnected(choices: Choices) -> None:

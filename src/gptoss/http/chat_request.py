@@ -53,6 +53,7 @@ def generate_request(wire: ChatCompletionRequest, *, default_temperature: float)
         cache_salt=wire.cache_salt or "",
         user=wire.user or "",
         metadata=wire.metadata or {},
+        length_field=written.get("max_tokens", "max_tokens"),
     )
 
 

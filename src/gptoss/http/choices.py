@@ -51,6 +51,8 @@ class Choices:
             generation.announce(self._news)
         self._open = list(range(len(generations)))
         self._ready: deque[tuple[int, Delta | Outcome]] = deque()
+        self._tick: asyncio.TimerHandle | None = None
+        self._is_tick = False
 
     async def admitted(self, look: Look) -> None:
         """Wait until the first choice may run.
@@ -80,17 +82,32 @@ class Choices:
         while not self._ready:
             if not self._open:
                 return None
-            try:
-                async with asyncio.timeout(self._tick_s):
-                    await self._news.wait()
-            except TimeoutError:
-                await look()
-            self._news.clear()
+            await self._wait(look)
             self._collect()
         index, found = self._ready.popleft()
         if isinstance(found, Outcome):
             _raise_failure(found)
         return index, found
+
+    async def _wait(self, look: Look) -> None:
+        """Wait for news. One timer serves all waits until it fires: a stream waits once for each token."""
+        if self._tick is None:
+            self._tick = asyncio.get_running_loop().call_later(self._tick_s, self._ring)
+        await self._news.wait()
+        self._news.clear()
+        if self._is_tick:
+            self._is_tick = False
+            await look()
+
+    def _ring(self) -> None:
+        self._tick = None
+        self._is_tick = True
+        self._news.set()
+
+    def close(self) -> None:
+        """Wait no more."""
+        if self._tick is not None:
+            self._tick.cancel()
 
     def cancel(self, reason: CancelReason) -> None:
         """Stop what still runs."""

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
-from aiohttp import web
 from msgspec import Meta
 
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.errors import RequestError
-from gptoss.http.answering import Answer, Call, answer_call
-from gptoss.http.context import CONTEXT
+from gptoss.http.answering import Answer, Call
 from gptoss.http.decode import BodyDecoder
-from gptoss.http.intake import read_wire, take, with_headers
+from gptoss.http.endpoint import Endpoint
+from gptoss.http.intake import Caller
 from gptoss.http.sampling_fields import as_choices, check_params, num_choices, sampling_params, stream_shape
 from gptoss.http.schema import GenerationFields, TokenId
 from gptoss.http.text_answer import TextAnswer
@@ -46,17 +45,8 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True):
     best_of: int | None = None
 
 
-DECODER = BodyDecoder(CompletionRequest)
-
-
-async def completions(request: web.Request) -> web.StreamResponse:
-    """The handler."""
-    return await answer_call(request, await take(request, ENDPOINT, _read))
-
-
-async def _read(request: web.Request) -> Call:
-    context = request.app[CONTEXT]
-    wire = await read_wire(request, DECODER)
+async def _call_of(wire: CompletionRequest, caller: Caller) -> Call:
+    context = caller.context
     _refuse(wire)
     shape = stream_shape(wire.stream, wire.stream_options)
     count = num_choices(wire)
@@ -65,7 +55,7 @@ async def _read(request: web.Request) -> Call:
         raise RequestError(
             f"{len(prompts)} prompts with n {count} make more than {MAX_ANSWERS} answers; send fewer", param="prompt"
         )
-    base = with_headers(_generate_request(wire, context.default_temperature), request)
+    base = caller.sign(_generate_request(wire, context.default_temperature))
     requests = [
         choice for prompt in prompts for choice in as_choices(msgspec.structs.replace(base, prompt=prompt), count)
     ]
@@ -132,3 +122,6 @@ def _refuse(wire: CompletionRequest) -> None:
         )
     if wire.echo and wire.logprobs is not None:
         raise RequestError("logprobs with echo: only generated tokens have logprobs", param="logprobs")
+
+
+COMPLETIONS = Endpoint(ENDPOINT, BodyDecoder(CompletionRequest), _call_of)

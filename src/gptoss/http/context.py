@@ -4,17 +4,21 @@ Handlers see nothing else of the system: they decode, submit or cancel through t
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
 
+from gptoss.actors.batch_actor import BatchWork
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.rendering import Rendering
-from gptoss.clock import Clock
+from gptoss.clock import Clock, IdSource, SystemIds
 from gptoss.config import Settings
 from gptoss.errors import GptossError
+from gptoss.messages.batch import Batch
+from gptoss.messages.commands import AdmissionNote, Command
 from gptoss.telemetry.bundle_order import BundleOrder
 
 
@@ -50,6 +54,19 @@ class RequestGateway(Protocol):
 
     def cancel(self, request_id: str) -> bool:
         """Stop a running request; False when no such request runs."""
+        ...
+
+
+class BatchDesk(Protocol):
+    """Where batches are ordered; ``actors.batch_actor.BatchDesk`` is the live one."""
+
+    @property
+    def batches(self) -> Mapping[str, Batch]:
+        """Everything that is known, oldest first."""
+        ...
+
+    async def order(self, command: Command) -> None:
+        """Have a command carried out; what it led to is on disk when this returns."""
         ...
 
 
@@ -102,12 +119,16 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
         health, readiness, stats, memory_stats: queries of the live projection; readiness is (ready, reason).
         metrics: ``Accept`` header -> (exposition, content type).
         recent_requests: limit -> newest requests.
+        live: (second, limit) -> what a live view shows: the seconds since, health, stats, memory, newest requests.
         events: request id -> its records, JSON-ready; empty when unknown.
         story: request id -> its timeline and what delayed it, JSON-ready; None when unknown.
         event_page: newest records, JSON-ready; see ``EventAsk``.
         snapshot: the system's state as one JSON document.
         bundle: makes the debug bundle that was ordered.
         draining: whether new requests are refused because the server stops.
+        open_batches: begins to run batches with this work; returns where they are ordered.
+        data_folder: where files and responses are kept; None keeps them for as long as the application.
+        ids: names files and batches.
         allowed_hosts: names that ``Host`` may hold; empty allows any, None derives them from the bind address.
     """
 
@@ -120,12 +141,16 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     memory_stats: Callable[[], dict[str, Any]]
     metrics: Callable[[str], Awaitable[tuple[bytes, str]]]
     recent_requests: Callable[[int], list[dict[str, Any]]]
+    live: Callable[[int, int], dict[str, Any]]
     events: Callable[[str], Awaitable[list[dict[str, Any]]]]
     story: Callable[[str], Awaitable[dict[str, Any] | None]]
     event_page: Callable[[EventAsk], Awaitable[dict[str, Any]]]
     snapshot: Callable[[], Awaitable[dict[str, Any]]]
     bundle: Callable[[BundleOrder], Awaitable[MadeBundle]]
     draining: Callable[[], bool]
+    open_batches: Callable[[BatchWork], Awaitable[BatchDesk]]
+    data_folder: Path | None = None
+    ids: IdSource = SystemIds()
     default_temperature: float = 1.0
     allowed_hosts: frozenset[str] | None = None
     timing: HttpTiming = HttpTiming()
@@ -133,5 +158,8 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
 
 CLOSING: web.AppKey[asyncio.Event] = web.AppKey("closing", asyncio.Event)
 """Set once the server closes its connections itself, so that a cut one is not taken for a client that left."""
+BATCHES: web.AppKey[BatchDesk] = web.AppKey("batches", BatchDesk)
 CONTEXT: web.AppKey[HttpContext] = web.AppKey("context", HttpContext)
+ADMISSION: web.RequestKey[AdmissionNote] = web.RequestKey("admission", AdmissionNote)
+"""How the call was let in."""
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)

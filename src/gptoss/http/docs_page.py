@@ -1,6 +1,6 @@
 """``GET /docs``: the OpenAPI document as a page for people.
 
-As the front page: no script, no outside resource, one style sheet that the Content-Security-Policy permits by its hash.
+It has no script and loads nothing but the style that all pages share.
 """
 
 import functools
@@ -10,15 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from gptoss.http.openapi import document
-from gptoss.http.page import page_response, page_style_sheet
-
-_STYLE = page_style_sheet("""
-details{border:1px solid var(--line);border-radius:.4rem;margin:.5rem 0;padding:.5rem .8rem}
-summary{cursor:pointer}summary code{font-weight:600}
-table{border-collapse:collapse;width:100%;margin:.6rem 0}
-th,td{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--line)}
-.method{display:inline-block;min-width:4rem;color:var(--link)}
-""")
+from gptoss.http.page import page_response
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -26,12 +18,13 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>gptoss: API</title>
-<style>{style}</style>
+<link rel="icon" href="assets/icon.svg" type="image/svg+xml">
+<link rel="stylesheet" href="assets/base.css">
 </head>
 <body>
-<main>
+<main class="sheet">
 <h1>API</h1>
-<p>Made from <a href="openapi.json">openapi.json</a>. <a href=".">Back to the front page</a>.</p>
+<p>Made from <a href="openapi.json">openapi.json</a>. <a href="./#api">Back to the front page</a>.</p>
 {sections}
 </main>
 </body>
@@ -41,7 +34,7 @@ _PAGE = """<!doctype html>
 
 async def docs(_: web.Request) -> web.StreamResponse:
     """The page."""
-    return page_response(_html(), _STYLE)
+    return page_response(_html())
 
 
 @functools.cache
@@ -58,7 +51,7 @@ def _html() -> str:
             ]
     sections.append("<h2>Types</h2>")
     sections += [_type(name, schema) for name, schema in sorted(whole["components"]["schemas"].items())]
-    return _PAGE.format(style=_STYLE, sections="\n".join(sections))
+    return _PAGE.format(sections="\n".join(sections))
 
 
 def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
@@ -67,7 +60,7 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
         for parameter in operation["parameters"]
     ]
     if "requestBody" in operation:
-        rows.append(("body", _kind(operation["requestBody"]["content"]["application/json"]["schema"])))
+        rows.append(("body", _kind(next(iter(operation["requestBody"]["content"].values()))["schema"])))
     for status, response in operation["responses"].items():
         kinds = " or ".join(f"{_kind(media['schema'])}" for media in response["content"].values())
         rows.append((status, f"{escape(response['description'])}: {kinds}"))

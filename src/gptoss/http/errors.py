@@ -2,7 +2,7 @@
 
 ``{"error": {"message", "type", "param", "code"}}``: ``code`` is the error's stable code, ``type`` one of
 ``invalid_request_error`` (other 4xx), ``rate_limit_error`` (429) and ``server_error`` (5xx). ``Overloaded`` carries
-``Retry-After``. Foreign exceptions are mapped here and nowhere else.
+``Retry-After``, and what admission refused has its numbers under ``admission``. Foreign exceptions are mapped here and nowhere else.
 """
 
 import logging
@@ -23,6 +23,8 @@ from gptoss.errors import (
     Overloaded,
     RequestError,
 )
+from gptoss.http.headers import ADMISSION_HEADER, admission_value
+from gptoss.messages.commands import AdmissionNote
 
 JSON = "application/json"
 STREAM_STARTED: web.RequestKey[bool] = web.RequestKey("stream_started", bool)
@@ -32,9 +34,13 @@ _log = logging.getLogger("gptoss.http")
 
 def error_body(error: GptossError) -> dict[str, Any]:
     """OpenAI's error body."""
-    return envelope(
+    body = envelope(
         error.status, error.message, param=error.param if isinstance(error, RequestError) else None, code=error.code
     )
+    note = _admission(error)
+    if note is not None:
+        body["error"]["admission"] = msgspec.to_builtins(note)
+    return body
 
 
 def envelope(status: int, message: str, *, param: str | None = None, code: str) -> dict[str, Any]:
@@ -57,6 +63,9 @@ def json_response(data: Any, *, status: int = 200, headers: dict[str, str] | Non
 def error_response(error: GptossError) -> web.Response:
     """The answer that tells of ``error``."""
     response = json_response(error_body(error), status=error.status)
+    note = _admission(error)
+    if note is not None:
+        response.headers[ADMISSION_HEADER] = admission_value(note)
     if isinstance(error, Overloaded):
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, (BodyTimeout, BodyTooLarge)):
@@ -90,6 +99,10 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         _log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         message = "the server failed on this request; its log has the cause"
         return json_response(envelope(500, message, code="internal_error"), status=500)
+
+
+def _admission(error: GptossError) -> AdmissionNote | None:
+    return error.admission if isinstance(error, Overloaded) else None
 
 
 def _is_server_fault(status: int) -> bool:

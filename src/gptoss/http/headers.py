@@ -8,7 +8,9 @@ import re
 from aiohttp import web
 
 from gptoss.http.context import CONTEXT, REQUEST_ID
+from gptoss.messages.commands import AdmissionNote
 
+ADMISSION_HEADER = "X-Admission"
 CHAT_PREFIX = "chatcmpl-"
 TEXT_PREFIX = "cmpl-"
 RESPONSE_PREFIX = "resp_"
@@ -44,6 +46,20 @@ def response_request_id(request: web.Request) -> str:
         named = request.app[CONTEXT].gateway.name_request(wanted_request_id(request))
         request[REQUEST_ID] = named
     return named
+
+
+def admission_value(note: AdmissionNote) -> str:
+    """How a request was let in or refused, as the header tells it: ``shrink; max_tokens=64; pressure=0.83; ...``."""
+    numbers = {
+        "max_tokens": note.max_tokens,
+        "kv_bytes": note.kv_bytes,
+        "pressure": round(note.pressure, 3),
+        "running": note.running,
+        "slots": note.slots,
+        "queued": note.queued,
+        "waited_ms": round(note.waited_ms),
+    }
+    return "; ".join([note.action, *(f"{name}={value}" for name, value in numbers.items())])
 
 
 def path_request_ids(request: web.Request) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A body comes in: read within bounds, decoded, and recorded where it is refused.
 
 Every endpoint with a body passes through ``read_wire``; those that start requests through ``take`` as well, so that a
-refusal has an id, a record and an answer wherever it happens.
+refusal has an id, a record and an answer wherever it happens. What comes in a batch is decoded by the same ``decoded``.
 """
 
 import logging
@@ -14,7 +14,7 @@ from aiohttp import web
 from gptoss.actors.generation import GenerateRequest
 from gptoss.errors import GptossError, NotReady
 from gptoss.http.body import MIB, read_json_body
-from gptoss.http.context import CONTEXT, REQUEST_ID
+from gptoss.http.context import CONTEXT, REQUEST_ID, HttpContext
 from gptoss.http.decode import BodyDecoder
 from gptoss.http.headers import session_id, traceparent, wanted_request_id
 from gptoss.http.unsupported import unknown_fields
@@ -26,6 +26,50 @@ NAMED_FIELDS: web.AppKey[set[str]] = web.AppKey("named_fields", set)
 _Wire = TypeVar("_Wire", bound=msgspec.Struct)
 _Call = TypeVar("_Call")
 _log = logging.getLogger("gptoss.http")
+
+
+class Caller(msgspec.Struct, frozen=True, kw_only=True):
+    """Who calls, and what is around the call.
+
+    Attributes:
+        app: the application that is called.
+        request_id: the id that the caller wishes; empty for none. ``session_id`` and ``traceparent`` likewise.
+    """
+
+    app: web.Application
+    request_id: str = ""
+    session_id: str = ""
+    traceparent: str = ""
+
+    @property
+    def context(self) -> HttpContext:
+        """The system around the application."""
+        return self.app[CONTEXT]
+
+    def sign(self, generate: GenerateRequest) -> GenerateRequest:
+        """``generate`` under the caller's id, session and trace."""
+        return msgspec.structs.replace(
+            generate, request_id=self.request_id, session_id=self.session_id, traceparent=self.traceparent
+        )
+
+    def name_once(self, fields: tuple[str, ...]) -> None:
+        """Tell the log of accepted fields without effect, each once; bounded, since clients choose the names."""
+        named = self.app[NAMED_FIELDS]
+        for field in fields:
+            short = field[:64]
+            if short not in named and len(named) < NAMED_FIELDS_MAX:
+                named.add(short)
+                _log.info("request field %a is accepted and has no effect here", short)
+
+
+def caller_of(request: web.Request) -> Caller:
+    """The caller as the headers name it."""
+    return Caller(
+        app=request.app,
+        request_id=wanted_request_id(request),
+        session_id=session_id(request),
+        traceparent=traceparent(request),
+    )
 
 
 async def take(request: web.Request, endpoint: str, read: Callable[[web.Request], Awaitable[_Call]]) -> _Call:
@@ -53,26 +97,11 @@ async def read_wire(request: web.Request, decoder: BodyDecoder[_Wire]) -> _Wire:
     context = request.app[CONTEXT]
     limit_bytes = context.settings.body_limit_mb * MIB
     body = await read_json_body(request, limit_bytes=limit_bytes, timeout_s=context.timing.body_s)
+    return decoded(caller_of(request), decoder, body)
+
+
+def decoded(caller: Caller, decoder: BodyDecoder[_Wire], body: bytes) -> _Wire:
+    """The body as its type. Raises as ``read_wire`` does."""
     wire, others = decoder.decode(body)
-    name_once(request, unknown_fields(others))
+    caller.name_once(unknown_fields(others))
     return wire
-
-
-def name_once(request: web.Request, fields: tuple[str, ...]) -> None:
-    """Tell the log of accepted fields without effect, each once; bounded, since clients choose the names."""
-    named = request.app[NAMED_FIELDS]
-    for field in fields:
-        short = field[:64]
-        if short not in named and len(named) < NAMED_FIELDS_MAX:
-            named.add(short)
-            _log.info("request field %a is accepted and has no effect here", short)
-
-
-def with_headers(generate: GenerateRequest, request: web.Request) -> GenerateRequest:
-    """``generate`` under the id, session and trace that the headers name."""
-    return msgspec.structs.replace(
-        generate,
-        request_id=wanted_request_id(request),
-        session_id=session_id(request),
-        traceparent=traceparent(request),
-    )

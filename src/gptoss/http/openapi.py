@@ -13,8 +13,10 @@ import msgspec
 from aiohttp import web
 
 from gptoss.http.answer_schema import ChatCompletion, TextCompletion
+from gptoss.http.batches import BatchBody, BatchList, BatchRequest
 from gptoss.http.completions import CompletionRequest
 from gptoss.http.errors import json_response
+from gptoss.http.files import FileBody, FileDeleted, FileList
 from gptoss.http.models import ModelBody, ModelList
 from gptoss.http.response_schema import ItemList, ResponseBody, ResponseDeleted, ResponsesRequest
 from gptoss.http.schema import ChatCompletionRequest
@@ -48,6 +50,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
         path: with its parameters in braces.
         answer: what 200 holds: a type of ours, a media type, or nothing for any JSON object.
         body: type of the request's body.
+        form: schema of the request's body, where that is a form.
         or_json: whether the answer can be a JSON object instead.
         streams: whether the answer can be an event stream.
         query: names of query parameters with their schemas.
@@ -60,6 +63,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     tag: str
     answer: type[msgspec.Struct] | str = ""
     body: type[msgspec.Struct] | None = None
+    form: dict[str, Any] | None = None
     or_json: bool = False
     streams: bool = False
     query: dict[str, dict[str, Any]] = {}
@@ -77,6 +81,21 @@ _BUNDLE_QUERY: dict[str, dict[str, Any]] = {
     "content": {"enum": list(CONTENT_LEVELS), "default": "none"},
     "limit_mb": {"type": "integer", "minimum": 1, "maximum": LIMIT_MB_MAX, "default": LIMIT_MB},
 }
+
+_UPLOAD: dict[str, Any] = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {"purpose": {"enum": ["batch"]}, "file": {"type": "string", "format": "binary"}},
+}
+
+
+def _page(limit_max: int, limit_default: int) -> dict[str, dict[str, Any]]:
+    return {
+        "limit": {"type": "integer", "minimum": 1, "maximum": limit_max, "default": limit_default},
+        "order": {"type": "string", "enum": ["asc", "desc"], "default": "desc"},
+        "after": {"type": "string"},
+    }
+
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation(
@@ -102,15 +121,47 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         method="get", path="/v1/responses/{response_id}/input_items", tag="Generate",
         summary="What a response was made from", answer=ItemList, refuses=(400, 404),
-        query={
-            "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
-            "order": {"type": "string", "enum": ["asc", "desc"], "default": "desc"},
-            "after": {"type": "string"},
-        },
+        query=_page(100, 20),
     ),
     Operation(
         method="post", path="/cancel/{request_id}", tag="Generate", summary="Stop a running request, with all its choices",
         refuses=(404,),
+    ),
+    Operation(
+        method="post", path="/v1/files", tag="Batches", summary="Upload a file of requests, one a line",
+        form=_UPLOAD, answer=FileBody, refuses=(400, 408, 413, 415, 503),
+    ),
+    Operation(
+        method="get", path="/v1/files", tag="Batches", summary="The files that are kept, newest first",
+        answer=FileList, query={"purpose": {"type": "string"}, **_page(10_000, 10_000)}, refuses=(400,),
+    ),
+    Operation(
+        method="get", path="/v1/files/{file_id}", tag="Batches", summary="A file's name, size and purpose",
+        answer=FileBody, refuses=(404,),
+    ),
+    Operation(
+        method="delete", path="/v1/files/{file_id}", tag="Batches", summary="Delete a file that no open batch reads",
+        answer=FileDeleted, refuses=(400, 404),
+    ),
+    Operation(
+        method="get", path="/v1/files/{file_id}/content", tag="Batches", summary="A file's bytes",
+        answer="application/octet-stream", refuses=(404,),
+    ),
+    Operation(
+        method="post", path="/v1/batches", tag="Batches", summary="Run a file's requests within 24 hours, behind others",
+        body=BatchRequest, answer=BatchBody, refuses=(400, 404, 408, 413, 415, 503),
+    ),
+    Operation(
+        method="get", path="/v1/batches", tag="Batches", summary="The batches that are known, newest first",
+        answer=BatchList, query=_page(100, 20), refuses=(400,),
+    ),
+    Operation(
+        method="get", path="/v1/batches/{batch_id}", tag="Batches", summary="How a batch stands",
+        answer=BatchBody, refuses=(404,),
+    ),
+    Operation(
+        method="post", path="/v1/batches/{batch_id}/cancel", tag="Batches", summary="Begin no more of a batch",
+        answer=BatchBody, refuses=(400, 404),
     ),
     Operation(
         method="get", path="/v1/models", tag="Models", summary="The model that is served", answer=ModelList,
@@ -147,6 +198,14 @@ OPERATIONS: tuple[Operation, ...] = (
         query={"limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}}, refuses=(400,),
     ),
     Operation(
+        method="get", path="/admin/live", tag="Operate", summary="The last seconds, health, memory and newest requests",
+        query={
+            "after": {"type": "integer", "minimum": 0, "default": 0},
+            "limit": {"type": "integer", "minimum": 0, "maximum": 1000, "default": 40},
+        },
+        refuses=(400,),
+    ),
+    Operation(
         method="get", path="/admin/requests/{request_id}/events", tag="Operate", summary="Everything about one request",
         refuses=(404,),
     ),
@@ -176,13 +235,17 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(method="get", path="/openapi.json", tag="Read", summary="This document"),
     Operation(method="get", path="/docs", tag="Read", summary="This document for people", answer="text/html"),
-    Operation(method="get", path="/", tag="Read", summary="What runs here and how to call it", answer="text/html"),
+    Operation(method="get", path="/", tag="Read", summary="The page: chat, the server live, how to call it", answer="text/html"),
+    Operation(
+        method="get", path="/assets/{name}", tag="Read", summary="A file of the page", answer="text/javascript",
+        refuses=(404,),
+    ),
 )  # fmt: skip
 
 _EVERYWHERE = {"403": "an Origin that is not this server", "421": "a Host that is not this server"}
 _REFUSALS = {
     400: "a field cannot be honoured; param names it",
-    404: "no such model, request or response",
+    404: "no such model, request, response, file or batch",
     408: "the body did not arrive in time",
     413: "the body is too large",
     415: "the body is not plain JSON",
@@ -239,6 +302,8 @@ def _operation(op: Operation, schema_of: dict[Any, Any]) -> dict[str, Any]:
     }
     if op.body is not None:
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema_of[op.body]}}}
+    if op.form is not None:
+        found["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": op.form}}}
     return found
 
 

@@ -1,30 +1,24 @@
-"""``GET /``: one page that says what runs here and how to call it.
+"""``GET /``: the page. A chat, a live view of the server, and how to call it.
 
-Self-contained: no script, no outside resource, and a Content-Security-Policy that permits its one style sheet by hash.
-Links are relative, so that the page works under an embedder's prefix too.
+Rules:
+- Nothing from outside, and nothing inline: the policy allows the page's own files (``assets``) and no other script,
+  style or connection. ``trusted-types 'none'`` forbids every way of turning a string into markup.
+- Links are relative, so that the page works under an embedder's prefix too.
+- Without JavaScript the page says how to call the server.
 """
 
-import base64
-import hashlib
-from html import escape
+import functools
+from importlib.resources import files
 
+import jinja2
 from aiohttp import web
 
 from gptoss.http.context import CONTEXT
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--soft:#f3f5f7;--line:#d5dae0;--link:#0a58ca;--ok:#17692f;
---bad:#a3261c}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ed;--paper:#14171b;--soft:#1f242a;--line:#39414a;--link:#86b7fe;
---ok:#7fd08f;--bad:#ff9d94}}
-body{margin:0 auto;max-width:46rem;padding:2rem 1rem;background:var(--paper);color:var(--ink);
-font:1rem/1.55 system-ui,sans-serif}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.05rem;margin:2rem 0 .5rem}
-code,pre{font:.9rem/1.5 ui-monospace,monospace}
-pre{overflow-x:auto;margin:0;padding:.8rem 1rem;background:var(--soft);border:1px solid var(--line);border-radius:.4rem}
-a{color:var(--link)}a:focus-visible,pre:focus-visible{outline:3px solid var(--link);outline-offset:2px}
-ul{padding-left:1.2rem}.ok{color:var(--ok)}.bad{color:var(--bad)}
-"""
+_POLICY = (
+    "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_SCRIPTS = "script-src 'self'; connect-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
 
 _LINKS = (
     ("docs", "every endpoint and its fields"),
@@ -35,33 +29,9 @@ _LINKS = (
     ("memory_stats", "KV memory by executor"),
     ("metrics", "Prometheus metrics"),
     ("admin/requests", "the newest requests"),
-    ("admin/debug/bundle", "a snapshot of the whole system"),
+    ("admin/live", "the last seconds, second by second"),
+    ("admin/debug/bundle", "everything that decided in the last ten minutes, as one file that replays"),
 )
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>gptoss: {model}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>gptoss</h1>
-<p>Serving <strong>{model}</strong>. Status: <strong class="{mark}">{status}</strong></p>
-<h2>Ask it from a shell</h2>
-<pre tabindex="0" aria-label="curl example"><code>{curl}</code></pre>
-<h2>Ask it from Python</h2>
-<pre tabindex="0" aria-label="Python example"><code>{python}</code></pre>
-<h2>Look around</h2>
-<ul>
-{links}
-</ul>
-</main>
-</body>
-</html>
-"""
 
 _CURL = """curl {base}/v1/chat/completions \\
   -H 'Content-Type: application/json' \\
@@ -84,28 +54,27 @@ async def home(request: web.Request) -> web.StreamResponse:
     model = context.gateway.served_model
     is_ready, reason = context.readiness()
     base = f"{request.scheme}://{request.host}{request.path}".rstrip("/")
-    html = _PAGE.format(
-        style=_STYLE,
-        model=escape(model),
-        mark="ok" if is_ready else "bad",
-        status="ready" if is_ready else escape(f"not ready: {reason}"),
-        curl=escape(_CURL.format(base=base, model=model)),
-        python=escape(_PYTHON.format(base=base, model=model)),
-        links="\n".join(f'<li><a href="{path}">/{path}</a>: {escape(text)}</li>' for path, text in _LINKS),
+    html = _template().render(
+        model=model,
+        is_ready=is_ready,
+        status="ready" if is_ready else f"not ready: {reason}",
+        base=base,
+        curl=_CURL.format(base=base, model=model),
+        python=_PYTHON.format(base=base, model=model),
+        links=_LINKS,
+        temperature=context.default_temperature,
+        takes_effort=context.gateway.rendering.takes_reasoning_effort,
     )
-    return page_response(html, _STYLE)
+    return page_response(html, f"{_POLICY}; {_SCRIPTS}")
 
 
-def page_style_sheet(more: str) -> str:
-    """The style of all pages, and ``more``."""
-    return _STYLE + more.strip() + "\n"
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(files("gptoss.http").joinpath("page.html.j2").read_text(encoding="utf-8"))
 
 
-def page_response(html: str, style: str) -> web.Response:
-    """A page that may use nothing but its own style sheet."""
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+def page_response(html: str, policy: str = _POLICY) -> web.Response:
+    """A page that may use nothing but this package's own files; without ``policy`` no script at all."""
     headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
     return web.Response(body=html.encode(errors="replace"), content_type="text/html", charset="utf-8", headers=headers)

@@ -112,7 +112,7 @@ class ResponseAnswer:
                 usage.completion_tokens,
                 usage.prompt_tokens + usage.completion_tokens,
                 InputTokensDetails(usage.cached_tokens),
-                OutputTokensDetails(0),
+                OutputTokensDetails(usage.reasoning_tokens),
             ),
         )
         self._keep(body)
@@ -133,6 +133,7 @@ class ResponseAnswer:
 
 _STATUSES: dict[str, tuple[Status, IncompleteDetails | None]] = {
     "stop": ("completed", None),
+    "tool_calls": ("completed", None),
     "length": ("incomplete", IncompleteDetails("max_output_tokens")),
     "cancelled": ("cancelled", None),
 }

@@ -10,11 +10,16 @@ Rules:
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import msgspec
+
 from gptoss.actors.generation import GenerateRequest
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import RequestError
-from gptoss.http.response_schema import InputItem, InputPart, ResponsesRequest, StoredItem
+from gptoss.http.answer_shape import checked_tools, json_format, tool_choice_of
+from gptoss.http.response_schema import InputItem, InputPart, ResponsesRequest, ResponseToolChoice, StoredItem
 from gptoss.http.sampling_fields import check_params, sampling_params
+from gptoss.http.schema import FunctionDefinition, NamedFunction, NamedToolChoice, Tool
+from gptoss.messages.answer import AnswerShape
 
 ENDPOINT = "/v1/responses"
 LOGPROBS = "message.output_text.logprobs"
@@ -52,6 +57,10 @@ def generate_request(
         model=wire.model or "",
         endpoint=ENDPOINT,
         stream=bool(wire.stream),
+        tools=checked_tools(_functions(wire)),
+        shape=_shape(wire),
+        prompt_field="input",
+        length_field="max_output_tokens",
         reasoning_effort=(wire.reasoning and wire.reasoning.effort) or "",
         priority=wire.priority or 0,
         timeout_s=wire.timeout,
@@ -61,9 +70,48 @@ def generate_request(
     )
 
 
+def _functions(wire: ResponsesRequest) -> list[Tool]:
+    """The tools of a request as chat has them."""
+    found: list[Tool] = []
+    for index, tool in enumerate(wire.tools or ()):
+        where = f"tools[{index}]"
+        if tool.type != "function":
+            raise RequestError(
+                f"{where}.type is {tool.type[:64]!a}; only functions can be served", param=f"{where}.type"
+            )
+        function = FunctionDefinition(
+            name=_needed(tool.name, f"{where}.name"),
+            description=tool.description,
+            parameters=tool.parameters,
+            strict=tool.strict,
+        )
+        found.append(Tool(type="function", function=function))
+    return found
+
+
+def _shape(wire: ResponsesRequest) -> AnswerShape:
+    """What the answer may be made of."""
+    choice = wire.tool_choice
+    if isinstance(choice, ResponseToolChoice):
+        named = None if choice.name is None else NamedFunction(name=choice.name)
+        choice = NamedToolChoice(type=choice.type, function=named)
+    kind, name = tool_choice_of(choice, [tool.name or "" for tool in wire.tools or ()])
+    wanted = wire.text and wire.text.format
+    return AnswerShape(
+        tool_choice=kind,
+        tool_name=name,
+        parallel_calls=wire.parallel_tool_calls is not False,
+        format=json_format(wanted.type, wanted.schema_, "text.format", "text.format.schema")
+        if wanted and wanted.type != "text"
+        else None,
+    )
+
+
 def without_effect(wire: ResponsesRequest, *, takes_reasoning_effort: bool) -> tuple[str, ...]:
     """Names of known fields that this request sets and that change nothing."""
     names = [name for name in ("service_tier", "max_tool_calls") if getattr(wire, name)]
+    if wire.text and wire.text.verbosity:
+        names.append("text.verbosity")
     if wire.reasoning and (wire.reasoning.summary or (wire.reasoning.effort and not takes_reasoning_effort)):
         names.append("reasoning")
     return (*names, *(f"include {name}" for name in wire.include or () if name in _NO_EFFECT_INCLUDED))
@@ -107,9 +155,29 @@ def conversation(items: Sequence[InputItem]) -> tuple[ChatMessage, ...]:
         if item.type == "reasoning":
             reasoning = _text(item.content, f"{where}.content") or None
             continue
-        messages.append(_message(item, where, reasoning))
+        message = _message(item, where, reasoning)
+        if item.type == "function_call" and messages and messages[-1].role == "assistant" and reasoning is None:
+            # Calls belong to the turn that made them: a template shows one turn for all.
+            messages[-1] = msgspec.structs.replace(
+                messages[-1], tool_calls=(*messages[-1].tool_calls, *message.tool_calls)
+            )
+        else:
+            messages.append(message)
         reasoning = None
     return tuple(messages)
+
+
+def check_outputs(messages: Sequence[ChatMessage]) -> None:
+    """Refuse outputs of functions that nobody called.
+
+    Raises:
+        RequestError: an output names a call that is not in the conversation before it.
+    """
+    called: set[str] = set()
+    for message in messages:
+        called.update(call["id"] for call in message.tool_calls)
+        if message.role == "tool" and message.tool_call_id not in called:
+            raise RequestError("input has the output of a function call that is not in the conversation", param="input")
 
 
 def _message(item: InputItem, where: str, reasoning: str | None) -> ChatMessage:
@@ -167,21 +235,6 @@ def _refuse_states(wire: ResponsesRequest) -> None:
         raise RequestError("truncation: no input is cut in silence; send a shorter one", param="truncation")
 
 
-def _refuse_formats(wire: ResponsesRequest) -> None:
-    if wire.text is not None and wire.text.format is not None and wire.text.format.type != "text":
-        raise RequestError(
-            f"text.format {wire.text.format.type[:64]!a} is not supported yet; leave it out or use 'text'",
-            param="text.format",
-        )
-
-
-def _refuse_tools(wire: ResponsesRequest) -> None:
-    if wire.tools:
-        raise RequestError("tools: calling tools is not supported yet", param="tools")
-    if wire.tool_choice not in (None, "none", "auto"):
-        raise RequestError("tool_choice asks for a tool; calling tools is not supported yet", param="tool_choice")
-
-
 def _refuse_includes(wire: ResponsesRequest) -> None:
     for name in wire.include or ():
         if name != LOGPROBS and name not in _NO_EFFECT_INCLUDED:
@@ -192,7 +245,5 @@ def _refuse_includes(wire: ResponsesRequest) -> None:
 
 _REFUSALS: tuple[Callable[[ResponsesRequest], None], ...] = (
     _refuse_states,
-    _refuse_formats,
-    _refuse_tools,
     _refuse_includes,
 )

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from gptoss.http.answer_schema import TokenLogprobBody
-from gptoss.http.schema import Metadata, ReasoningEffort, ResponseFormat, SamplingFields, ToolName
+from gptoss.http.schema import Metadata, ReasoningEffort, SamplingFields, ToolName
 
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
@@ -42,10 +42,38 @@ class ReasoningOptions(msgspec.Struct, frozen=True, kw_only=True):
     summary: str | None = None
 
 
-class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of the text."""
+class TextFormat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The form of the text: ``text``, ``json_object``, or ``json_schema`` with a schema, which is always enforced."""
 
-    format: ResponseFormat | None = None
+    type: str
+    name: Annotated[str, Meta(max_length=64)] | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = msgspec.field(default=None, name="schema")
+    strict: bool | None = None
+
+
+class TextOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The shape of the text. ``verbosity`` has no effect."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ResponseTool(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool that the model may call; only functions can be served."""
+
+    type: str
+    name: ToolName | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseToolChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The one function that must be called."""
+
+    type: str
+    name: ToolName | None = None
 
 
 class ResponsesRequest(SamplingFields, frozen=True, kw_only=True):
@@ -62,11 +90,12 @@ class ResponsesRequest(SamplingFields, frozen=True, kw_only=True):
     reasoning: ReasoningOptions | None = None
     service_tier: str | None = None
 
-    # Refused by ``response_request`` unless trivial.
     text: TextOptions | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: str | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
+
+    # Refused by ``response_request`` unless trivial.
     max_tool_calls: int | None = None
     background: bool | None = None
     conversation: str | dict[str, Any] | None = None
@@ -173,9 +202,9 @@ class ResponseBody(msgspec.Struct, frozen=True, kw_only=True):
     reasoning: ReasoningOptions
     store: bool
     temperature: float
-    text: TextOptions = TextOptions(format=ResponseFormat(type="text"))
-    tool_choice: str = "auto"
-    tools: list[dict[str, Any]] = []
+    text: TextOptions = TextOptions(format=TextFormat(type="text"))
+    tool_choice: str | ResponseToolChoice = "auto"
+    tools: list[ResponseTool] = []
     top_logprobs: int
     top_p: float
     truncation: str = "disabled"

@@ -3,7 +3,6 @@
 A response is kept unless the caller says ``store: false``; see ``response_store`` for how long.
 """
 
-import re
 from collections.abc import Sequence
 
 import msgspec
@@ -12,15 +11,17 @@ from aiohttp import web
 from gptoss.actors.generation import Generation
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import RequestError
-from gptoss.http.answering import Answer, Call, answer_call
-from gptoss.http.context import CONTEXT
+from gptoss.http.answering import Answer, Call
 from gptoss.http.decode import BodyDecoder
+from gptoss.http.endpoint import Endpoint
 from gptoss.http.errors import json_response
 from gptoss.http.headers import RESPONSE_PREFIX
-from gptoss.http.intake import name_once, read_wire, take, with_headers
+from gptoss.http.intake import Caller
+from gptoss.http.paging import page_of
 from gptoss.http.response_answer import ResponseAnswer
 from gptoss.http.response_request import (
     ENDPOINT,
+    check_outputs,
     conversation,
     generate_request,
     items_of,
@@ -37,19 +38,14 @@ from gptoss.http.response_schema import (
     ResponseBody,
     ResponseDeleted,
     ResponsesRequest,
+    TextFormat,
+    TextOptions,
 )
 from gptoss.http.response_store import ResponseStore, StoredResponse
 
 STORE: web.AppKey[ResponseStore] = web.AppKey("responses", ResponseStore)
-DECODER = BodyDecoder(ResponsesRequest)
 ITEMS_DEFAULT = 20
 ITEMS_MAX = 100
-_COUNT = re.compile(r"[0-9]{1,3}")
-
-
-async def create(request: web.Request) -> web.StreamResponse:
-    """``POST /v1/responses``."""
-    return await answer_call(request, await take(request, ENDPOINT, _read))
 
 
 async def retrieve(request: web.Request) -> web.StreamResponse:
@@ -68,41 +64,29 @@ async def delete(request: web.Request) -> web.StreamResponse:
 
 async def input_items(request: web.Request) -> web.StreamResponse:
     """``GET /v1/responses/{response_id}/input_items?limit=N&order=asc|desc&after=ID``."""
-    items = list(_stored(request).items)
-    order = request.query.get("order", "desc")
-    if order not in {"asc", "desc"}:
-        raise RequestError(f"order is {order[:32]!a}; it must be asc or desc", param="order")
-    if order == "desc":
-        items.reverse()
-    written = request.query.get("limit", str(ITEMS_DEFAULT))
-    if not _COUNT.fullmatch(written) or not 1 <= int(written) <= ITEMS_MAX:
-        raise RequestError(f"limit is {written[:32]!a}; it must be between 1 and {ITEMS_MAX}", param="limit")
-    after = request.query.get("after")
-    if after is not None:
-        start = next((index for index, item in enumerate(items, start=1) if item.id == after), None)
-        if start is None:
-            raise RequestError(f"after is {after[:128]!a}, which is no item of this response", param="after")
-        items = items[start:]
-    page = items[: int(written)]
+    items = _stored(request).items
+    page, has_more = page_of(
+        request.query, items, lambda item: item.id, limit_max=ITEMS_MAX, limit_default=ITEMS_DEFAULT
+    )
     first, last = (page[0].id, page[-1].id) if page else (None, None)
-    return json_response(ItemList("list", page, first, last, len(items) > len(page)))
+    return json_response(ItemList("list", page, first, last, has_more))
 
 
-async def _read(request: web.Request) -> Call:
-    store = request.app[STORE]
-    wire = await read_wire(request, DECODER)
+async def _call_of(wire: ResponsesRequest, caller: Caller) -> Call:
+    store = caller.app[STORE]
     earlier: tuple[ChatMessage, ...] = ()
     if wire.previous_response_id:
         earlier = store.get(wire.previous_response_id, param="previous_response_id").messages
     items = items_of(wire)
     messages = (*earlier, *conversation(items))
-    context = request.app[CONTEXT]
-    generate = with_headers(generate_request(wire, messages, default_temperature=context.default_temperature), request)
+    check_outputs(messages)
+    context = caller.context
+    generate = caller.sign(generate_request(wire, messages, default_temperature=context.default_temperature))
     if RESPONSE_PREFIX + generate.request_id in store:
         # The caller uses a request id again; the response that bears it stays what it is.
         generate = msgspec.structs.replace(generate, request_id="")
     takes_effort = context.gateway.rendering.takes_reasoning_effort
-    name_once(request, without_effect(wire, takes_reasoning_effort=takes_effort))
+    caller.name_once(without_effect(wire, takes_reasoning_effort=takes_effort))
     is_stored = wire.store is not False
 
     def answer(generations: Sequence[Generation]) -> Answer:
@@ -120,6 +104,10 @@ async def _read(request: web.Request) -> Call:
             instructions=wire.instructions,
             max_output_tokens=wire.max_output_tokens,
             model=generation.model,
+            parallel_tool_calls=wire.parallel_tool_calls is not False,
+            text=TextOptions(format=(wire.text and wire.text.format) or TextFormat(type="text")),
+            tool_choice=wire.tool_choice or "auto",
+            tools=wire.tools or [],
             previous_response_id=wire.previous_response_id,
             reasoning=wire.reasoning or ReasoningOptions(),
             store=is_stored,
@@ -151,3 +139,6 @@ def _as_message(output: list[OutputItem]) -> ChatMessage:
             if isinstance(item, FunctionCallItem)
         ),
     )
+
+
+RESPONSES = Endpoint(ENDPOINT, BodyDecoder(ResponsesRequest), _call_of)

@@ -83,6 +83,10 @@ class ClientConnection:
         """Send ``data`` once the client has room for it. Raises as ``check`` does."""
         if self._clock.monotonic_ns() - self._checked_ns >= _CHECK_NS:
             self.check()
+        if len(data) <= _BACKLOG_BYTES and self._backlog_bytes() <= _BACKLOG_BYTES:  # as nearly always
+            self._sent_bytes += len(data)
+            await response.write(data)
+            return
         for start in range(0, len(data), _BACKLOG_BYTES):
             await self._wait_below(_BACKLOG_BYTES)
             part = data[start : start + _BACKLOG_BYTES]
@@ -94,8 +98,12 @@ class ClientConnection:
         await self._wait_below(0)
         await response.write_eof()
 
+    def _backlog_bytes(self) -> int:
+        transport = self._request.transport
+        return transport.get_write_buffer_size() if transport is not None else 0
+
     async def _wait_below(self, limit_bytes: int) -> None:
-        while (transport := self._request.transport) and transport.get_write_buffer_size() > limit_bytes:
+        while self._backlog_bytes() > limit_bytes:
             self.check()
             await asyncio.sleep(_BACKLOG_POLL_S)
 

@@ -22,6 +22,43 @@ class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     now_ns: int
 
 
+class MemoryAdvice(msgspec.Struct, frozen=True, kw_only=True):
+    """What the memory guard knows of a request beside its estimate, so that admission need not guess.
+
+    Attributes:
+        pressure: share of the KV memory that is spoken for, see ``actors.pressure``; above 1 when memory was lost.
+        max_tokens_half: half of the output tokens, and ``kv_bytes_half`` the memory with so many.
+        max_tokens_fit: the most output tokens with which it fits the largest executor at all, and ``kv_bytes_fit`` the
+            memory with so many; 0 if not even one does.
+    """
+
+    pressure: float = 0.0
+    max_tokens_half: int = 0
+    kv_bytes_half: int = 0
+    max_tokens_fit: int = 0
+    kv_bytes_fit: int = 0
+
+
+class AdmissionNote(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client is told of how it was let in or refused: the decision, its reason and its numbers.
+
+    Attributes:
+        pressure: of the KV memory, 0 to 1, as the decision saw it.
+        running, slots, queued: requests that run, that may, and that wait.
+        waited_ms: in the line.
+    """
+
+    action: AdmissionAction
+    reason: str
+    max_tokens: int = 0
+    kv_bytes: int = 0
+    pressure: float = 0.0
+    running: int = 0
+    slots: int = 0
+    queued: int = 0
+    waited_ms: float = 0.0
+
+
 # ---------------------------------------------------------------- request lifecycle
 
 
@@ -53,10 +90,16 @@ class BeginRequest(Command, frozen=True, kw_only=True):
     parent_id: str = ""
     user_hmac: str = ""
     num_metadata: int = 0
+    prompt_version: str = ""
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
-    """The prompt was rendered; ``param`` is the field that it came from. The hashes of its ids and grammar are keyed."""
+    """The prompt was rendered. The hashes of its ids and grammar are keyed.
+
+    Attributes:
+        param: the field that it came from.
+        length_param: the field that bounds the length of the answer, as the client knows it.
+    """
 
     prompt_tokens: int
     prompt_hmac: str
@@ -64,6 +107,7 @@ class PromptReady(Command, frozen=True, kw_only=True):
     date: str
     param: str = "messages"
     grammar_hmac: str = ""
+    length_param: str = "max_tokens"
 
 
 class PromptUnusable(Command, frozen=True, kw_only=True):
@@ -80,6 +124,7 @@ class EstimateReady(Command, frozen=True, kw_only=True):
 
     kv_bytes: int
     kv_bytes_prompt: int
+    advice: MemoryAdvice | None = None
 
 
 class AdmissionGranted(Command, frozen=True, kw_only=True):
@@ -88,6 +133,7 @@ class AdmissionGranted(Command, frozen=True, kw_only=True):
     action: AdmissionAction
     max_tokens: int
     kv_bytes: int
+    note: AdmissionNote | None = None
 
 
 class AdmissionRefused(Command, frozen=True, kw_only=True):
@@ -96,6 +142,7 @@ class AdmissionRefused(Command, frozen=True, kw_only=True):
     code: str
     message: str
     retry_after_s: float
+    note: AdmissionNote | None = None
 
 
 class RouteFound(Command, frozen=True, kw_only=True):
@@ -113,7 +160,8 @@ class FirstTokenSeen(Command, frozen=True, kw_only=True):
 class EngineDone(Command, frozen=True, kw_only=True):
     """The engine ended the request as it should.
 
-    ``reasoning_tokens`` and ``num_calls`` are what the request's actor read in its output.
+    ``reasoning_tokens`` and ``num_calls`` are what the request's actor read in its output; ``session_tokens`` and
+    ``session_bytes`` what the engine keeps of it for the next turn of its session.
     """
 
     attempt: int
@@ -124,6 +172,8 @@ class EngineDone(Command, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     reasoning_tokens: int = 0
     num_calls: int = 0
+    session_tokens: int = 0
+    session_bytes: int = 0
 
 
 class EngineFailure(Command, frozen=True, kw_only=True):
@@ -201,10 +251,14 @@ class EstimateMemory(Command, frozen=True, kw_only=True):
 
 
 class ReserveMemory(Command, frozen=True, kw_only=True):
-    """Ask for KV memory on any executor that has room. Answered by ``MemoryGranted`` or ``MemoryRefused``."""
+    """Ask for KV memory on any executor that has room. Answered by ``MemoryGranted`` or ``MemoryRefused``.
+
+    A ``session_id`` is in use, and so not given up, until the reservation is released.
+    """
 
     request_id: str
     kv_bytes: int
+    session_id: str = ""
 
 
 class BindMemory(Command, frozen=True, kw_only=True):
@@ -221,16 +275,44 @@ class ReleaseMemory(Command, frozen=True, kw_only=True):
 
 
 class ObserveMemory(Command, frozen=True, kw_only=True):
-    """A reading of one executor's memory."""
+    """A reading of one executor's memory.
+
+    Attributes:
+        free_bytes: what its device still has; -1 if that is not known.
+        prefix_cache_bytes: held by cached prefixes, kept sessions included.
+    """
 
     executor: str
     used_bytes: int
     total_bytes: int
     kv_bytes_in_use: int
+    free_bytes: int = -1
+    prefix_cache_bytes: int = 0
+
+
+class KeepSession(Command, frozen=True, kw_only=True):
+    """A turn is over, and the engine keeps ``kv_bytes`` of it for the next turn of the session."""
+
+    session_id: str
+    executor: str
+    tokens: int
+    kv_bytes: int
+
+
+class CheckSessions(Command, frozen=True, kw_only=True):
+    """Give up sessions that nobody used for too long."""
 
 
 GuardCommand: TypeAlias = (
-    SetMemoryPool | DropMemoryPool | EstimateMemory | ReserveMemory | BindMemory | ReleaseMemory | ObserveMemory
+    SetMemoryPool
+    | DropMemoryPool
+    | EstimateMemory
+    | ReserveMemory
+    | BindMemory
+    | ReleaseMemory
+    | ObserveMemory
+    | KeepSession
+    | CheckSessions
 )
 
 
@@ -238,11 +320,15 @@ GuardCommand: TypeAlias = (
 
 
 class SetCapacity(Command, frozen=True, kw_only=True):
-    """How many requests one executor may run at once; 0 slots while it cannot serve."""
+    """How many requests one executor may run at once; 0 slots while it cannot serve.
+
+    ``multi_device`` if its engine spans several devices.
+    """
 
     executor: str
     slots: int
     kv_budget_bytes: int
+    multi_device: bool = False
 
 
 class AdmitRequest(Command, frozen=True, kw_only=True):
@@ -251,6 +337,10 @@ class AdmitRequest(Command, frozen=True, kw_only=True):
     Attributes:
         kv_bytes: the memory guard's estimate with ``max_tokens`` output tokens.
         kv_bytes_prompt: the part of it that the prompt alone needs.
+        advice: what the guard knows beside it.
+        tenant: whose it is; tenants take turns.
+        session_id: of the conversation within its tenant; empty is none.
+        can_shrink: whether it may be given fewer output tokens than it asked for.
     """
 
     request_id: str
@@ -260,12 +350,17 @@ class AdmitRequest(Command, frozen=True, kw_only=True):
     kv_bytes_prompt: int
     priority: int
     deadline_ns: int
+    advice: MemoryAdvice | None = None
+    tenant: str = ""
+    session_id: str = ""
+    can_shrink: bool = True
 
 
 class MemoryGranted(Command, frozen=True, kw_only=True):
-    """The memory guard's yes to ``ReserveMemory``."""
+    """The memory guard's yes to ``ReserveMemory``; ``pressure`` is that after the grant."""
 
     request_id: str
+    pressure: float = 0.0
 
 
 class MemoryRefused(Command, frozen=True, kw_only=True):
@@ -310,11 +405,12 @@ AdmissionCommand: TypeAlias = (
 
 
 class SetExecutor(Command, frozen=True, kw_only=True):
-    """An executor became able to serve, or changed."""
+    """An executor became able to serve, or changed; ``multi_device`` if its engine spans several devices."""
 
     executor: str
     slots: int
     kv_budget_bytes: int
+    multi_device: bool = False
 
 
 class DropExecutor(Command, frozen=True, kw_only=True):
@@ -325,11 +421,18 @@ class DropExecutor(Command, frozen=True, kw_only=True):
 
 
 class RouteRequest(Command, frozen=True, kw_only=True):
-    """Ask for an executor; without one that can take it the request waits until there is."""
+    """Ask for an executor; without one that can take it the request waits until there is.
+
+    Attributes:
+        session_id: names the conversation, for affinity: the client's ``X-Session-ID`` within its tenant; empty is none.
+        multi_device: admission decided ``route_multi``: it should run where an engine spans several devices.
+    """
 
     request_id: str
     kv_bytes: int
     prompt_tokens: int
+    session_id: str = ""
+    multi_device: bool = False
 
 
 class ForgetRoute(Command, frozen=True, kw_only=True):
@@ -340,4 +443,14 @@ class ForgetRoute(Command, frozen=True, kw_only=True):
 
 RouterCommand: TypeAlias = SetExecutor | DropExecutor | RouteRequest | ForgetRoute
 
-DeciderCommand: TypeAlias = RequestCommand | GuardCommand | AdmissionCommand | RouterCommand
+
+# ---------------------------------------------------------------- executor
+
+
+class DropSession(Command, frozen=True, kw_only=True):
+    """To an executor: what its engine keeps of this session may go."""
+
+    session_id: str
+
+
+DeciderCommand: TypeAlias = RequestCommand | GuardCommand | AdmissionCommand | RouterCommand | DropSession

@@ -9,7 +9,7 @@ Family = Literal["control", "content"]
 NO_CAUSE = -1
 
 
-class Event(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+class Event(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
     """A fact. Encoded as an array, so fields are append-only and a new field needs a default.
 
     Any other change to the fields is a new ``VERSION`` with an upcaster in ``codec``.
@@ -24,7 +24,7 @@ class Event(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     FAMILY: ClassVar[Family] = "control"
 
 
-class Meta(msgspec.Struct, frozen=True, array_like=True):
+class Meta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Who recorded an event, when, and because of what.
 
     ``(node, boot, family, pos)`` identifies the record: ``pos`` counts without gaps from 0 in each family of each boot.
@@ -53,21 +53,21 @@ class Meta(msgspec.Struct, frozen=True, array_like=True):
     mono_ns: int
 
 
-class Record(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """An event in the journal."""
 
     meta: Meta
     event: Event
 
 
-class Stored(msgspec.Struct, frozen=True, array_like=True):
+class Stored(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A record as bytes on disk: the event stays encoded until someone asks for it."""
 
     meta: Meta
     payload: msgspec.Raw
 
 
-class Origin(msgspec.Struct, frozen=True, kw_only=True):
+class Origin(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What an appender knows about a record; the journal adds the rest."""
 
     stream: str

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import msgspec
 
-from gptoss.messages.commands import AdmissionAction, CancelReason
+from gptoss.messages.commands import AdmissionAction, AdmissionNote, CancelReason, MemoryAdvice
 from gptoss.messages.envelope import Event, Family
 from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
 from gptoss.messages.plan import Preemption, PreemptionReason, RowFailure, Start
@@ -230,6 +230,7 @@ class RequestEstimated(Event, frozen=True, kw_only=True):
 
     kv_bytes: int
     kv_bytes_prompt: int
+    advice: MemoryAdvice | None = None
 
 
 class RequestAdmitted(Event, frozen=True, kw_only=True):
@@ -238,6 +239,7 @@ class RequestAdmitted(Event, frozen=True, kw_only=True):
     action: AdmissionAction
     max_tokens: int
     kv_bytes: int
+    note: AdmissionNote | None = None
 
 
 class RequestRouted(Event, frozen=True, kw_only=True):
@@ -280,7 +282,10 @@ class AttemptRetried(Event, frozen=True, kw_only=True):
 
 
 class RequestCompleted(Event, frozen=True, kw_only=True):
-    """Terminal: served to the end. ``num_calls`` are the tool calls in the answer."""
+    """Terminal: served to the end. ``num_calls`` are the tool calls in the answer.
+
+    ``session_tokens`` and ``session_bytes`` are what the engine keeps for the next turn of its session.
+    """
 
     finish_reason: FinishReason
     prompt_tokens: int
@@ -289,6 +294,8 @@ class RequestCompleted(Event, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     reasoning_tokens: int = 0
     num_calls: int = 0
+    session_tokens: int = 0
+    session_bytes: int = 0
 
 
 class RequestFailed(Event, frozen=True, kw_only=True):
@@ -314,6 +321,7 @@ class RequestRejected(Event, frozen=True, kw_only=True):
     message: str
     param: str = ""
     retry_after_s: float = 0.0
+    note: AdmissionNote | None = None
 
 
 # ---------------------------------------------------------------- memory guard
@@ -341,15 +349,21 @@ class MemoryEstimated(Event, frozen=True, kw_only=True):
     max_tokens: int
     kv_bytes: int
     kv_bytes_prompt: int
+    advice: MemoryAdvice | None = None
 
 
 class ReservationGranted(Event, frozen=True, kw_only=True):
-    """Memory is set aside. ``unbound_bytes`` counts grants that no executor is tied to yet."""
+    """Memory is set aside. ``unbound_bytes`` counts grants that no executor is tied to yet.
+
+    ``session_id`` is in use until it is released; ``pressure`` is that after the grant.
+    """
 
     request_id: str
     kv_bytes: int
     kv_bytes_free_max: int
     unbound_bytes: int
+    session_id: str = ""
+    pressure: float = 0.0
 
 
 class ReservationRefused(Event, frozen=True, kw_only=True):
@@ -369,15 +383,23 @@ class ReservationBound(Event, frozen=True, kw_only=True):
 
 
 class ReservationReleased(Event, frozen=True, kw_only=True):
-    """Memory is given back; exactly once for each grant."""
+    """Memory is given back; exactly once for each grant. ``at_ns`` is when, where a session of it became idle."""
 
     request_id: str
     kv_bytes: int
     executor: str
+    at_ns: int = 0
 
 
 class MemoryObserved(Event, frozen=True, kw_only=True):
-    """A reading of one executor's memory."""
+    """A reading of one executor's memory. ``used_bytes`` of ``total_bytes`` is the device, beside ``pressure``.
+
+    Attributes:
+        pressure: share of the KV memory that is spoken for, see ``actors.pressure``.
+        free_bytes: what the device still has; -1 if that is not known.
+        lacking_bytes: of the KV budget, what the device turned out not to have.
+        session_bytes: kept for sessions on this executor.
+    """
 
     executor: str
     used_bytes: int
@@ -385,17 +407,47 @@ class MemoryObserved(Event, frozen=True, kw_only=True):
     kv_bytes_in_use: int
     kv_bytes_reserved: int
     pressure: float
+    free_bytes: int = -1
+    lacking_bytes: int = 0
+    session_bytes: int = 0
+
+
+class SessionKept(Event, frozen=True, kw_only=True):
+    """The engine of ``executor`` keeps the KV of a session's last turn for its next one."""
+
+    session_id: str
+    executor: str
+    tokens: int
+    kv_bytes: int
+    at_ns: int
+    pressure: float
+
+
+class SessionEvicted(Event, frozen=True, kw_only=True):
+    """A session's KV may go. ``used_ns`` is when its last turn ended.
+
+    ``reason``: idle (for too long), sessions_full (all together have too much), too_large, pressure, memory (a request
+    needs it), moved (the session went on elsewhere), executor_lost.
+    """
+
+    session_id: str
+    executor: str
+    reason: str
+    kv_bytes: int
+    used_ns: int
+    pressure: float
 
 
 # ---------------------------------------------------------------- admission
 
 
 class CapacitySet(Event, frozen=True, kw_only=True):
-    """How many requests one executor may run at once."""
+    """How many requests one executor may run at once; ``multi_device`` if its engine spans several devices."""
 
     executor: str
     slots: int
     kv_budget_bytes: int
+    multi_device: bool = False
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -405,6 +457,9 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         kv_bytes: memory for the prompt and ``max_tokens`` of output.
         shrunk: ``max_tokens`` is below what was asked for.
         enqueued_ns: when it began to wait; -1 when it never did.
+        tenant: whose it is.
+        session_id: of its conversation within its tenant.
+        multi_device: it should run where an engine spans several devices.
     """
 
     max_tokens: int
@@ -413,10 +468,21 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     deadline_ns: int
     shrunk: bool
     enqueued_ns: int = -1
+    tenant: str = ""
+    session_id: str = ""
+    multi_device: bool = False
 
 
 class AdmissionDecided(Event, frozen=True, kw_only=True):
-    """The decision with the numbers it saw. ``policy`` is the hash of the policy settings."""
+    """The decision with the numbers it saw. ``policy`` is the hash of the policy settings.
+
+    Attributes:
+        pressure: share of the KV memory that is spoken for, see ``actors.pressure``, as the guard gave it on arrival.
+        kv_bytes_max: the largest request that an executor that is up could hold.
+        wait_s: how long it waited, if it was let in or its time is up; else the forecast, where there is one.
+        until_deadline_s: how long it may wait.
+        tenant: whose it is.
+    """
 
     request_id: str
     action: AdmissionAction
@@ -430,6 +496,11 @@ class AdmissionDecided(Event, frozen=True, kw_only=True):
     retry_after_s: float = 0.0
     code: str = ""
     at_ns: int = 0
+    pressure: float = 0.0
+    kv_bytes_max: int = 0
+    wait_s: float = 0.0
+    until_deadline_s: float = 0.0
+    tenant: str = ""
 
 
 class MemoryRequested(Event, frozen=True, kw_only=True):
@@ -450,12 +521,26 @@ class Enqueued(Event, frozen=True, kw_only=True):
 
 
 class Dequeued(Event, frozen=True, kw_only=True):
-    """The request leaves the queue. ``reason``: tried (memory is asked for), withdrawn or expired."""
+    """The request leaves the queue. ``reason``: tried (memory is asked for), withdrawn, expired or displaced."""
 
     request_id: str
     waited_ns: int
     queued: int
     reason: str
+
+
+class Parked(Event, frozen=True, kw_only=True):
+    """No executor that is up could hold this waiting request; it lets the others pass until one can."""
+
+    request_id: str
+    kv_bytes: int
+    kv_bytes_max: int
+
+
+class Unparked(Event, frozen=True, kw_only=True):
+    """An executor could hold this request now; it is back in its place in the line."""
+
+    request_id: str
 
 
 class DeadlineExpired(Event, frozen=True, kw_only=True):
@@ -466,11 +551,12 @@ class DeadlineExpired(Event, frozen=True, kw_only=True):
 
 
 class SlotReleased(Event, frozen=True, kw_only=True):
-    """A running request ended. ``ran_ns`` is how long it held its slot; queue forecasts use it."""
+    """A running request ended. ``ran_ns`` is how long it held its slot; queue forecasts use it, and ``at_ns``."""
 
     request_id: str
     running: int
     ran_ns: int
+    at_ns: int = 0
 
 
 class AdmissionClosed(Event, frozen=True, kw_only=True):

@@ -28,6 +28,10 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int = 1
 
 
+Summation = Literal["auto", "blocks", "pairs"]
+"""In which order the CPU kernels sum products with bfloat16 weights: that of TDPBF16PS, or that of VDPBF16PS."""
+
+
 class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a loaded engine can take.
 
@@ -38,6 +42,9 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         limits: what its scheduler keeps to.
         prefix_cache_bytes: the most of that KV memory that cached prefixes may take while it is not reserved.
         kv_pages: pages that it consists of; 0 where each request has a contiguous slot of its own.
+        summation: of the CPU kernels; ``auto`` where others run.
+        multi_device: it spans several devices.
+        workspace_bytes: device memory that a step may take beside weights and KV, as estimated.
     """
 
     model_name: str
@@ -55,6 +62,9 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits | None = None
     prefix_cache_bytes: int = 0
     kv_pages: int = 0
+    summation: Summation = "auto"
+    multi_device: bool = False
+    workspace_bytes: int = 0
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,6 +33,8 @@ NO_CHOICE = (
     ev.ExecutorJoined,
     ev.ExecutorLeft,
     ev.RequestReceived,
+    ev.RequestEstimated,
+    ev.SessionKept,
 )
 CHOSEN: dict[type[Event], tuple[str, ...]] = {
     ev.AdmissionDecided: ("request_id", "action", "max_tokens", "code"),
@@ -41,6 +43,11 @@ CHOSEN: dict[type[Event], tuple[str, ...]] = {
     ev.MemoryRequested: ("request_id",),
     ev.ReservationGranted: ("request_id",),
     ev.ReservationRefused: ("request_id",),
+    ev.ReservationReleased: ("request_id",),
+    ev.SlotReleased: ("request_id",),
+    ev.SessionEvicted: ("session_id",),
+    ev.Parked: ("request_id",),
+    ev.Unparked: ("request_id",),
     ev.ReservationBound: ("request_id", "executor"),
     ev.RouteDecided: ("request_id", "executor"),
     ev.RequestAdmitted: ("action", "max_tokens"),
@@ -73,13 +80,14 @@ class Divided(msgspec.Struct, frozen=True, kw_only=True):
         states = self.states if policy.is_changed else self.recorded_states
         for stream, state in states.items():
             if not stream.startswith(REQUEST_PREFIX):
-                simulation.states[stream] = state
+                simulation.states[stream] = policy.own(stream, state)
             elif state.phase != "ended":
                 simulation.states[stream] = state
                 deadline = cmd.CancelRequest(now_ns=0, reason="deadline")
                 simulation.tell(state.deadline_ns, stream, deadline)
                 simulation.made[state.request_id] = state.tokens_out
-        for ask in states["admission"].waiting.values() if "admission" in states else ():
+        waiting = states["admission"].waiting.values() if "admission" in states else ()
+        for ask in sorted(waiting, key=lambda ask: (ask.deadline_ns, ask.enqueued_ns)):
             simulation.tell(ask.deadline_ns, "admission", cmd.CheckDeadlines(now_ns=0))
         running = {state.request_id for state in states.values() if getattr(state, "phase", "") == "running"}
         for stream, engine in self.engines.items():

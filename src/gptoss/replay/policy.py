@@ -11,9 +11,10 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from gptoss.actors.admission import AdmissionState, Capacity
+from gptoss.actors.admission_state import AdmissionState
+from gptoss.actors.decider import keeper_of
 from gptoss.actors.deciders import Deciders, deciders_of
-from gptoss.actors.memory_guard import GuardState
+from gptoss.actors.memory_state import GuardState
 from gptoss.actors.router import ExecutorView, RouterState
 from gptoss.clock import NS_PER_S
 from gptoss.config import Settings
@@ -23,7 +24,23 @@ from gptoss.messages import commands as cmd
 from gptoss.messages.commands import Command
 from gptoss.messages.model import EngineCapabilities
 
-TRIABLE = ("kv_budget_mb", "max_batch_size", "max_queue", "queue_timeout_s", "request_timeout_s")
+NUMBERS = ("kv_budget_mb", "max_batch_size", "max_queue", "queue_timeout_s", "request_timeout_s")
+"""Settings that must be given as numbers: 0 would be automatic, of which a recording knows nothing."""
+TRIABLE = (
+    *NUMBERS,
+    "queue_order",
+    "queue_ageing_s",
+    "pressure_evict",
+    "pressure_shrink",
+    "pressure_queue",
+    "pressure_refuse",
+    "multi_device_prompt_len",
+    "multi_device_kv_mb",
+    "session_kv_mb",
+    "sessions_kv_mb",
+    "session_idle_s",
+    "policy_version",
+)
 BYTES_PER_MB = 1024 * 1024
 
 replace = msgspec.structs.replace
@@ -57,7 +74,7 @@ def check_changes(given: Mapping[str, Any], where: str) -> dict[str, Any]:
             changes[name] = msgspec.convert(value, kinds[name])
         except msgspec.ValidationError as error:
             raise ConfigError(f"{where}: {name} is {value!r}: {error}") from None
-        if value == 0:
+        if value == 0 and name in NUMBERS:
             raise ConfigError(f"{where}: {name} is 0, which is automatic; a recording needs a number")
     return changes
 
@@ -134,15 +151,24 @@ class Policy:
         budget = self._budget if is_whole and self._budget else recorded.kv_budget_bytes
         return replace(recorded, limits=limits, kv_budget_bytes=budget)
 
+    def own(self, stream: str, state: Any) -> Any:
+        """A state as this policy's decider of the stream would have it: its line may be ordered otherwise."""
+        keeper = keeper_of(self.deciders.of(stream))
+        return state if keeper is None else keeper.restored(keeper.recorded(state))
+
     def state(self, recorded: Any) -> Any:
         """A decider's recorded state, as it would have been."""
         match recorded:
             case GuardState():
                 pools = {name: self.capabilities(pool) for name, pool in recorded.pools.items()}
-                return GuardState(pools, recorded.grants)
+                return replace(recorded, pools=pools)
             case AdmissionState():
                 capacities = {
-                    name: Capacity(self._slots or each.slots, self._budget or each.kv_budget_bytes)
+                    name: replace(
+                        each,
+                        slots=self._slots or each.slots,
+                        kv_budget_bytes=self._budget or each.kv_budget_bytes,
+                    )
                     if each.slots
                     else each
                     for name, each in recorded.capacities.items()

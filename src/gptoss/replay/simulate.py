@@ -15,9 +15,11 @@ from typing import Any
 
 import msgspec
 
-from gptoss.actors.admission import DEADLINE_PERIOD_S
+from gptoss.actors.admission_actor import DEADLINE_PERIOD_S
 from gptoss.actors.directory import REQUEST_PREFIX, executor_name, request_name
+from gptoss.actors.memory_guard import SESSION_PERIOD_S
 from gptoss.clock import NS_PER_S
+from gptoss.engine.memory_model import kv_bytes, tokens_within
 from gptoss.engine.scheduler import schedule
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
@@ -26,11 +28,13 @@ from gptoss.messages.envelope import Event
 from gptoss.messages.model import EngineCapabilities
 from gptoss.messages.plan import Limits, StepPlan
 from gptoss.replay.plans import ExecutorLog
-from gptoss.replay.policy import Policy
+from gptoss.replay.policy import BYTES_PER_MB, Policy
 from gptoss.replay.step_cost import StepCost
 
 DEADLINE_WAIT_NS = int(DEADLINE_PERIOD_S / 2 * NS_PER_S)
 """How long after a deadline admission notices on average."""
+SESSION_WAIT_NS = int(SESSION_PERIOD_S / 2 * NS_PER_S)
+"""How long after a session's time is up the guard notices on average."""
 ANY_CHUNK = 2**20
 """Tokens of prompt in a step of an engine that does not say how it cuts prompts."""
 MESSAGES_MAX = 20_000_000
@@ -169,6 +173,8 @@ class Simulation:
             case ev.Enqueued():
                 check_ns = event.ask.deadline_ns + DEADLINE_WAIT_NS
                 self.tell(check_ns, "admission", cmd.CheckDeadlines(now_ns=0))
+            case ev.SessionKept() | ev.ReservationReleased() if event.at_ns:
+                self._check_sessions(event.at_ns)
             case ev.SamplingBound():
                 self._submit(request_id, state, event)
             case ev.CancelRequested() if state.phase == "running":
@@ -178,6 +184,10 @@ class Simulation:
                 self.made.pop(request_id, None)
             case _:
                 pass
+
+    def _check_sessions(self, used_ns: int) -> None:
+        idle_ns = int(self._policy.settings.session_idle_s * NS_PER_S)
+        self.tell(used_ns + idle_ns + SESSION_WAIT_NS, "memory", cmd.CheckSessions(now_ns=0))
 
     # ---- engines
 
@@ -293,14 +303,27 @@ class Simulation:
     def _done(self, request_id: str, reason: Any) -> None:
         state = self.states.get(request_name(request_id))
         if state is not None:
+            made = self.made.get(request_id, 0)
+            tokens, kept = self._kept(state, made) if reason != "cancelled" else (0, 0)
             done = cmd.EngineDone(
                 now_ns=self.now_ns,
                 attempt=state.attempt,
                 reason=reason,
                 prompt_tokens=state.prompt_tokens,
-                completion_tokens=self.made.get(request_id, 0),
+                completion_tokens=made,
+                session_tokens=tokens,
+                session_bytes=kept,
             )
             self.tell(self.now_ns, request_name(request_id), done)
+
+    def _kept(self, state: Any, made: int) -> tuple[int, int]:
+        """Tokens and bytes that an engine would keep for a session, if all of its turn fits the limit."""
+        capabilities = self._engine(executor_name(state.executor)).capabilities
+        limit = self._policy.settings.session_kv_mb * BYTES_PER_MB
+        if not state.session_id or capabilities is None or not capabilities.prefix_cache_bytes:
+            return 0, 0
+        tokens = tokens_within(capabilities.kv_layout, limit, state.prompt_tokens + made)
+        return tokens, kv_bytes(capabilities.kv_layout, tokens)
 
     def _prompt_left(self, engine: ExecutorLog, request_id: str, start: int) -> int:
         candidate = engine.running.get(request_id) or engine.line.get(request_id)

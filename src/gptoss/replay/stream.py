@@ -16,9 +16,9 @@ from typing import Any
 
 import msgspec
 
-from gptoss.actors.decider import Decider, fold
+from gptoss.actors.decider import Decider, fold, recorded_form
 from gptoss.errors import JournalError
-from gptoss.messages.codec import decode_command
+from gptoss.messages.codec import UNREADABLE, decode_command
 from gptoss.messages.commands import BeginRequest, Command
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.messages.events import (
@@ -150,13 +150,14 @@ class DeciderStream:
     def _compare_state(self, record: Record, event: SnapshotTaken) -> Iterator[Divergence]:
         try:
             recorded = fold(self.decider, self.state, event)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             yield self._error(record.meta, "state", str(error))
             return
         if self.is_known:
             self.tally.snapshots += 1
-            if recorded != self.state:
-                yield self._divergence("snapshot", record.meta, record.meta.type, diff(recorded, self.state))
+            theirs, ours = (recorded_form(self.decider, state) for state in (recorded, self.state))
+            if theirs != ours:
+                yield self._divergence("snapshot", record.meta, record.meta.type, diff(theirs, ours))
         self.state, self.is_known = recorded, True
 
     def _gap(self, meta: Meta) -> Iterator[Divergence]:

@@ -23,7 +23,7 @@ from gptoss.engine.port import Load, StepRow, Submit
 from gptoss.errors import ConfigError, ReplayError
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
-from gptoss.messages.model import EngineCapabilities, ModelFingerprint
+from gptoss.messages.model import EngineCapabilities, ModelFingerprint, Summation
 from gptoss.messages.plan import plan_of
 from gptoss.messages.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from gptoss.replay.recorded import settings_of
@@ -285,6 +285,7 @@ class _Models:
             kv_layout="paged" if recorded.kv_pages else "slots",
             cache_folder=str(here.cache_path),
             num_threads=recorded.num_threads,
+            summation=_summation(recorded),
         )
 
     def _check(self, here: ModelFingerprint, recorded: ModelFingerprint) -> None:
@@ -302,12 +303,18 @@ class _Models:
         self.notes.append(f"this is not the recorded model: its {what} differ")
 
 
+def _summation(engine: EngineCapabilities) -> Summation:
+    """Before the order of summing was written down there was one."""
+    return "blocks" if engine.summation == "auto" else engine.summation
+
+
 def _differences(recorded: EngineCapabilities, here: EngineCapabilities) -> Iterator[str]:
     """How this engine is not like the recorded one, in ways that may change bits."""
     ways: dict[str, Callable[[EngineCapabilities], object]] = {
         "device": lambda each: each.device,
         "dtype": lambda each: each.dtype,
         "threads": lambda each: each.num_threads,
+        "order of summing": _summation,
         "layout of KV memory": lambda each: each.kv_layout,
         "kernels whose bits do not depend on the cut": lambda each: bool(each.limits and each.limits.is_row_invariant),
     }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from gptoss.actors.deciders import Deciders, deciders_of
-from gptoss.actors.directory import DECIDER_NAMES, EXECUTOR_PREFIX
+from gptoss.actors.directory import DECIDER_NAMES, EXECUTOR_PREFIX, STANDING_DECIDERS
 from gptoss.clock import NS_PER_S, Clock, SystemClock
 from gptoss.config import Settings
 from gptoss.messages import events as ev
@@ -31,7 +31,7 @@ from gptoss.telemetry.recording import Recording
 ENDED_STREAMS_MAX = 1000
 PROBLEMS_MAX = 100
 PROGRESS_EVERY = 10_000
-DECIDERS = ("admission", "memory", "router", "request", "scheduler")
+DECIDERS = ("admission", "memory", "router", "request", "batches", "scheduler")
 """In the order of the report."""
 
 
@@ -91,7 +91,7 @@ class Verifier:
         for name, stream in self.streams.items():
             if not stream.is_waiting:
                 continue
-            if stream is self._open or name in DECIDER_NAMES:
+            if stream is self._open or name in STANDING_DECIDERS:
                 self.notes.append(f"boot {self.boot}: the recording ends within a command of {name}")
             else:
                 for divergence in stream.close():

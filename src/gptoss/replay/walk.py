@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from gptoss.actors.decider import recorded_form
 from gptoss.errors import ReplayError
 from gptoss.messages import events as ev
 from gptoss.messages.codec import decode_command
@@ -121,7 +122,7 @@ class Walk:
     def _state(self, actor: str) -> tuple[Any, bool]:
         stream = self._verifier.streams.get(actor)
         if stream is not None:
-            return plain(stream.state), stream.is_known
+            return plain(recorded_form(stream.decider, stream.state)), stream.is_known
         log = self._verifier.executors.get(actor)
         if log is not None:
             return executor_state(log), log.is_known

@@ -142,5 +142,6 @@ def _request(arrival: Arrival) -> GenerateRequest:
         priority=arrival.priority,
         timeout_s=arrival.timeout_s,
         session_id=arrival.session_id,
+        user=arrival.user,
         request_id=arrival.request_id,
     )

@@ -48,6 +48,11 @@ class Device(msgspec.Struct):
     lives_s: float = -1.0
     engine: "SimulatedDriver | None" = None
 
+    @property
+    def kept_sessions(self) -> dict[str, int]:
+        """What its engine keeps of sessions, in bytes; nothing if none lives."""
+        return {} if self.engine is None else self.engine.kept_sessions
+
 
 class SimulatedDriver:
     """``engine.port.EngineDriver`` in virtual time."""
@@ -91,6 +96,11 @@ class SimulatedDriver:
         if not self._hangs and port.Shutdown() in self._commands:
             self._exit(0, "shut down")
         return self._is_gone
+
+    @property
+    def kept_sessions(self) -> dict[str, int]:
+        """What the engine keeps of sessions, in bytes."""
+        return {} if self._is_gone else dict(self._engine.sessions)
 
     # ---- faults
 

@@ -6,6 +6,8 @@ once mostly refuses, and hides what goes wrong in the details).
 
 from collections.abc import Callable
 
+import msgspec
+
 from gptoss.actors.directory import DECIDER_NAMES, executor_name
 from gptoss.clock import SeededRng
 from gptoss.simulation.faults import ANY_REQUEST
@@ -16,6 +18,8 @@ SPAN_MS = 2000.0
 """Faults happen within this time, and so do most arrivals."""
 RUSH_MS = (700.0, 702.0)
 """When everyone comes at once: the engines have loaded by then."""
+CALM_AGEING_S = 600.0
+"""No tenant waits for so long: nobody goes next for its patience."""
 VIEWS_EVERY = 4
 """In one of so many seeds the projections are rebuilt."""
 MEMORY_FOR_TOKENS = (60, 200, 600, 2000)
@@ -44,6 +48,7 @@ def generate(seed: int) -> Scenario:
     span_ms = RUSH_MS if rng.happens(0.3) else (0.0, SPAN_MS)
     number = rng.pick((12, 16) if is_crowded else (1, 4, 8, 12))
     arrivals = tuple(_arrival(rng, index, span_ms, is_long=is_crowded) for index in range(number))
+    shape, arrivals = _with_tenants(SeededRng(f"{seed}/tenants"), shape, arrivals)
     return Scenario(seed, shape, arrivals, _faults(rng, shape, arrivals), rebuilds_views=seed % VIEWS_EVERY == 0)
 
 
@@ -59,6 +64,19 @@ def _shape(rng: SeededRng, *, is_crowded: bool) -> Shape:
         step_ms=rng.pick((5.0, 20.0) if is_crowded else (1.0, 5.0, 20.0)),
         lag=rng.pick((0.0, 0.2, 0.6)),
     )
+
+
+def _with_tenants(rng: SeededRng, shape: Shape, arrivals: tuple[Arrival, ...]) -> tuple[Shape, tuple[Arrival, ...]]:
+    """The same with tenants, one of them with most of the requests, and with engines that keep sessions."""
+    tenants = rng.pick((("",), ("", "a"), ("a", "a", "a", "b"), ("a", "b", "c")))
+    shape = msgspec.structs.replace(
+        shape,
+        first_is_larger=shape.executors > 1 and rng.happens(0.5),
+        prefix_cache_bytes=shape.kv_budget_bytes // 2 if rng.happens(0.6) else 0,
+        session_idle_s=rng.pick((0.2, 2.0, 180.0)),
+        ageing_s=rng.pick((0.2, CALM_AGEING_S, CALM_AGEING_S)),
+    )
+    return shape, tuple(msgspec.structs.replace(each, user=rng.pick(tenants)) for each in arrivals)
 
 
 def _arrival(rng: SeededRng, index: int, span_ms: tuple[float, float], *, is_long: bool) -> Arrival:

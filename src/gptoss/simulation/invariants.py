@@ -1,5 +1,12 @@
 """What must hold in every run, whatever the scenario; each is a function named for what it says."""
 
+from gptoss.simulation.line_invariants import (
+    nobody_jumps_the_queue,
+    refusals_are_for_a_reason,
+    sessions_end,
+    sessions_in_use_are_kept,
+    tenants_take_turns,
+)
 from gptoss.simulation.log_invariants import (
     decisions_replay,
     log_recovers,
@@ -22,7 +29,6 @@ from gptoss.simulation.resource_invariants import (
     grants_cover_requests,
     letters_balance,
     mailboxes_are_empty,
-    nobody_jumps_the_queue,
     nothing_is_held_at_rest,
 )
 
@@ -38,6 +44,10 @@ AT_REST: tuple[Invariant, ...] = (
     cancels_are_heeded,
     cancel_frees_memory,
     nobody_jumps_the_queue,
+    tenants_take_turns,
+    refusals_are_for_a_reason,
+    sessions_in_use_are_kept,
+    sessions_end,
     grants_cover_requests,
     projections_rebuild,
     nothing_fails_unexpectedly,

@@ -1,11 +1,8 @@
-"""Invariants of what is held and waited for: memory, slots, places in line, letters, answers."""
+"""Invariants of what is held: memory, slots, places in line, letters, answers."""
 
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.fake_engine import FAKE_LAYOUT
-from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
-from gptoss.messages.codec import decode_command
-from gptoss.messages.envelope import Record
 from gptoss.simulation.decisions import states_at_the_end
 from gptoss.simulation.observed import Observed, ViolationError
 
@@ -47,44 +44,10 @@ def nothing_is_held_at_rest(observed: Observed) -> None:
         "a place in line": tuple(admission.waiting),
         "a route": tuple(router.routes),
     }
+    held["a session"] = tuple(name for name, session in memory.book.sessions.items() if session.in_use)
     for what, request_ids in held.items():
         if request_ids:
             raise ViolationError(f"{', '.join(request_ids)} still holds {what} although no request runs")
-
-
-def nobody_jumps_the_queue(observed: Observed) -> None:
-    """Who waits goes in order of priority, then arrival; nobody is tried for memory while another goes before him.
-
-    Who was asked for before the other began to wait may still get it: that is the window of one message.
-    """
-    queued: dict[str, tuple[int, int]] = {}
-    tried: dict[str, tuple[int, int]] = {}
-    for number, record in enumerate(observed.streams.get("admission", [])):
-        match record.event:
-            case ev.CommandConsumed(command=raw):
-                command = decode_command(raw)
-                if isinstance(command, cmd.WithdrawRequest):
-                    queued.pop(command.request_id, None)
-            case ev.Enqueued(request_id=request_id, ask=ask):
-                queued.setdefault(request_id, (ask.priority, number))
-            case ev.MemoryRequested(request_id=request_id, ask=ask):
-                tried[request_id] = (ask.priority, number)
-            case ev.AdmissionDecided(request_id=request_id, action="accept" | "shrink"):
-                rank = queued.pop(request_id, tried[request_id])
-                _check_turn(record, rank, tried[request_id][1], queued)
-            case ev.AdmissionDecided(request_id=request_id, action="reject"):
-                queued.pop(request_id, None)
-            case _:
-                pass
-
-
-def _check_turn(record: Record, rank: tuple[int, int], tried_at: int, queued: dict[str, tuple[int, int]]) -> None:
-    assert isinstance(record.event, ev.AdmissionDecided)
-    for other, theirs in queued.items():
-        if theirs < rank and theirs[1] < tried_at:
-            raise ViolationError(
-                f"{record.event.request_id} was let in at {record.meta.pos}, although {other} waited and goes first"
-            )
 
 
 def grants_cover_requests(observed: Observed) -> None:

@@ -62,6 +62,7 @@ class Arrival(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         name: of the arrival; faults refer to it.
         request_id: the id that the client wishes for; several arrivals may wish for the same.
+        user: whom the client acts for: the tenant.
         flaw: a reason why it must be refused: ``empty`` has no messages, ``model`` names another model.
     """
 
@@ -74,6 +75,7 @@ class Arrival(msgspec.Struct, frozen=True, omit_defaults=True):
     timeout_s: float | None = None
     request_id: str = ""
     session_id: str = ""
+    user: str = ""
     flaw: Literal["", "empty", "model"] = ""
 
 
@@ -83,6 +85,9 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         step_ms: how long an engine step takes, about.
         lag: probability that an actor's turn is put off.
+        first_is_larger: the first executor has four times the memory of the others.
+        prefix_cache_bytes: of each engine; sessions may keep half of it.
+        session_idle_s, ageing_s: as the settings.
     """
 
     executors: int = 1
@@ -94,6 +99,14 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     step_timeout_s: float = 2.0
     step_ms: float = 5.0
     lag: float = 0.0
+    first_is_larger: bool = False
+    prefix_cache_bytes: int = 0
+    session_idle_s: float = 180.0
+    ageing_s: float = 10.0
+
+    def budget_of(self, device: str) -> int:
+        """KV bytes of one executor."""
+        return self.kv_budget_bytes * (4 if self.first_is_larger and device == self.devices[0] else 1)
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -22,12 +22,18 @@ PLAIN_ARRIVALS: tuple[dict[str, Any], ...] = (
     {"timeout_s": None},
     {"request_id": ""},
     {"session_id": ""},
+    {"user": ""},
     {"flaw": ""},
     {"prompt_tokens": 1},
     {"max_tokens": 1},
     {"max_tokens": 5},
 )
-PLAIN_SHAPES: tuple[dict[str, Any], ...] = ({"executors": 1}, {"lag": 0.0}, {"slots": 1})
+PLAIN_SHAPES: tuple[dict[str, Any], ...] = (
+    {"executors": 1},
+    {"lag": 0.0},
+    {"slots": 1},
+    {"prefix_cache_bytes": 0},
+)
 
 
 class Shrinker:

@@ -45,13 +45,14 @@ class OneTerminalEvent:
 
 
 class ReservationsWithinBudget:
-    """What is granted fits a pool beside all that is granted already, and is given back exactly once."""
+    """What is granted fits a pool beside all that is granted and kept already, and is given back exactly once."""
 
     name = "reservations_within_budget"
 
     def __init__(self) -> None:
         self.budgets: dict[str, int] = {}
         self.grants: dict[str, tuple[str, int]] = {}
+        self.sessions: dict[str, tuple[str, int]] = {}
 
     def see(self, record: Record) -> None:
         """See ``Watcher``."""
@@ -72,6 +73,10 @@ class ReservationsWithinBudget:
                     raise ViolationError(
                         f"{request_id} gives {kv_bytes} bytes back at {record.meta.pos} but holds {held and held[1]}"
                     )
+            case ev.SessionKept(session_id=session_id, executor=executor, kv_bytes=kv_bytes):
+                self.sessions[session_id] = (executor, kv_bytes)
+            case ev.SessionEvicted(session_id=session_id):
+                self.sessions.pop(session_id, None)
             case _:
                 pass
 
@@ -92,7 +97,8 @@ class ReservationsWithinBudget:
         self.grants[request_id] = (executor, self.grants[request_id][1])
 
     def _granted(self, pool: str) -> int:
-        return sum(kv_bytes for name, kv_bytes in self.grants.values() if name == pool)
+        held = (*self.grants.values(), *self.sessions.values())
+        return sum(kv_bytes for name, kv_bytes in held if name == pool)
 
 
 class Watch:

@@ -23,7 +23,7 @@ from gptoss.simulation.clients import Client
 from gptoss.simulation.engine import Device, SimulatedDriver
 from gptoss.simulation.journal import Disk, SimulatedJournal
 from gptoss.simulation.loop import SeededDispatcher, SimulatedLoop
-from gptoss.simulation.scenario import Scenario
+from gptoss.simulation.scenario import Scenario, Shape
 from gptoss.simulation.watched import Watch
 from gptoss.surroundings import Surroundings
 from gptoss.telemetry.logs import LogWriter
@@ -71,6 +71,15 @@ class FaultyRenderer(FakeRenderer):
         )
 
 
+def _options(shape: Shape, device: str) -> FakeOptions:
+    return FakeOptions(
+        max_batch_size=shape.slots,
+        kv_budget_bytes=shape.budget_of(device),
+        prefix_cache_bytes=shape.prefix_cache_bytes,
+        max_model_len=MAX_MODEL_LEN,
+    )
+
+
 class World:
     """Everything around the system, and the system.
 
@@ -90,10 +99,7 @@ class World:
         self.disk = Disk()
         self.renderer = FaultyRenderer(self.loop)
         self.log = io.StringIO()
-        options = FakeOptions(
-            max_batch_size=shape.slots, kv_budget_bytes=shape.kv_budget_bytes, max_model_len=MAX_MODEL_LEN
-        )
-        self.devices = {name: Device(name, options, shape.step_ms / MS_PER_S) for name in shape.devices}
+        self.devices = {name: Device(name, _options(shape, name), shape.step_ms / MS_PER_S) for name in shape.devices}
         self.watch = Watch()
         self.clients: dict[str, Client] = {}
         self.asks: list[tuple[str, ReplyFuture[Any]]] = []
@@ -110,6 +116,8 @@ class World:
             request_timeout_s=shape.request_timeout_s,
             queue_timeout_s=shape.queue_timeout_s,
             step_timeout_s=shape.step_timeout_s,
+            session_idle_s=shape.session_idle_s,
+            queue_ageing_s=shape.ageing_s,
         )
         self.serving = self._system()
 

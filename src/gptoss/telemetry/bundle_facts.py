@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from gptoss.actors.directory import DECIDER_NAMES, EXECUTOR_PREFIX, REQUEST_PREFIX
+from gptoss.actors.directory import EXECUTOR_PREFIX, REQUEST_PREFIX, STANDING_DECIDERS
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.bundle_format import BootFacts, EngineFacts, Gap
@@ -142,13 +142,13 @@ class BundleFacts:
 
     def _gaps_of(self, boot: str, name: str, stream: _Stream) -> Iterable[Gap]:
         is_request = name.startswith(REQUEST_PREFIX)
-        if not stream.starts_well and (is_request or name in DECIDER_NAMES):
+        if not stream.starts_well and (is_request or name in STANDING_DECIDERS):
             yield Gap(
                 boot=boot,
                 stream=name,
                 what="its beginning is forgotten; decisions before its first snapshot do not replay",
             )
-        if stream.hole_at >= 0 and (is_request or name in DECIDER_NAMES or _is_executor(name)):
+        if stream.hole_at >= 0 and (is_request or name in STANDING_DECIDERS or _is_executor(name)):
             yield Gap(boot=boot, stream=name, what=f"records are missing before position {stream.hole_at}")
         if is_request and not stream.ended and (boot, name) not in self._aborted:
             yield Gap(boot=boot, stream=name, what="it had not ended when the bundle was cut")

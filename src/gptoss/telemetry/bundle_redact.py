@@ -5,14 +5,15 @@ Rules:
   so they say where two answers part and nothing else.
 - A pseudonym is a keyed hash of a request's id, the same everywhere in the recording: in streams, correlations, events,
   consumed commands and snapshots. No decision orders by id, so every decision comes out the same.
-- With its id, a request loses what else could name it: session, trace, and the engine's messages about it.
+- With its id, a request loses what else could name it: its trace, and the engine's messages about it. Sessions get
+  pseudonyms too, since decisions go by them, unless a request that keeps its id is of the session.
 - Without the key, nobody can tell from a guessed id or prompt whether it was this one.
 """
 
 import hashlib
 import hmac
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar, cast
 
 import msgspec
@@ -31,9 +32,12 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 ID_FIELDS = frozenset({"request_id", "request_ids", "refused"})
 """Fields of events, commands and their parts that hold ids of requests."""
-SNAPSHOT_FIELDS = frozenset({"waiting", "pending", "running", "grants", "routes"})
-"""Fields of the deciders' states that are keyed by id."""
-NAMING_FIELDS = frozenset({"session_id", "traceparent"})
+SNAPSHOT_FIELDS = frozenset({"waiting", "pending", "running", "grants", "routes", "parked"})
+"""Fields of the deciders' states that are keyed by id, or lists of ids."""
+SESSION_FIELD = "session_id"
+SESSIONS_FIELD = "sessions"
+"""Field of the deciders' states that is keyed by session."""
+NAMING_FIELDS = frozenset({"traceparent"})
 
 _LEVELS: dict[type[Event], ContentLevel] = {
     ev.MessagesReceived: "full",
@@ -68,6 +72,7 @@ class Redacted:
         self._content: ContentLevel = content
         self._key = key
         self._names = None if keep is None else _Names(keep, key)
+        self._knows_sessions = not keep
 
     def name_of(self, request_id: str) -> str:
         """The name under which a request stands."""
@@ -82,6 +87,9 @@ class Redacted:
         if self._names is None:
             yield from self._recording.records(boot=boot, stream=stream)
             return
+        if not self._knows_sessions:
+            self._names.learn_sessions(self._recording.records())
+            self._knows_sessions = True
         for record in self._recording.records(boot=boot):
             renamed = self._names.rename(record)
             if stream is None or renamed.meta.stream == stream:
@@ -123,6 +131,21 @@ class _Names:
         self._keep = keep
         self._key = key
         self._known: dict[str, str] = {}
+        self._sessions: set[str] = set()
+
+    def learn_sessions(self, records: Iterable[Record]) -> None:
+        """Note the sessions of those who keep their ids: they keep their names too."""
+        for record in records:
+            if isinstance(record.event, ev.RequestReceived) and record.event.request_id in self._keep:
+                self._sessions.add(record.event.session_id)
+
+    def session(self, name: str) -> str:
+        """The name under which a session stands, alone or within its tenant (``name@tenant``)."""
+        session_id, at, tenant = name.partition("@")
+        if not session_id or session_id in self._sessions:
+            return name
+        digest = hmac.new(self._key, b"session " + session_id.encode(), hashlib.sha256).hexdigest()
+        return f"anon_{digest[:PSEUDONYM_HEX]}{at}{tenant}"
 
     def of(self, request_id: str) -> str:
         """The name under which a request stands."""
@@ -170,8 +193,19 @@ class _Names:
         fields: dict[str, Any] = msgspec.msgpack.decode(state)
         for name in SNAPSHOT_FIELDS & fields.keys():
             if isinstance(fields[name], dict):
-                fields[name] = {self.of(request_id): value for request_id, value in fields[name].items()}
+                fields[name] = {self.of(key): self._held(value) for key, value in fields[name].items()}
+            elif isinstance(fields[name], list):
+                fields[name] = [self.of(request_id) for request_id in fields[name]]
+        if SESSIONS_FIELD in fields:
+            fields[SESSIONS_FIELD] = {self.session(key): value for key, value in fields[SESSIONS_FIELD].items()}
         return msgspec.Raw(msgspec.msgpack.encode(fields))
+
+    def _held(self, value: Any) -> Any:
+        """What a state holds for a request."""
+        if isinstance(value, dict) and SESSION_FIELD in value:
+            held = cast("dict[str, Any]", value)
+            return {**held, SESSION_FIELD: self.session(held[SESSION_FIELD])}
+        return cast("Any", value)
 
     def _struct(self, value: S, *, hidden: bool) -> S:
         changes: dict[str, Any] = {}
@@ -179,8 +213,12 @@ class _Names:
             before: Any = getattr(value, name)
             if name in ID_FIELDS:
                 after = self.of(before) if isinstance(before, str) else tuple(map(self.of, before))
+            elif name == SESSION_FIELD:
+                after = self.session(before)
             elif name in NAMING_FIELDS and hidden:
                 after = ""
+            elif isinstance(before, msgspec.Struct):
+                after = self._struct(before, hidden=hidden)
             elif isinstance(before, tuple) and before and isinstance(before[0], msgspec.Struct):
                 parts = cast("tuple[msgspec.Struct, ...]", before)
                 after = tuple(self._struct(part, hidden=hidden) for part in parts)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from gptoss.actors.directory import DECIDER_NAMES, EXECUTOR_PREFIX, REQUEST_PREFIX
+from gptoss.actors.directory import EXECUTOR_PREFIX, REQUEST_PREFIX, STANDING_DECIDERS
 from gptoss.clock import NS_PER_S
 from gptoss.errors import RequestError, RequestNotFound
 from gptoss.messages import events as ev
@@ -206,7 +206,7 @@ def _cut(boot: BootSurvey, lives: list[Life], span: tuple[int, int], *, leaves_o
     if anchor:
         extra.add(boot.anchors[anchor - 1])
     begins: dict[str, int] = {}
-    for stream in DECIDER_NAMES:
+    for stream in STANDING_DECIDERS:
         snapshots = boot.snapshots.get(stream, [])
         before = bisect_right(snapshots, start)
         begins[stream] = snapshots[before - 1] if before else 0

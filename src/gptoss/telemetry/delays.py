@@ -25,6 +25,7 @@ from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.request_records import RecordSource, request_records
 from gptoss.telemetry.request_view import request_id_of
+from gptoss.telemetry.shared_steps import SharedSteps, StepColumn
 from gptoss.telemetry.timeline import Timeline, timeline
 from gptoss.telemetry.timeline_phases import many, size
 
@@ -59,12 +60,14 @@ class Story(msgspec.Struct, frozen=True, kw_only=True):
     """A request's timeline and what delayed it, the dearest of each kind first.
 
     Attributes:
+        steps: those that it had a part in.
         is_cut: the life has more records than are looked at; the delays are of its beginning.
     """
 
     timeline: Timeline
     delays: tuple[Delay, ...] = ()
     is_cut: bool = False
+    steps: tuple[StepColumn, ...] = ()
 
 
 def story(source: RecordSource, request_id: str) -> Story:
@@ -83,6 +86,7 @@ def story(source: RecordSource, request_id: str) -> Story:
     # What came after its own last record delays a request only while it is open.
     last = max(r.meta.pos for r in own if r.meta.boot == boot) if life.outcome != "open" else None
     fold = DelayFold(request_id, received.meta.mono_ns)
+    steps = SharedSteps(request_id, received.meta.mono_ns)
     is_cut = False
     for count, record in enumerate(source.read(boot=boot, after=received.meta.pos - 1)):
         if last is not None and record.meta.pos > last:
@@ -91,7 +95,9 @@ def story(source: RecordSource, request_id: str) -> Story:
             is_cut = True
             break
         fold.add(record)
-    return Story(timeline=life, delays=tuple(fold.delays(life)), is_cut=is_cut)
+        if isinstance(record.event, ev.StepCommitted):
+            steps.add(record.event)
+    return Story(timeline=life, delays=tuple(fold.delays(life)), is_cut=is_cut, steps=steps.columns())
 
 
 @dataclass(slots=True)

@@ -41,6 +41,7 @@ class ExecutorView:
     kv_budget_bytes: int = 0
     kv_bytes_in_use: int = 0
     prefix_cache_bytes: int = 0
+    lacking_bytes: int = 0
     memory_used_bytes: int = 0
     memory_total_bytes: int = 0
 
@@ -164,11 +165,13 @@ def _ended(book: ExecutorBook, meta: Meta, _event: Event) -> None:
 
 
 def _pool_set(book: ExecutorBook, _meta: Meta, event: ev.MemoryPoolSet) -> None:
-    book.of(event.executor).kv_budget_bytes = event.capabilities.kv_budget_bytes
+    view = book.of(event.executor)
+    view.kv_budget_bytes, view.lacking_bytes = event.capabilities.kv_budget_bytes, 0
 
 
 def _pool_dropped(book: ExecutorBook, _meta: Meta, event: ev.MemoryPoolDropped) -> None:
-    book.of(event.executor).kv_budget_bytes = 0
+    view = book.of(event.executor)
+    view.kv_budget_bytes = view.lacking_bytes = 0
     for request_id, (name, kv_bytes) in book.reservations.items():
         if name == event.executor:
             book.reservations[request_id] = ("", kv_bytes)
@@ -191,6 +194,7 @@ def _observed(book: ExecutorBook, _meta: Meta, event: ev.MemoryObserved) -> None
     view = book.of(event.executor)
     view.memory_used_bytes, view.memory_total_bytes = event.used_bytes, event.total_bytes
     view.kv_bytes_in_use = event.kv_bytes_in_use
+    view.lacking_bytes = event.lacking_bytes
 
 
 _HANDLERS: dict[type[Event], Callable[[ExecutorBook, Meta, Any], None]] = {

@@ -46,8 +46,9 @@ class Sequencer:
 
     def draft(self, event: Event, origin: Origin) -> Record:
         """The record that this event would become; numbers are used up only by ``advance``."""
-        family = event.FAMILY
-        key = (family, origin.stream)
+        kind, stream = type(event), origin.stream
+        family = kind.FAMILY
+        key = (family, stream)
         seq = self._live.get(key)
         if seq is None:
             seq = self._finished.get(key, 0)
@@ -55,10 +56,10 @@ class Sequencer:
             self.node,
             self.boot,
             self._next_pos[family],
-            origin.stream,
+            stream,
             seq,
-            type(event).__name__,
-            event.VERSION,
+            kind.__name__,
+            kind.VERSION,
             origin.cause,
             origin.correlation,
             origin.trace_id,
@@ -79,6 +80,9 @@ class Sequencer:
             self._live.pop(key, None)
             self._finish(key, meta.seq + 1)
             self.open_requests.discard(meta.correlation)
+            content = ("content", meta.stream)
+            if content in self._live:
+                self._finish(content, self._live.pop(content))
         elif key in self._finished:
             self._finish(key, meta.seq + 1)
         else:
@@ -123,18 +127,17 @@ class Watchers:
         self._telling = True
         try:
             for watcher in self._watchers:
-                self._tell_one(watcher, record)
+                try:
+                    watcher(record)
+                except Exception as error:  # noqa: BLE001 - between telemetry and requests: nothing crosses
+                    self._note(error, record)
         finally:
             self._telling = False
 
-    def _tell_one(self, watcher: Watcher, record: Record) -> None:
-        try:
-            watcher(record)
-        except Exception as error:
-            # The edge between telemetry and requests: nothing may raise across it.
-            if not self.failure:
-                _logger.exception("a journal watcher failed on record %d", record.meta.pos)
-            self.failure = f"a journal watcher raised {type(error).__name__}: {error}"
+    def _note(self, error: Exception, record: Record) -> None:
+        if not self.failure:
+            _logger.error("a journal watcher failed on record %d", record.meta.pos, exc_info=error)
+        self.failure = f"a journal watcher raised {type(error).__name__}: {error}"
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):

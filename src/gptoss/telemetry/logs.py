@@ -106,6 +106,8 @@ class LogWriter:
 
     def fold(self, record: Record) -> None:
         """Take one record in and write its line, if it has one."""
+        if isinstance(record.event, ev.CommandConsumed):
+            return
         self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
         request = self._requests.fold(record)
         if self._broken or (line := log_line(record, request)) is None:

@@ -120,7 +120,7 @@ class Metrics:
         request = self._requests.fold(record)
         self._executors.fold(record)
         self._fold_counters(event)
-        self._fold_gauges(event)
+        self._fold_queue(event)
         if request is not None:
             self._fold_request(event, request)
 
@@ -132,19 +132,28 @@ class Metrics:
     def _fold_step(self, meta: Meta, event: ev.StepCommitted) -> None:
         families, labels = self._families, self._vllm(event.executor)
         model = labels[:1]
+        views = self._requests.open
+        produced = prefilled = drafted = accepted = 0
+        gaps: dict[tuple[int, int], int] = {}  # most rows of a step had their last token in the same one before
         for row in event.rows:
-            if not row.tokens:
+            tokens = row.tokens
+            prefilled += row.prefilled
+            drafted += row.num_draft
+            if not tokens:
                 continue
-            view = self._requests.open.get(row.request_id)
+            produced += tokens
+            accepted += tokens - 1
+            view = views.get(row.request_id)
             if view is not None and view.last_token_ns is not None:
-                gap_s = max(0, meta.mono_ns - view.last_token_ns) / NS_PER_S
-                families.itl.observe(labels, gap_s / row.tokens, row.tokens)
-        produced = sum(row.tokens for row in event.rows)
+                gap = (view.last_token_ns, tokens)
+                gaps[gap] = gaps.get(gap, 0) + tokens
+        for (last_ns, tokens), times in gaps.items():
+            families.itl.observe(labels, max(0, meta.mono_ns - last_ns) / NS_PER_S / tokens, times)
         families.generation_tokens.add(labels, produced)
         families.decoded.add(model, produced)
-        families.prefilled.add(model, sum(row.prefilled for row in event.rows))
-        families.drafted.add(labels, sum(row.num_draft for row in event.rows))
-        families.accepted.add(labels, sum(max(0, row.tokens - 1) for row in event.rows))
+        families.prefilled.add(model, prefilled)
+        families.drafted.add(labels, drafted)
+        families.accepted.add(labels, accepted)
         families.step.observe((event.executor,), event.duration_ns / NS_PER_S)
 
     def _fold_counters(self, event: Event) -> None:
@@ -161,14 +170,14 @@ class Metrics:
             # A request of the boot before this one, whose counters died with it: its end is counted here or nowhere.
             families.ends.add(("failed", AbortedByCrash.code))
 
-    def _fold_gauges(self, event: Event) -> None:
-        """Bring up to date what the record may have moved; most records move nothing."""
+    def _fold_queue(self, event: Event) -> None:
         if isinstance(event, ev.Enqueued):
             self._queued.add(event.request_id)
         elif isinstance(event, ev.Dequeued):
             self._queued.discard(event.request_id)
-        elif not isinstance(event, _MOVES_GAUGES):
-            return
+
+    def _read_gauges(self) -> None:
+        """Bring the gauges up to date: when somebody looks, since each record may move them for every executor."""
         families, model_name = self._families, self._model_name
         if model_name:
             families.waiting.put((model_name, "all"), len(self._queued))
@@ -242,10 +251,11 @@ class Metrics:
         Args:
             accept: the request's ``Accept`` header.
         """
-        content_type = CONTENT_TYPE_OPENMETRICS if _prefers_openmetrics(accept) else CONTENT_TYPE_TEXT
+        content_type = content_type_for(accept)
         body = self._rendered.get(content_type)
         if body is None:
             # Kept until the next record: many scrapes at once cost one rendering.
+            self._read_gauges()
             if content_type == CONTENT_TYPE_OPENMETRICS:
                 untyped: Any = openmetrics
                 body = bytes(untyped.generate_latest(self._registry, escaping=openmetrics.ALLOWUTF8))
@@ -255,24 +265,6 @@ class Metrics:
         return body, content_type
 
 
-_MOVES_GAUGES = (
-    ev.EngineStarted,
-    ev.EngineLoaded,
-    ev.EngineLoadFailed,
-    ev.EngineExited,
-    ev.EngineStalled,
-    ev.ExecutorAccepted,
-    ev.StepCommitted,
-    ev.CancelApplied,
-    ev.ExecutorFaulted,
-    ev.RouteForgotten,
-    ev.MemoryPoolSet,
-    ev.MemoryPoolDropped,
-    ev.MemoryObserved,
-    *ev.TERMINAL_EVENTS,
-)
-
-
 def _model_of(view: ExecutorView | None) -> str:
     return view.capabilities.model_name if view is not None and view.capabilities is not None else ""
 
@@ -280,6 +272,11 @@ def _model_of(view: ExecutorView | None) -> str:
 def _observe_s(histogram: Histogram, labels: Labels, nanoseconds: int | None) -> None:
     if nanoseconds is not None:
         histogram.observe(labels, nanoseconds / NS_PER_S)
+
+
+def content_type_for(accept: str) -> str:
+    """The content type of an exposition for this ``Accept`` header."""
+    return CONTENT_TYPE_OPENMETRICS if _prefers_openmetrics(accept) else CONTENT_TYPE_TEXT
 
 
 def _prefers_openmetrics(accept: str) -> bool:

@@ -16,9 +16,11 @@ from gptoss.clock import NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.executor_view import ExecutorBook, ExecutorView
+from gptoss.telemetry.history import SECONDS_KEPT, History, Levels, as_columns
 from gptoss.telemetry.percentile import nearest_rank
 from gptoss.telemetry.request_view import TERMINAL_STATES, RequestBook, RequestView, request_row
 from gptoss.telemetry.server_view import RATE_WINDOW_S, ServerView
+from gptoss.telemetry.session_view import SessionView
 
 FINISHED_MAX = 1000
 PERCENTILES = (50, 95, 99)
@@ -42,15 +44,25 @@ class Projection:
         self._step_timeout_ns = int(step_timeout_s * NS_PER_S)
         self._requests = RequestBook(finished_max=FINISHED_MAX)
         self._executors = ExecutorBook()
+        self._sessions = SessionView()
         self._server = ServerView()
+        self._history = History(self._levels)
 
     def fold(self, record: Record) -> None:
         """Take one record in; the first record of another boot starts a new picture."""
         if record.meta.boot != self._server.boot:
             self._server = ServerView(boot=record.meta.boot)
+            self._history = History(self._levels)
         self._server.newest_pos = record.meta.pos
+        if isinstance(record.event, ev.CommandConsumed):
+            self._server.newest_ns = record.meta.mono_ns
+            return  # every other record is one of these, and none shows here
+        self._history.turn(record.meta.mono_ns)
         self._executors.fold(record)
-        self._server.fold(record, self._requests.fold(record))
+        self._sessions.fold(record)
+        request = self._requests.fold(record)
+        self._server.fold(record, request)
+        self._history.fold(record, request)
 
     @property
     def newest_pos(self) -> int:
@@ -167,6 +179,7 @@ class Projection:
                 "by_reason": _shares(self._server.route_reasons, decisions),
             },
             "cache_stats": self._cache_stats(),
+            "sessions": self._sessions.counts(),
         }
 
     def _cache_stats(self) -> dict[str, Any]:
@@ -182,31 +195,73 @@ class Projection:
     def memory_stats(self) -> dict[str, Any]:
         """The body of ``/memory_stats``: for each executor and in all.
 
-        ``memory_pressure`` is the share of the KV budget that is reserved, by the memory guard's own formula.
+        ``memory_pressure`` is the share of the KV memory that is reserved for requests or kept for sessions, by the memory
+        guard's own formula: of the budgets, less what their devices turned out not to have.
         """
+        book = self._sessions.book
         reserved = sum(kv_bytes for _, kv_bytes in self._executors.reservations.values())
         budget = sum(view.kv_budget_bytes for view in self._executors.views.values())
+        lacking = sum(min(view.kv_budget_bytes, view.lacking_bytes) for view in self._executors.views.values())
         executors = {name: self._executor_memory(view) for name, view in self._executors.views.items()}
         return {
-            "memory_pressure": round(reserved / budget, 4) if budget else 0.0,
+            "memory_pressure": _share(reserved + book.total_bytes, budget - lacking),
             "kv_budget_bytes": budget,
+            "kv_lacking_bytes": lacking,
             "kv_reserved_bytes": reserved,
             "kv_in_use_bytes": sum(memory["kv_in_use_bytes"] for memory in executors.values()),
             "unbound_bytes": self._executors.reserved_bytes(""),
             "reservations": len(self._executors.reservations),
+            "sessions": self._sessions.memory(),
             "executors": executors,
         }
 
     def _executor_memory(self, view: ExecutorView) -> dict[str, Any]:
         reserved = self._executors.reserved_bytes(view.name)
+        kept = self._sessions.book.kept_on(view.name)
         return {
             "kv_budget_bytes": view.kv_budget_bytes,
             "kv_reserved_bytes": reserved,
             "kv_in_use_bytes": view.kv_bytes_in_use,
+            "session_bytes": kept,
+            "kv_lacking_bytes": view.lacking_bytes,
             "memory_used_bytes": view.memory_used_bytes,
             "memory_total_bytes": view.memory_total_bytes,
-            "memory_pressure": round(reserved / view.kv_budget_bytes, 4) if view.kv_budget_bytes else 0.0,
+            "memory_pressure": _share(reserved + kept, view.kv_budget_bytes - view.lacking_bytes),
         }
+
+    def live(
+        self, now_ns: int, *, after: int = 0, limit: int = 0, journal: JournalHealth | None = None
+    ) -> dict[str, Any]:
+        """The body of ``/admin/live``: everything that a live view shows, in one answer.
+
+        Args:
+            now_ns: monotonic time.
+            after: the ``now`` of the answer before, for the seconds since; 0 for all that are kept.
+            limit: requests to list.
+            journal: state of the journal.
+        """
+        wall_offset_ns = self._server.wall_offset_ns
+        return {
+            "boot": self._server.boot,
+            "now": now_ns // NS_PER_S,
+            "now_unix_s": None if wall_offset_ns is None else (wall_offset_ns + now_ns) // NS_PER_S,
+            "seconds_kept": SECONDS_KEPT,
+            "seconds": as_columns(self._history.since(after)),
+            "health": self.health(now_ns, journal),
+            "stats": self.stats(now_ns),
+            "memory": self.memory_stats(),
+            "requests": self.recent_requests(limit),
+        }
+
+    def _levels(self) -> Levels:
+        executors = self._executors
+        return Levels(
+            running=sum(len(view.running) for view in executors.views.values()),
+            queued=sum(view.state == "queued" for view in self._requests.open.values()),
+            kv_reserved_bytes=sum(kv_bytes for _, kv_bytes in executors.reservations.values()),
+            kv_in_use_bytes=sum(view.kv_bytes_in_use for view in executors.views.values()),
+            kv_budget_bytes=sum(view.kv_budget_bytes for view in executors.views.values()),
+        )
 
     def executor_details(self) -> dict[str, dict[str, Any]]:
         """For each executor what it runs on and what it can take, for the debug bundle."""
@@ -238,6 +293,10 @@ class Projection:
     def _as_dict(self, view: RequestView) -> dict[str, Any]:
         row = request_row(view, boot=self._server.boot, wall_offset_ns=self._server.wall_offset_ns)
         return msgspec.to_builtins(row)
+
+
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 4) if whole > 0 else 0.0
 
 
 def _executor_health(view: ExecutorView) -> dict[str, Any]:

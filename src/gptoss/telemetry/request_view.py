@@ -240,10 +240,12 @@ class RequestBook:
 
     def _steps(self, meta: Meta, event: Event) -> None:
         assert isinstance(event, ev.StepCommitted)
+        find, mono_ns = self.open.get, meta.mono_ns
         for row in event.rows:
-            if row.tokens and (view := self.open.get(row.request_id)) is not None:
-                view.tokens_seen += row.tokens
-                view.last_token_ns = meta.mono_ns
+            tokens = row.tokens
+            if tokens and (view := find(row.request_id)) is not None:
+                view.tokens_seen += tokens
+                view.last_token_ns = mono_ns
 
 
 # ---------------------------------------------------------------- one function an event

@@ -58,7 +58,7 @@ class SegmentOptions(msgspec.Struct, frozen=True, kw_only=True):
     segment_bytes: int = 64 * 2**20
     control_retention_bytes: int = 2048 * 2**20
     content_retention_bytes: int = 512 * 2**20
-    commit_interval_s: float = 0.010
+    commit_interval_s: float = 0.050
     commit_records: int = 512
 
 

@@ -63,16 +63,16 @@ class ServerView:
             record: the record.
             request: the view of the request that it changed, already up to date.
         """
-        event = record.event
+        event, kind = record.event, type(record.event)
         self.newest_ns = record.meta.mono_ns
         if isinstance(event, ev.StepCommitted):
             self._fold_step(record.meta.mono_ns, event)
             return
-        if isinstance(event, ev.CommandConsumed):
-            return
-        self._fold_node(record)
-        self._fold_counts(record)
-        if request is not None:
+        if kind in _OF_THE_NODE:
+            self._fold_node(record)
+        elif kind in _COUNTED:
+            self._fold_counts(record)
+        if request is not None and kind in _OF_REQUESTS:
             self._fold_request(record, request)
         line = log_line(record, request)
         if line is not None and LEVELS[line["level"]] >= LEVELS["warning"]:
@@ -133,10 +133,31 @@ class ServerView:
             self.windows[name].append(nanoseconds / NS_PER_MS)
 
     def _fold_step(self, mono_ns: int, event: ev.StepCommitted) -> None:
-        tokens = sum(row.tokens for row in event.rows)
+        tokens = prefilled = 0
+        for row in event.rows:
+            tokens += row.tokens
+            prefilled += row.prefilled
         self.tokens["generated"] += tokens
-        self.tokens["prefilled"] += sum(row.prefilled for row in event.rows)
+        self.tokens["prefilled"] += prefilled
         second = mono_ns // NS_PER_S
         if self.produced and self.produced[-1][0] == second:
             tokens += self.produced.pop()[1]
         self.produced.append((second, tokens))
+
+
+# Most records concern none of these, and one look tells.
+_OF_THE_NODE = frozenset(
+    {
+        ev.NodeStarted,
+        ev.ClockAnchored,
+        ev.DrainStarted,
+        ev.AdmissionClosed,
+        ev.NodeStopped,
+        ev.SupervisorEscalated,
+        ev.LogDegraded,
+    }
+)
+_COUNTED = frozenset(
+    {ev.AdmissionDecided, ev.RouteDecided, ev.DeadLettered, ev.EngineExited, ev.ActorRestarted, ev.RequestFailed}
+)
+_OF_REQUESTS = frozenset({ev.RequestReceived, ev.FirstTokenProduced, *ev.TERMINAL_EVENTS})

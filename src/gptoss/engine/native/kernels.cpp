@@ -6,6 +6,9 @@
 // - A product is summed in blocks of 32 along the inner dimension: even and odd elements each in order by fused
 //   multiply-add, their sum, then onto what the earlier blocks gave. That is the order of the AMX instruction
 //   TDPBF16PS, and the vector code keeps to it, so both give the same bits.
+// - Machines without AMX that have VDPBF16PS multiply bfloat16 weights in that instruction's order instead, which doubles
+//   their speed: of each pair of inputs the odd product, then the even one, by fused multiply-add onto one sum. Either order
+//   can be asked for on any machine (`Config::in_pairs`), so that a run of another machine can be repeated to the bit.
 // - Packed weights (8 or 4 bits) have a scale for each 32 inputs. What they are multiplied with is 32 whole numbers of 16
 //   bits and a power of two, made of each row alone. Their sum of products is a whole number, so any instruction gives the
 //   same; the blocks' sums are added in order by fused multiply-add.
@@ -445,6 +448,59 @@ void amx_tile(const uint16_t* a, size_t stride, const uint16_t* w, size_t column
 }
 #endif
 
+// 16 outputs of `ROWS` rows in VDPBF16PS's order.
+template <int ROWS, int COLUMNS>
+void pairs_tile(const uint16_t* a, size_t stride, const uint16_t* w, size_t column_stride, int depth_blocks,
+                f32x16 out[ROWS][COLUMNS]) {
+    Floats total[ROWS][COLUMNS][PARTS] = {};
+    for (int pair = 0; pair < depth_blocks * DEPTH / 2; pair++)
+        for (int part = 0; part < PARTS; part++)
+            for (int c = 0; c < COLUMNS; c++) {
+                const Words both = load<Words>(w + c * column_stride + (pair * LANES + part * PART_LANES) * 2);
+                for (int r = 0; r < ROWS; r++) {
+                    uint32_t x;
+                    std::memcpy(&x, a + r * stride + 2 * pair, sizeof x);
+                    Floats& sum = total[r][c][part];
+#if defined(__AVX512BF16__)
+                    sum = reinterpret_cast<Floats>(_mm512_dpbf16_ps(
+                        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(Words{} + x)));
+#else
+                    const Floats even = reinterpret_cast<Floats>(both << 16), odd = reinterpret_cast<Floats>(both & 0xffff0000u);
+                    sum = fused(odd, splat_part(float_of(x & 0xffff0000u)), sum);
+                    sum = fused(even, splat_part(float_of(x << 16)), sum);
+#endif
+                }
+            }
+    std::memcpy(out, total, sizeof total);
+}
+
+// Calls `f` with `count`, which is at most `MOST`, as a constant.
+template <int MOST, class F> inline void with_constant(int count, F f) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_constant<MOST - 1>(count, f);
+    f(std::integral_constant<int, MOST>{});
+}
+
+// As `multiply_unit`, in VDPBF16PS's order.
+template <class Emit>
+void multiply_pairs(const Activations& a, int rows, const Weights& w, int first_block, int num_blocks, Emit emit) {
+    const int depth_blocks = blocks_of(w.inputs, DEPTH);
+    const size_t column_stride = size_t(depth_blocks) * BLOCK;
+    const uint16_t* base = static_cast<const uint16_t*>(w.blocks) + first_block * column_stride;
+    constexpr int ROWS_MOST = 8;
+    for (int row = 0; row < rows; row += ROWS_MOST)
+        with_constant<ROWS_MOST>(std::min(rows - row, ROWS_MOST), [&]<int ROWS>(std::integral_constant<int, ROWS>) {
+            constexpr int COLUMNS_MOST = ROWS > 2 ? 2 : UNIT_BLOCKS;  // what the registers hold
+            for (int block = 0; block < num_blocks; block += COLUMNS_MOST)
+                with_constant<COLUMNS_MOST>(std::min(num_blocks - block, COLUMNS_MOST), [&]<int COLUMNS>(std::integral_constant<int, COLUMNS>) {
+                    f32x16 out[ROWS][COLUMNS];
+                    pairs_tile<ROWS, COLUMNS>(a.floats(row), a.width(), base + block * column_stride, column_stride, depth_blocks, out);
+                    for (int r = 0; r < ROWS; r++)
+                        for (int c = 0; c < COLUMNS; c++) emit(row + r, first_block + block + c, out[r][c]);
+                });
+        });
+}
+
 // Rows x one unit of column blocks. `emit(row, block, sums)` gets 16 outputs of a row.
 template <class Emit>
 void multiply_unit(const Activations& a, int rows, const Weights& w, int first_block, int num_blocks, Emit emit) {
@@ -596,25 +652,21 @@ void multiply_packed(const Activations& a, int rows, const Weights& w, int first
     const int depth_blocks = blocks_of(w.inputs, DEPTH);
     const size_t column_bytes = size_t(depth_blocks) * BLOCK * BITS / 8;
     const size_t column_scales = size_t(depth_blocks) * LANES * (BITS == 4 ? 2 : 1);
-    auto tile = [&]<int ROWS>(std::integral_constant<int, ROWS>, int row, int block) {
-        f32x16 out[ROWS];
-        packed_tile<BITS, ROWS>(a, row, static_cast<const uint8_t*>(w.blocks) + block * column_bytes,
-                                w.scales + block * column_scales, depth_blocks, out);
-        for (int r = 0; r < ROWS; r++) emit(row + r, block, out[r]);
-    };
-    for (int row = 0; row < rows;) {
-        const int here = rows - row < 4 ? rows - row : 4;
-        for (int block = first_block; block < first_block + num_blocks; block++)
-            if (here == 4) tile(std::integral_constant<int, 4>{}, row, block);
-            else if (here == 3) tile(std::integral_constant<int, 3>{}, row, block);
-            else if (here == 2) tile(std::integral_constant<int, 2>{}, row, block);
-            else tile(std::integral_constant<int, 1>{}, row, block);
-        row += here;
-    }
+    constexpr int ROWS_MOST = 4;
+    for (int row = 0; row < rows; row += ROWS_MOST)
+        with_constant<ROWS_MOST>(std::min(rows - row, ROWS_MOST), [&]<int ROWS>(std::integral_constant<int, ROWS>) {
+            for (int block = first_block; block < first_block + num_blocks; block++) {
+                f32x16 out[ROWS];
+                packed_tile<BITS, ROWS>(a, row, static_cast<const uint8_t*>(w.blocks) + block * column_bytes,
+                                        w.scales + block * column_scales, depth_blocks, out);
+                for (int r = 0; r < ROWS; r++) emit(row + r, block, out[r]);
+            }
+        });
 }
 
 // All outputs of `rows` rows: `emit(row, block, sums)` gets 16 of one row.
-template <class Emit> void multiply(Team::Member& team, const Activations& a, int rows, const Weights& w, Emit emit) {
+template <class Emit>
+void multiply(Team::Member& team, const Activations& a, int rows, const Weights& w, bool in_pairs, Emit emit) {
     const int num_blocks = blocks_of(w.outputs, LANES);
     auto finish = [&](int row, int block, f32x16 v) { emit(row, block, w.bias ? v + load<f32x16>(w.bias + block * LANES) : v); };
     team.each(blocks_of(num_blocks, UNIT_BLOCKS), [&](int unit) {
@@ -622,6 +674,7 @@ template <class Emit> void multiply(Team::Member& team, const Activations& a, in
         const int count = num_blocks - first < UNIT_BLOCKS ? num_blocks - first : UNIT_BLOCKS;
         if (w.bits == 4) multiply_packed<4>(a, rows, w, first, count, finish);
         else if (w.bits == 8) multiply_packed<8>(a, rows, w, first, count, finish);
+        else if (in_pairs) multiply_pairs(a, rows, w, first, count, finish);
         else multiply_unit(a, rows, w, first, count, finish);
     });
 }
@@ -641,6 +694,7 @@ struct Layer {
 
 struct Config {
     int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, threads;
+    int32_t in_pairs;            // bfloat16 weights are multiplied in VDPBF16PS's order, not in TDPBF16PS's
     float epsilon;
     float scale;                 // of the scores
     const float* cosines;        // [positions, head_dim / 2]
@@ -721,7 +775,7 @@ class Engine {
         for (int index = 0; index < c_.layers; index++) {
             const Layer& layer = layers_[index];
             team.each(rows, [&](int row) { normalise(row, layer.attention_norm, row); });
-            multiply(team, normed_, rows, layer.qkv, [&](int row, int block, f32x16 v) {
+            multiply(team, normed_, rows, layer.qkv, c_.in_pairs, [&](int row, int block, f32x16 v) {
                 store(qkv_.get() + size_t(row) * qkv_width() + block * LANES, v);
             });
             const int items = int(blocks_.size()) * c_.kv_heads;
@@ -730,20 +784,20 @@ class Engine {
                 // The longest blocks are the last ones: take them first, so that no thread ends alone with one.
                 attend(blocks_[blocks_.size() - 1 - item / c_.kv_heads], item % c_.kv_heads, index, mine);
             });
-            multiply(team, attended_, rows, layer.output, [&](int row, int block, f32x16 v) { add(row, block, v); });
+            multiply(team, attended_, rows, layer.output, c_.in_pairs, [&](int row, int block, f32x16 v) { add(row, block, v); });
             team.each(rows, [&](int row) { normalise(row, layer.mlp_norm, row); });
-            multiply(team, normed_, rows, layer.gate_up, [&](int row, int block, f32x16 v) {
+            multiply(team, normed_, rows, layer.gate_up, c_.in_pairs, [&](int row, int block, f32x16 v) {
                 float* gate = mine.gate.get() + (size_t(row) * (UNIT_BLOCKS / 2) + block / 2 % (UNIT_BLOCKS / 2)) * LANES;
                 if (block % 2 == 0) return store(gate, v);
                 const f32x16 g = load<f32x16>(gate);
                 narrow(gated_.floats(row) + block / 2 * LANES, g / (exponential(-g) + splat(1.0f)) * v);
                 if (is_packed_ && block % 4 == 3) gated_.round(row, block / 4, 1);
             });
-            multiply(team, gated_, rows, layer.down, [&](int row, int block, f32x16 v) { add(row, block, v); });
+            multiply(team, gated_, rows, layer.down, c_.in_pairs, [&](int row, int block, f32x16 v) { add(row, block, v); });
         }
         team.each(step.num_logits, [&](int i) { normalise(step.logit_rows[i], c_.final_norm, i); });
         if (step.num_logits)
-            multiply(team, normed_, step.num_logits, c_.head, [&](int row, int block, f32x16 v) {
+            multiply(team, normed_, step.num_logits, c_.head, c_.in_pairs, [&](int row, int block, f32x16 v) {
                 store(step.logits + row * step.logits_stride + block * LANES, v);
             });
     }
@@ -1004,6 +1058,54 @@ class Engine {
     Activations normed_, attended_, gated_;
 };
 
+// Round to nearest even; a NaN stays one.
+uint16_t narrow_float16(float f) {
+    const uint32_t sign = bits_of(f) >> 16 & 0x8000u, bits = bits_of(f) & 0x7fffffffu;
+    if (bits > 0x7f800000u) return 0x7e00u;
+    if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
+    if (bits < 0x38800000u)  // below 2^-14 the unit is 2^-24, which is also that of a float32 from 0.5 to 1
+        return uint16_t(sign | (bits_of(float_of(bits) + 0.5f) - bits_of(0.5f)));
+    return uint16_t(sign | (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13);
+}
+
+constexpr float SCALE_MIN = 0x1p-20f;  // below this float16 is too coarse for a scale
+
+inline float at_least(float x, float least) { return x < least ? least : x; }  // a NaN stays one
+
+// 32 weights as whole numbers of `BITS` bits, and the scale, in 4 bits also the minimum, that fit those best.
+template <int BITS> void quantise_block(const uint16_t* from, uint8_t* whole, uint16_t* scales) {
+    float x[DEPTH], numbers[DEPTH];
+    float least = INFINITY, most = -INFINITY, sum = 0;
+    for (int i = 0; i < DEPTH; i++) {
+        x[i] = float_of(uint32_t(from[i]) << 16);
+        least = std::min(least, x[i]);
+        most = std::max(most, x[i]);
+        sum += x[i];
+    }
+    const float zero = BITS == 4 ? least : 0.0f;
+    const float range = BITS == 4 ? (most - least) / 15 : std::max(most, -least) / 127;
+    const float step = at_least(range, SCALE_MIN);
+    float number_sum = 0;
+    for (int i = 0; i < DEPTH; i++) {
+        numbers[i] = std::nearbyint((x[i] - zero) / step);
+        number_sum += numbers[i];
+        whole[i] = uint8_t(int32_t(numbers[i]));
+    }
+    const float middle = BITS == 4 ? number_sum / DEPTH : 0.0f;
+    float along = 0, square = 0;
+    for (int i = 0; i < DEPTH; i++) {
+        along += (numbers[i] - middle) * x[i];
+        square += (numbers[i] - middle) * (numbers[i] - middle);
+    }
+    scales[0] = narrow_float16(at_least(along / at_least(square, BITS == 4 ? 0.5f : 1.0f), SCALE_MIN));
+    if constexpr (BITS == 4) {
+        float stored[PART_LANES];
+        const Halves scale = Halves{} + scales[0];
+        store(stored, widen_float16(reinterpret_cast<const uint16_t*>(&scale)));
+        scales[1] = narrow_float16(sum / DEPTH - stored[0] * middle);
+    }
+}
+
 template <class T>
 void pack_blocks(const T* from, int outputs, int inputs, int bits, int first_block, int step, uint16_t* to) {
     const int depth_blocks = blocks_of(inputs, DEPTH);
@@ -1035,6 +1137,23 @@ int32_t gptoss_can_run() {
 #else
     return 1;
 #endif
+}
+
+// Which order of summing is faster here: 1 is that of pairs.
+int32_t gptoss_prefers_pairs() {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Blocks of 32 bfloat16 weights as whole numbers of 8 or 4 bits, each in 1 byte, and each block's scale and, in 4 bits, minimum
+// in float16.
+void gptoss_quantise(const uint16_t* from, int64_t blocks, int32_t bits, uint8_t* whole, uint16_t* scales) {
+    for (int64_t block = 0; block < blocks; block++, from += DEPTH, whole += DEPTH)
+        if (bits == 4) quantise_block<4>(from, whole, scales + 2 * block);
+        else quantise_block<8>(from, whole, scales + block);
 }
 
 // Lays out `outputs` x `inputs` weights as blocks: every `step`th from `first_block`. A weight comes in 2 bytes if it has 16

@@ -22,6 +22,7 @@ from gptoss.engine.attention import Chunk
 from gptoss.engine.kv_cache import KvGeometry, KvSlot, LayerGeometry
 from gptoss.engine.native.memory import Arena, ask_for_huge_pages, round_up
 from gptoss.engine.native.weights import DEPTH, LANES, PackedWeights, WeightFormat, WeightsStruct
+from gptoss.messages.model import Summation
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
@@ -55,7 +56,7 @@ class _LayerStruct(ctypes.Structure):
 class _ConfigStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, ctypes.c_int32) for name in ("intermediate", "vocab", "threads")),
+        *((name, ctypes.c_int32) for name in ("intermediate", "vocab", "threads", "in_pairs")),
         ("epsilon", ctypes.c_float),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("cosines", "sines", "final_norm", "embedding")),
@@ -83,8 +84,10 @@ class NativeRunner:
         form: how weights are stored.
         max_model_len: positions that requests may reach.
         num_threads: that a step runs on.
+        summation: in which order products with bfloat16 weights are summed; ``auto`` takes what is fastest here.
 
     Attributes:
+        summation: the order that is kept to.
         weights_bytes: what the weights occupy.
         geometry: of the KV slots.
 
@@ -97,7 +100,14 @@ class NativeRunner:
     is_batch_invariant = True
 
     def __init__(
-        self, library: ctypes.CDLL, model: Any, *, form: WeightFormat, max_model_len: int, num_threads: int
+        self,
+        library: ctypes.CDLL,
+        model: Any,
+        *,
+        form: WeightFormat,
+        max_model_len: int,
+        num_threads: int,
+        summation: Summation = "auto",
     ) -> None:
         _check(model)
         config = model.config
@@ -111,6 +121,9 @@ class NativeRunner:
         self._arena = Arena()
         self._kept: list[Any] = []  # what the kernels point to
         self.weights_bytes = 0
+        if summation == "auto":
+            summation = "pairs" if library.gptoss_prefers_pairs() else "blocks"
+        self.summation: Summation = summation
         cosines, sines = _rope_table(model, max(max_model_len, POSITIONS_MIN))
         embedding = model.model.embed_tokens.weight
         is_tied = model.lm_head.weight.data_ptr() == embedding.data_ptr()
@@ -129,6 +142,7 @@ class NativeRunner:
             intermediate=config.intermediate_size,
             vocab=config.vocab_size,
             threads=num_threads,
+            in_pairs=summation == "pairs",
             epsilon=config.rms_norm_eps,
             scale=head_dim**-0.5,
             cosines=self._keep(cosines).data_ptr(),

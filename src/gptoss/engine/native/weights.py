@@ -22,12 +22,6 @@ from gptoss.engine.native.memory import Arena, round_up
 
 LANES = 16
 DEPTH = 32
-INT8_MAX = 127
-INT4_MAX = 15
-SCALE_MIN = 2.0**-20
-"""Below this float16 is too coarse for a scale."""
-QUANTISE_AT_ONCE = 1 << 20
-"""Weights; bounds what quantising takes besides."""
 
 WeightFormat = Literal["bfloat16", "int8", "int4"]
 BITS: dict[WeightFormat, int] = {"bfloat16": 16, "int8": 8, "int4": 4}
@@ -88,7 +82,7 @@ class PackedWeights:
         for index, linear in enumerate(linears):
             step = len(linears) if interleaved else 1
             start = index if interleaved else first
-            stored, scales = _stored(linear.weight.detach(), form)
+            stored, scales = _stored(library, linear.weight.detach(), form)
             library.gptoss_pack(
                 ctypes.c_void_p(stored.data_ptr()),
                 outputs[index],
@@ -117,35 +111,32 @@ class PackedWeights:
         )
 
 
-def quantise(weight: torch.Tensor, form: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix as whole numbers.
+def quantise(library: ctypes.CDLL, weight: torch.Tensor, form: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bfloat16 matrix as whole numbers.
 
     Returns:
         the numbers ``[outputs, inputs]`` in 8 bits each, and of each 32 of them scale and, in int4, minimum
         ``[outputs, inputs / 32, 1 or 2]`` in float16.
     """
-    blocks = weight.float().view(weight.shape[0], -1, DEPTH)
-    if form == "int8":
-        step = (blocks.abs().amax(dim=-1, keepdim=True) / INT8_MAX).clamp_min(SCALE_MIN)
-        whole = torch.round(blocks / step)
-        fitted = (whole * blocks).sum(-1, keepdim=True) / whole.square().sum(-1, keepdim=True).clamp_min(1.0)
-        return whole.to(torch.int8).view_as(weight), fitted.clamp_min(SCALE_MIN).half()
-    least, most = blocks.amin(dim=-1, keepdim=True), blocks.amax(dim=-1, keepdim=True)
-    whole = torch.round((blocks - least) / ((most - least) / INT4_MAX).clamp_min(SCALE_MIN))
-    middle, blocks_middle = whole.mean(-1, keepdim=True), blocks.mean(-1, keepdim=True)
-    centred = whole - middle
-    fitted = (centred * blocks).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp_min(0.5)
-    scale = fitted.clamp_min(SCALE_MIN).half()
-    minimum = (blocks_middle - scale.float() * middle).half()
-    return whole.to(torch.int8).view_as(weight), torch.cat([scale, minimum], dim=-1)
+    weight = weight.to(torch.bfloat16).contiguous()
+    outputs, inputs = weight.shape
+    whole = torch.empty(outputs, inputs, dtype=torch.uint8)
+    scales = torch.empty(outputs, inputs // DEPTH, _SCALE_NUMBERS[form], dtype=torch.float16)
+    library.gptoss_quantise(
+        ctypes.c_void_p(weight.data_ptr()),
+        ctypes.c_int64(scales.shape[0] * scales.shape[1]),
+        BITS[form],
+        ctypes.c_void_p(whole.data_ptr()),
+        ctypes.c_void_p(scales.data_ptr()),
+    )
+    return whole, scales
 
 
-def _stored(weight: torch.Tensor, form: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+def _stored(library: ctypes.CDLL, weight: torch.Tensor, form: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``gptoss_pack`` takes, and the scales of each output's blocks."""
     if form == "bfloat16":
         return weight.to(torch.bfloat16).contiguous(), torch.empty(weight.shape[0], weight.shape[1] // DEPTH, 0)
-    pieces = [quantise(piece, form) for piece in weight.split(max(1, QUANTISE_AT_ONCE // weight.shape[1]))]
-    return torch.cat([whole for whole, _ in pieces]), torch.cat([scales for _, scales in pieces])
+    return quantise(library, weight, form)
 
 
 def _bias(linear: nn.Linear) -> torch.Tensor | None:
