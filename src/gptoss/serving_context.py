@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gptoss.app import VERSION, ServingSystem
 from gptoss.clock import NS_PER_S
+from gptoss.config import live_settings
 from gptoss.errors import JournalError, Overloaded, RequestNotFound
 from gptoss.http.context import EventAsk, HttpContext, MadeBundle
 from gptoss.http.routes import make_app as make_http_app
@@ -131,6 +132,9 @@ def http_context(serving: ServingSystem) -> HttpContext:
         snapshot=snapshot,
         bundle=bundle,
         draining=lambda: serving.draining,
+        restart_executor=lambda name: serving.restart_executor(name, origin="http"),
+        change_settings=lambda changes: serving.change_settings(changes, origin="http"),
+        live_settings=lambda: live_settings(serving.settings),
         default_temperature=PROFILE_TEMPERATURES[serving.settings.profile],
     )
 

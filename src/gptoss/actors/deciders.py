@@ -9,8 +9,11 @@ from gptoss.actors.decider import Decider
 from gptoss.actors.directory import REQUEST_PREFIX
 from gptoss.actors.lifecycle import Lifecycle
 from gptoss.actors.memory_guard import MemoryGuard
-from gptoss.actors.router import Router
-from gptoss.config import Settings
+from gptoss.actors.router import Router, RouterPolicy
+from gptoss.config import Settings, with_changes
+from gptoss.messages.commands import SettingValue
+
+BYTES_PER_MB = 1024 * 1024
 
 
 class Deciders(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +36,25 @@ def deciders_of(settings: Settings) -> Deciders:
     return Deciders(
         memory=MemoryGuard(),
         admission=Admission(AdmissionPolicy(max_queue=settings.max_queue)),
-        router=Router(),
+        router=Router(
+            RouterPolicy(
+                multi_tokens=settings.multi_tokens,
+                multi_kv_bytes=settings.multi_kv_mb * BYTES_PER_MB,
+                multi_pressure=settings.multi_pressure,
+            )
+        ),
         lifecycle=Lifecycle(settings.queue_timeout_s),
     )
+
+
+def decider_with(settings: Settings, stream: str, changed: dict[str, SettingValue]) -> Decider[Any]:
+    """The decider of a stream after a ``ConfigChanged`` there.
+
+    Args:
+        settings: that the boot started with.
+        stream: of the decider.
+        changed: the settings of the event; what this version does not know is passed over.
+    """
+    decider = deciders_of(with_changes(settings, changed)).of(stream)
+    assert decider is not None
+    return decider

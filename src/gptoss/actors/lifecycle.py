@@ -47,6 +47,8 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     executor: str = ""
     session_id: str = ""
     multi_device: bool = False
+    prefix_hmacs: tuple[str, ...] = ()
+    queue_timeout_s: float = 0.0
     first_token: bool = False
     first_byte: bool = False
     cancel: CancelReason | None = None
@@ -105,6 +107,7 @@ class Lifecycle:
                     prompt_tokens=state.prompt_tokens,
                     session_id=state.session_id,
                     multi_device=state.multi_device,
+                    prefix_hmacs=state.prefix_hmacs,
                 )
                 return [("router", route)]
             case ev.RequestCompleted() | ev.RequestFailed() | ev.RequestCancelled() | ev.RequestRejected():
@@ -115,6 +118,9 @@ class Lifecycle:
             case _:
                 return []
 
+    def _queue_timeout_of(self, state: RequestState) -> int:
+        return int(state.queue_timeout_s * NS_PER_S) or self._queue_timeout_ns
+
     def _admit(self, state: RequestState, event: ev.RequestEstimated, now_ns: int) -> cmd.AdmitRequest:
         return cmd.AdmitRequest(
             now_ns=now_ns,
@@ -124,7 +130,7 @@ class Lifecycle:
             kv_bytes=event.kv_bytes,
             kv_bytes_prompt=event.kv_bytes_prompt,
             priority=state.priority,
-            deadline_ns=min(state.deadline_ns, now_ns + self._queue_timeout_ns),
+            deadline_ns=min(state.deadline_ns, now_ns + self._queue_timeout_of(state)),
         )
 
 
@@ -147,6 +153,7 @@ def _begin(_: RequestState, command: cmd.BeginRequest) -> list[Event]:
         parent_id=command.parent_id,
         user_hmac=command.user_hmac,
         num_metadata=command.num_metadata,
+        queue_timeout_s=command.queue_timeout_s,
     )
     try:
         if command.model and command.model != command.served_model:
@@ -183,6 +190,7 @@ def _rendered(state: RequestState, command: cmd.PromptReady) -> list[Event]:
             template=command.template,
             date=command.date,
             grammar_hmac=command.grammar_hmac,
+            prefix_hmacs=command.prefix_hmacs,
             max_tokens=wanted if wanted is not None else min(room, state.default_max_tokens),
         )
     ]
@@ -322,12 +330,14 @@ CHANGES: dict[type[Event], Callable[[Any], dict[str, Any]]] = {
         "max_model_len": e.max_model_len,
         "default_max_tokens": e.default_max_tokens,
         "session_id": session_key(e.session_id, e.user_hmac),
+        "queue_timeout_s": e.queue_timeout_s,
     },
     ev.RequestValidated: lambda e: {"sampling": e.sampling},
     ev.PromptRendered: lambda e: {
         "phase": "estimating",
         "prompt_tokens": e.prompt_tokens,
         "max_tokens": e.max_tokens,
+        "prefix_hmacs": e.prefix_hmacs,
     },
     ev.RequestEstimated: lambda _: {"phase": "admitting"},
     ev.RequestAdmitted: lambda e: {

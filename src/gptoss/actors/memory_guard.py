@@ -181,4 +181,5 @@ def _observe(state: GuardState, command: cmd.ObserveMemory) -> MemoryObserved:
         kv_bytes_in_use=command.kv_bytes_in_use,
         kv_bytes_reserved=state.reserved_bytes(command.executor),
         pressure=state.pressure(),
+        devices=command.devices,
     )

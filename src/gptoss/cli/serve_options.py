@@ -38,7 +38,14 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "client_stall_s": ("S", "Drop a client that reads nothing for so long."),
     },
     "Engine": {
-        "devices": ("LIST", "auto, cpu, cpu:2 (two executors), or a list such as cuda:0,cuda:1."),
+        "devices": ("LIST", "auto, cpu, cpu:2 (two executors), a list such as cuda:0,cuda:1, or cuda:0+cuda:1 (one)."),
+        "gpu_mode": (
+            "",
+            "How a model lies on several devices: a whole one, some layers, or a part of each layer on each.",
+        ),
+        "multi_tokens": ("TOKENS", "Longer prompts go to an executor over several devices, where there is one."),
+        "multi_kv_mb": ("MB", "So do requests that need more KV memory,"),
+        "multi_pressure": ("SHARE", "and all, while the other executors' memory is fuller than this."),
         "kernels": ("", "Whose kernels run on a CPU; auto: this package's own where they can."),
         "num_threads": ("N", "Threads of each CPU executor; 0: automatic."),
         "max_batch_size": ("N", "Requests that run at once on each executor; 0: by profile."),

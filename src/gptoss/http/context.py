@@ -107,6 +107,9 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
         event_page: newest records, JSON-ready; see ``EventAsk``.
         snapshot: the system's state as one JSON document.
         bundle: makes the debug bundle that was ordered.
+        restart_executor: replaces the engine of the executor with this name; False when there is none.
+        change_settings: changes settings of the running server, by name; returns those that are others than before.
+        live_settings: all that can change so, with their values.
         draining: whether new requests are refused because the server stops.
         allowed_hosts: names that ``Host`` may hold; empty allows any, None derives them from the bind address.
     """
@@ -126,6 +129,9 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: Callable[[], Awaitable[dict[str, Any]]]
     bundle: Callable[[BundleOrder], Awaitable[MadeBundle]]
     draining: Callable[[], bool]
+    restart_executor: Callable[[str], bool] = lambda _: False
+    change_settings: Callable[[dict[str, Any]], tuple[str, ...]] = lambda _: ()
+    live_settings: Callable[[], dict[str, Any]] = dict[str, Any]
     default_temperature: float = 1.0
     allowed_hosts: frozenset[str] | None = None
     timing: HttpTiming = HttpTiming()

@@ -9,10 +9,13 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from gptoss.messages.model import EngineCapabilities, FinishReason
+from gptoss.messages.model import DeviceMemory, EngineCapabilities, FinishReason
 from gptoss.messages.sampling import SamplingParams
 
 CancelReason: TypeAlias = Literal["client", "disconnect", "slow_client", "deadline", "shutdown", "sibling_failed"]
+SettingValue: TypeAlias = bool | int | float | str
+PREFIX_TOKENS = 64
+"""Of the shortest beginning of a prompt that is hashed, for the router."""
 AdmissionAction: TypeAlias = Literal["accept", "shrink", "route_multi", "queue", "reject"]
 
 
@@ -32,6 +35,7 @@ class BeginRequest(Command, frozen=True, kw_only=True):
         is_chat: its prompt is a conversation, of ``num_messages`` messages.
         parent_id: the request that this is a further choice of.
         user_hmac: keyed hash of the caller's ``user``.
+        queue_timeout_s: how long it may wait for admission; 0 is what the settings said at the start.
     """
 
     request_id: str
@@ -53,10 +57,15 @@ class BeginRequest(Command, frozen=True, kw_only=True):
     parent_id: str = ""
     user_hmac: str = ""
     num_metadata: int = 0
+    queue_timeout_s: float = 0.0
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
-    """The prompt was rendered; ``param`` is the field that it came from. The hashes of its ids and grammar are keyed."""
+    """The prompt was rendered; ``param`` is the field that it came from. The hashes of its ids and grammar are keyed.
+
+    ``prefix_hmacs`` are of its first ``PREFIX_TOKENS`` tokens, twice as many, four times as many and so on, with its cache
+    salt: equal ones mean that an executor that served the one has the beginning of the other.
+    """
 
     prompt_tokens: int
     prompt_hmac: str
@@ -64,6 +73,7 @@ class PromptReady(Command, frozen=True, kw_only=True):
     date: str
     param: str = "messages"
     grammar_hmac: str = ""
+    prefix_hmacs: tuple[str, ...] = ()
 
 
 class PromptUnusable(Command, frozen=True, kw_only=True):
@@ -221,12 +231,13 @@ class ReleaseMemory(Command, frozen=True, kw_only=True):
 
 
 class ObserveMemory(Command, frozen=True, kw_only=True):
-    """A reading of one executor's memory."""
+    """A reading of one executor's memory; ``devices`` is of each, where it has several."""
 
     executor: str
     used_bytes: int
     total_bytes: int
     kv_bytes_in_use: int
+    devices: tuple[DeviceMemory, ...] = ()
 
 
 GuardCommand: TypeAlias = (
@@ -323,10 +334,25 @@ class SetExecutor(Command, frozen=True, kw_only=True):
 
 
 class DropExecutor(Command, frozen=True, kw_only=True):
-    """An executor can no longer serve."""
+    """An executor can no longer serve; with ``fault``, because it failed."""
 
     executor: str
     reason: str
+    fault: bool = False
+
+
+class DrainExecutor(Command, frozen=True, kw_only=True):
+    """Choose this executor for nobody new; who runs there goes on."""
+
+    executor: str
+
+
+class RateExecutor(Command, frozen=True, kw_only=True):
+    """An executor is suspect: it should have made progress by now. Or it is not any more."""
+
+    executor: str
+    suspect: bool
+    silent_ms: float = 0.0
 
 
 class RouteRequest(Command, frozen=True, kw_only=True):
@@ -335,6 +361,7 @@ class RouteRequest(Command, frozen=True, kw_only=True):
     Attributes:
         session_id: names the conversation, for affinity: the client's ``X-Session-ID`` within its tenant; empty is none.
         multi_device: admission decided ``route_multi``: it should run where an engine spans several devices.
+        prefix_hmacs: see ``PromptReady``.
     """
 
     request_id: str
@@ -342,6 +369,7 @@ class RouteRequest(Command, frozen=True, kw_only=True):
     prompt_tokens: int
     session_id: str = ""
     multi_device: bool = False
+    prefix_hmacs: tuple[str, ...] = ()
 
 
 class ForgetRoute(Command, frozen=True, kw_only=True):
@@ -350,6 +378,24 @@ class ForgetRoute(Command, frozen=True, kw_only=True):
     request_id: str
 
 
-RouterCommand: TypeAlias = SetExecutor | DropExecutor | RouteRequest | ForgetRoute
+RouterCommand: TypeAlias = SetExecutor | DropExecutor | DrainExecutor | RateExecutor | RouteRequest | ForgetRoute
 
-DeciderCommand: TypeAlias = RequestCommand | GuardCommand | AdmissionCommand | RouterCommand
+
+# ---------------------------------------------------------------- every decider
+
+
+class ChangeSettings(Command, frozen=True, kw_only=True):
+    """Decide by other settings from now on.
+
+    Attributes:
+        settings: every setting that can change while the server runs, with its new value.
+        changed: those that differ from before.
+        origin: who asked for it: a signal, or the HTTP surface.
+    """
+
+    settings: dict[str, SettingValue]
+    changed: tuple[str, ...]
+    origin: str
+
+
+DeciderCommand: TypeAlias = RequestCommand | GuardCommand | AdmissionCommand | RouterCommand | ChangeSettings

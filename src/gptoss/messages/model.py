@@ -28,6 +28,22 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int = 1
 
 
+class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
+    """What one device of an engine that spans several holds: its part of the weights and of the KV budget, in bytes."""
+
+    device: str
+    weights_bytes: int
+    kv_budget_bytes: int
+
+
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """A reading of one device: memory in use, by this engine's process on a CPU and by everybody on a GPU."""
+
+    device: str
+    used_bytes: int
+    total_bytes: int
+
+
 class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a loaded engine can take.
 
@@ -39,6 +55,8 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         prefix_cache_bytes: the most of that KV memory that cached prefixes may take while it is not reserved.
         kv_pages: pages that it consists of; 0 where each request has a contiguous slot of its own.
         multi_device: it spans several devices.
+        shares: what each of those holds; they add up to ``weights_bytes``, where nothing is held twice, and
+            ``kv_budget_bytes``.
     """
 
     model_name: str
@@ -57,6 +75,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_bytes: int = 0
     kv_pages: int = 0
     multi_device: bool = False
+    shares: tuple[DeviceShare, ...] = ()
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,7 +5,8 @@ Rules:
   so they say where two answers part and nothing else.
 - A pseudonym is a keyed hash of a request's id, the same everywhere in the recording: in streams, correlations, events,
   consumed commands and snapshots. No decision orders by id, so every decision comes out the same.
-- With its id, a request loses what else could name it: session, trace, and the engine's messages about it.
+- With its id, a request loses what else could name it: trace, and the engine's messages about it.
+- Conversations get pseudonyms too, those of requests that are kept as well: routes depend on which of them are the same.
 - Without the key, nobody can tell from a guessed id or prompt whether it was this one.
 """
 
@@ -33,7 +34,8 @@ ID_FIELDS = frozenset({"request_id", "request_ids", "refused"})
 """Fields of events, commands and their parts that hold ids of requests."""
 SNAPSHOT_FIELDS = frozenset({"waiting", "pending", "running", "grants", "routes"})
 """Fields of the deciders' states that are keyed by id."""
-NAMING_FIELDS = frozenset({"session_id", "traceparent"})
+SESSION_FIELD = "session_id"
+NAMING_FIELDS = frozenset({"traceparent"})
 
 _LEVELS: dict[type[Event], ContentLevel] = {
     ev.MessagesReceived: "full",
@@ -130,9 +132,16 @@ class _Names:
             return request_id
         name = self._known.get(request_id)
         if name is None:
-            digest = hmac.new(self._key, b"request " + request_id.encode(), hashlib.sha256).hexdigest()
-            name = self._known[request_id] = f"anon_{digest[:PSEUDONYM_HEX]}"
+            name = self._known[request_id] = self._pseudonym("request", request_id)
         return name
+
+    def session(self, session_id: str) -> str:
+        """The name under which a conversation stands."""
+        return self._pseudonym("session", session_id) if session_id else ""
+
+    def _pseudonym(self, kind: str, name: str) -> str:
+        digest = hmac.new(self._key, f"{kind} {name}".encode(), hashlib.sha256).hexdigest()
+        return f"anon_{digest[:PSEUDONYM_HEX]}"
 
     def rename(self, record: Record) -> Record:
         """The record with every id replaced."""
@@ -170,8 +179,18 @@ class _Names:
         fields: dict[str, Any] = msgspec.msgpack.decode(state)
         for name in SNAPSHOT_FIELDS & fields.keys():
             if isinstance(fields[name], dict):
-                fields[name] = {self.of(request_id): value for request_id, value in fields[name].items()}
+                fields[name] = {self.of(request_id): self._part(value) for request_id, value in fields[name].items()}
+        if isinstance(fields.get("sessions"), dict):
+            fields["sessions"] = {self.session(name): value for name, value in fields["sessions"].items()}
         return msgspec.Raw(msgspec.msgpack.encode(fields))
+
+    def _part(self, value: Any) -> Any:
+        """What a state holds of a request."""
+        if isinstance(value, dict) and SESSION_FIELD in value:
+            part = cast("dict[str, Any]", value)
+            part = {**part, SESSION_FIELD: self.session(part[SESSION_FIELD])}
+            return part
+        return cast("Any", value)
 
     def _struct(self, value: S, *, hidden: bool) -> S:
         changes: dict[str, Any] = {}
@@ -179,6 +198,8 @@ class _Names:
             before: Any = getattr(value, name)
             if name in ID_FIELDS:
                 after = self.of(before) if isinstance(before, str) else tuple(map(self.of, before))
+            elif name == SESSION_FIELD:
+                after = self.session(before)
             elif name in NAMING_FIELDS and hidden:
                 after = ""
             elif isinstance(before, tuple) and before and isinstance(before[0], msgspec.Struct):

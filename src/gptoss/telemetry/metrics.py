@@ -153,7 +153,7 @@ class Metrics:
             families.admission.add((event.action,))
         elif isinstance(event, ev.DeadLettered):
             families.dead_letters.add((event.reason,))
-        elif isinstance(event, ev.EngineExited):
+        elif isinstance(event, ev.EngineExited) and not event.planned:
             families.exits.add((event.executor,))
         elif isinstance(event, ev.Preempted):
             families.preemptions.add(self._vllm(event.executor))

@@ -39,7 +39,7 @@ class Projection:
     """
 
     def __init__(self, *, step_timeout_s: float = 60.0) -> None:
-        self._step_timeout_ns = int(step_timeout_s * NS_PER_S)
+        self._step_timeout_s = step_timeout_s
         self._requests = RequestBook(finished_max=FINISHED_MAX)
         self._executors = ExecutorBook()
         self._server = ServerView()
@@ -51,6 +51,10 @@ class Projection:
         self._server.newest_pos = record.meta.pos
         self._executors.fold(record)
         self._server.fold(record, self._requests.fold(record))
+
+    @property
+    def _step_timeout_ns(self) -> int:
+        return int(float(self._server.live.get("step_timeout_s", self._step_timeout_s)) * NS_PER_S)
 
     @property
     def newest_pos(self) -> int:
@@ -80,7 +84,7 @@ class Projection:
             return f"{self._server.escalated} failed too often and stays down"
         for view in self._executors.views.values():
             silent_ns = now_ns - view.silent_since_ns
-            if view.state == "ready" and view.running and silent_ns > self._step_timeout_ns:
+            if view.state in {"ready", "draining"} and view.running and silent_ns > self._step_timeout_ns:
                 return f"{view.name} made no step for {silent_ns / NS_PER_S:.0f} s with {len(view.running)} running"
         views = list(self._executors.views.values())
         if any(view.state == "ready" for view in views):
@@ -127,7 +131,9 @@ class Projection:
         if self._server.draining:
             return "draining"
         if readiness.ready:
-            failed = any(view.state in {"failed", "restarting"} for view in self._executors.views.values())
+            failed = any(
+                view.state in {"failed", "restarting"} or view.suspect for view in self._executors.views.values()
+            )
             return "degraded" if failed else "healthy"
         views = self._executors.views.values()
         fresh = all(view.state in {"starting", "loading"} and not view.exits for view in views)
@@ -165,6 +171,7 @@ class Projection:
                 "decisions": decisions,
                 "by_executor": _shares(self._server.routes, decisions),
                 "by_reason": _shares(self._server.route_reasons, decisions),
+                "by_kind": _shares(self._server.route_kinds, decisions),
             },
             "cache_stats": self._cache_stats(),
         }
@@ -206,6 +213,7 @@ class Projection:
             "memory_used_bytes": view.memory_used_bytes,
             "memory_total_bytes": view.memory_total_bytes,
             "memory_pressure": round(reserved / view.kv_budget_bytes, 4) if view.kv_budget_bytes else 0.0,
+            "devices": [msgspec.to_builtins(device) for device in view.devices],
         }
 
     def executor_details(self) -> dict[str, dict[str, Any]]:
@@ -214,7 +222,6 @@ class Projection:
             name: {
                 **_executor_health(view),
                 "steps": view.steps,
-                "engine_exits": view.exits,
                 "capabilities": msgspec.to_builtins(view.capabilities),
                 "memory": self._executor_memory(view),
             }
@@ -250,6 +257,9 @@ def _executor_health(view: ExecutorView) -> dict[str, Any]:
         "running": len(view.running),
         "incarnation": view.incarnation,
         "reason": view.reason,
+        "engine_exits": view.exits,
+        "restarts": view.restarts,
+        "suspect": view.suspect,
     }
 
 
