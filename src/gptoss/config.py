@@ -175,6 +175,11 @@ def load_settings(
     return Layered(Settings(**values), origins, lambda: load_settings(flags, environ=environ, file=file))
 
 
+def put_environment(**variables: str) -> None:
+    """Set variables of this process, for libraries that take nothing else."""
+    os.environ.update(variables)
+
+
 def live_settings(settings: Settings) -> dict[str, bool | int | float | str]:
     """Every setting that can change while the server runs, with its value."""
     return {name: getattr(settings, name) for name in LIVE}

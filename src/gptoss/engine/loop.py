@@ -14,16 +14,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import psutil
 
 from gptoss.clock import NS_PER_MS, Clock
 from gptoss.engine.model_folder import check_folder
-from gptoss.engine.port import EngineCommand, EngineEvent, Load, Loaded, LoadFailed, LoadProgressed, Shutdown
-from gptoss.errors import EngineProtocolError, GptossError
+from gptoss.engine.port import (
+    EngineCommand,
+    EngineEvent,
+    EngineStatus,
+    Load,
+    Loaded,
+    LoadFailed,
+    LoadProgressed,
+    Shutdown,
+)
+from gptoss.errors import EngineProtocolError, GptossError, ModelLoadError
 
 if TYPE_CHECKING:
     from gptoss.engine.core import EngineCore
     from gptoss.engine.load import LoadedModel
+    from gptoss.engine.ranks import Ranks
 
 COMMANDS_MAX = 65_536
 EXIT_LOAD_FAILED = 1
@@ -55,13 +66,17 @@ def serve(
         check_folder(Path(load.folder))  # a folder that is no model need not wait for the imports
         from gptoss.engine.core import EngineCore, core_options  # noqa: PLC0415 - see the module's rules
 
+        ranks = _start_ranks(load, owns_process=owns_process)
         if load.num_threads or owns_process:
             _set_num_threads(load.num_threads or psutil.cpu_count(logical=False) or 1)
         model = _load(load, emit)
     except GptossError as error:
         emit(LoadFailed(code=error.code, message=error.message))
         return EXIT_LOAD_FAILED
-    core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock, core_options(load, model))
+    options = core_options(load, model)
+    if ranks is not None:
+        options = msgspec.structs.replace(options, announce=ranks.run)
+    core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock, options)
     emit(LoadProgressed(stage="grammars", done=0, total=0, unit="tokens"))
     core.grammars.prepare()  # a second or two for a large vocabulary, which no step should have to wait for
     emit(
@@ -73,7 +88,9 @@ def serve(
             notes=(*model.notes, *core.notes),
         )
     )
-    _run(core, commands, emit)
+    _run(core, commands, emit, ranks)
+    if ranks is not None:
+        ranks.end()
     return 0
 
 
@@ -86,13 +103,32 @@ def _load(load: Load, emit: Callable[[EngineEvent], None]) -> "LoadedModel":
     return load_model(load, progress)
 
 
+def _start_ranks(load: Load, *, owns_process: bool) -> "Ranks | None":
+    from gptoss.engine.ranks import Ranks, joined_devices  # noqa: PLC0415 - see the module's rules
+
+    if not joined_devices(load):
+        return None
+    if not owns_process:
+        raise ModelLoadError(
+            "gpu_mode is tensor, which needs processes of its own: no engine in this process can do it"
+        )
+    ranks = Ranks(load)
+    ranks.start()
+    return ranks
+
+
 def _set_num_threads(num_threads: int) -> None:
     import torch  # noqa: PLC0415 - see the module's rules
 
     torch.set_num_threads(num_threads)
 
 
-def _run(core: "EngineCore", commands: "queue.Queue[EngineCommand]", emit: Callable[[EngineEvent], None]) -> None:
+def _run(
+    core: "EngineCore",
+    commands: "queue.Queue[EngineCommand]",
+    emit: Callable[[EngineEvent], None],
+    ranks: "Ranks | None",
+) -> None:
     """Commands and steps in turn, until ``Shutdown``."""
     while True:
         for command in _take(commands, wait=not core.has_work()):
@@ -100,10 +136,15 @@ def _run(core: "EngineCore", commands: "queue.Queue[EngineCommand]", emit: Calla
                 return
             if isinstance(command, Load):
                 raise EngineProtocolError("a second Load was sent to a loaded engine")
+            if ranks is not None:
+                ranks.tell(command)
             for event in core.handle(command):
-                emit(event)
+                emit(ranks.with_others(event) if ranks is not None and isinstance(event, EngineStatus) else event)
         if core.has_work():
-            for event in core.step():
+            events = core.step()
+            if ranks is not None:
+                ranks.note(events)
+            for event in events:
                 emit(event)
 
 
