@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "gptoss"
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 70
-# The catalogue of events is one list of declarations, read as one document.
-CATALOGUES = {SRC / "messages" / "events.py": 800}
+# The catalogues of events and commands are lists of declarations, read as documents.
+CATALOGUES = {SRC / "messages" / "events.py": 900, SRC / "messages" / "commands.py": 500}
 BANNED_WORDS = {"utils", "util", "helper", "helpers", "manager", "managers", "misc", "common"}
 
 

@@ -32,7 +32,7 @@ LIVE = (
     "request_timeout_s",
     "step_timeout_s",
     "drain_timeout_s",
-    "multi_tokens",
+    "multi_prompt_len",
     "multi_kv_mb",
     "multi_pressure",
 )
@@ -53,7 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             one executor over both.
         gpu_mode: how a model lies on several devices: ``single`` has a whole one on each, ``pipeline`` some layers on each,
             ``tensor`` a part of every layer on each; ``auto`` is ``single`` if the model fits one device, else ``pipeline``.
-        multi_tokens, multi_kv_mb: a request with a longer prompt or more KV memory goes to an executor over several
+        multi_prompt_len, multi_kv_mb: a request with a longer prompt or more KV memory goes to an executor over several
             devices, where there is one; so does every request while the others are fuller than ``multi_pressure``.
         kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
         quantization: ``int8`` or ``int4`` packs weights, with the CPU kernels; see docs/performance.md for what it costs.
@@ -85,7 +85,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cache_dir: str = ""
     devices: str = "auto"
     gpu_mode: Literal["auto", "single", "pipeline", "tensor"] = "auto"
-    multi_tokens: Count = 8000
+    multi_prompt_len: Count = 8000
     multi_kv_mb: Count = 6000
     multi_pressure: Share = 0.85
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -89,6 +89,7 @@ def _watch_signals(stop: asyncio.Event) -> None:
             signal.raise_signal(number)
         stop.set()
 
+    loop.add_signal_handler(signal.SIGHUP, logger.warning, "SIGHUP: the server still starts; nothing was read")
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
 

@@ -38,7 +38,7 @@ def deciders_of(settings: Settings) -> Deciders:
         admission=Admission(AdmissionPolicy(max_queue=settings.max_queue)),
         router=Router(
             RouterPolicy(
-                multi_tokens=settings.multi_tokens,
+                multi_prompt_len=settings.multi_prompt_len,
                 multi_kv_bytes=settings.multi_kv_mb * BYTES_PER_MB,
                 multi_pressure=settings.multi_pressure,
             )

@@ -3,7 +3,7 @@
 Rules:
 - Only an executor that serves, has a free slot and enough unbound KV memory comes into question. A request that none can
   take now waits until one can; its own deadline bounds that wait.
-- By size: a prompt over ``multi_tokens``, KV memory over ``multi_kv_bytes``, or anything while the executors with one device
+- By size: a prompt over ``multi_prompt_len``, KV memory over ``multi_kv_bytes``, or anything while the executors with one device
   hold more than ``multi_pressure`` of their memory goes to an executor that spans several devices, where there is one;
   everything else to one with a single device. Whoever finds no room on the right kind takes the other.
 - By health: one that is suspect is taken when no other comes into question; each failure within a minute counts as a quarter
@@ -47,7 +47,7 @@ replace = msgspec.structs.replace
 class RouterPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Above which a request goes to an executor that spans several devices, where there is one."""
 
-    multi_tokens: int = 8000
+    multi_prompt_len: int = 8000
     multi_kv_bytes: int = 6000 * 1024 * 1024
     multi_pressure: float = 0.85
 
@@ -201,7 +201,7 @@ class Router:
             return ""
         if route.multi_device:
             return "admission"
-        if route.prompt_tokens > self.policy.multi_tokens:
+        if route.prompt_tokens > self.policy.multi_prompt_len:
             return "large_prompt"
         if route.kv_bytes > self.policy.multi_kv_bytes:
             return "large_kv"

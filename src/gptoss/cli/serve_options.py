@@ -43,7 +43,7 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
             "",
             "How a model lies on several devices: a whole one, some layers, or a part of each layer on each.",
         ),
-        "multi_tokens": ("TOKENS", "Longer prompts go to an executor over several devices, where there is one."),
+        "multi_prompt_len": ("TOKENS", "Longer prompts go to an executor over several devices, where there is one."),
         "multi_kv_mb": ("MB", "So do requests that need more KV memory,"),
         "multi_pressure": ("SHARE", "and all, while the other executors' memory is fuller than this."),
         "kernels": ("", "Whose kernels run on a CPU; auto: this package's own where they can."),

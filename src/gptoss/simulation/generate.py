@@ -6,11 +6,15 @@ once mostly refuses, and hides what goes wrong in the details).
 
 from collections.abc import Callable
 
+import msgspec
+
 from gptoss.actors.directory import DECIDER_NAMES, executor_name
 from gptoss.clock import SeededRng
 from gptoss.simulation.faults import ANY_REQUEST
 from gptoss.simulation.probe import KINDS
-from gptoss.simulation.scenario import Arrival, Fault, FaultKind, Scenario, Shape
+from gptoss.simulation.scenario import LOSSES, Arrival, Fault, FaultKind, Scenario, Shape
+
+replace = msgspec.structs.replace
 
 SPAN_MS = 2000.0
 """Faults happen within this time, and so do most arrivals."""
@@ -32,6 +36,16 @@ STAGES = (
     "AttemptRetried",
 )
 """Events of a request at which its client may do something, where a time would seldom hit the moment."""
+RESTARTS_MAX = 2
+"""With as many a request is lost twice at most, and still ends well."""
+CHANGES: tuple[tuple[str, tuple[float, ...]], ...] = (
+    ("max_queue", (1, 2, 64)),
+    ("queue_timeout_s", (0.3, 5.0)),
+    ("request_timeout_s", (2.0, 20.0)),
+    ("multi_prompt_len", (10, 64, 500)),
+    ("multi_pressure", (0.2, 0.9)),
+)
+"""Settings that an operator changes, and to what."""
 CRASHES_MAX = 2
 """Of one decider: a third within a minute is one too many for its supervisor, and then nothing more is served."""
 
@@ -44,7 +58,12 @@ def generate(seed: int) -> Scenario:
     span_ms = RUSH_MS if rng.happens(0.3) else (0.0, SPAN_MS)
     number = rng.pick((12, 16) if is_crowded else (1, 4, 8, 12))
     arrivals = tuple(_arrival(rng, index, span_ms, is_long=is_crowded) for index in range(number))
-    return Scenario(seed, shape, arrivals, _faults(rng, shape, arrivals), rebuilds_views=seed % VIEWS_EVERY == 0)
+    faults = _faults(rng, shape, arrivals)
+    operator = SeededRng(f"{seed}/operator")  # its draws leave those of the rest of the scenario as they were
+    if operator.happens(0.4):
+        shape = _grown(operator, shape, is_crowded=is_crowded)
+        faults = _operated(operator, shape, arrivals, faults)
+    return Scenario(seed, shape, arrivals, faults, rebuilds_views=seed % VIEWS_EVERY == 0)
 
 
 def _shape(rng: SeededRng, *, is_crowded: bool) -> Shape:
@@ -59,6 +78,28 @@ def _shape(rng: SeededRng, *, is_crowded: bool) -> Shape:
         step_ms=rng.pick((5.0, 20.0) if is_crowded else (1.0, 5.0, 20.0)),
         lag=rng.pick((0.0, 0.2, 0.6)),
     )
+
+
+def _grown(operator: SeededRng, shape: Shape, *, is_crowded: bool) -> Shape:
+    executors = shape.executors if is_crowded else max(shape.executors, operator.pick((1, 2, 4)))
+    joined = not is_crowded and operator.happens(0.4)
+    return replace(shape, executors=executors, joined=joined, drain_timeout_s=operator.pick((0.2, 30.0)))
+
+
+def _operated(
+    operator: SeededRng, shape: Shape, arrivals: tuple[Arrival, ...], faults: tuple[Fault, ...]
+) -> tuple[Fault, ...]:
+    """The faults with what an operator does beside them, or on a day without losses."""
+    if operator.happens(0.5):
+        faults = tuple(fault for fault in faults if fault.kind not in LOSSES)
+    made: list[Fault] = []
+    if operator.happens(0.7):
+        made += _on_devices(RESTARTS_MAX)(operator, "executor_restarts", shape, arrivals)
+    if operator.happens(0.5):
+        for _ in range(1 + operator.below(3)):
+            name, values = operator.pick(CHANGES)
+            made.append(Fault(_when(operator), "settings_change", name, operator.pick(values)))
+    return tuple(sorted((*faults, *made), key=lambda fault: fault.at_ms))
 
 
 def _arrival(rng: SeededRng, index: int, span_ms: tuple[float, float], *, is_long: bool) -> Arrival:

@@ -27,7 +27,7 @@ PLAIN_ARRIVALS: tuple[dict[str, Any], ...] = (
     {"max_tokens": 1},
     {"max_tokens": 5},
 )
-PLAIN_SHAPES: tuple[dict[str, Any], ...] = ({"executors": 1}, {"lag": 0.0}, {"slots": 1})
+PLAIN_SHAPES: tuple[dict[str, Any], ...] = ({"executors": 1}, {"joined": False}, {"lag": 0.0}, {"slots": 1})
 
 
 class Shrinker:

@@ -110,6 +110,8 @@ class World:
             request_timeout_s=shape.request_timeout_s,
             queue_timeout_s=shape.queue_timeout_s,
             step_timeout_s=shape.step_timeout_s,
+            drain_timeout_s=shape.drain_timeout_s,
+            multi_prompt_len=shape.multi_prompt_len,
         )
         self.serving = self._system()
 
