@@ -259,9 +259,10 @@ def _stages(folder: Path, dtype: torch.dtype, count: int) -> dict[str, int]:
     room = dict.fromkeys(range(count), sizes[""] // count + largest // 2)
     room[0] += largest
     room[count - 1] = NO_LIMIT
-    found: dict[str, Any] = infer_auto_device_map(
-        model, max_memory=cast("Any", room), no_split_module_classes=whole, dtype=dtype
-    )
+    with _quiet("accelerate.utils.modeling"):  # the stages are numbers here, not GPUs that would have to be there
+        found: dict[str, Any] = infer_auto_device_map(
+            model, max_memory=cast("Any", room), no_split_module_classes=whole, dtype=dtype
+        )
     if set(found.values()) != set(range(count)):
         raise ModelLoadError(f"{folder} cannot be cut into {count} stages: it has too few layers")
     return found
