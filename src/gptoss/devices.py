@@ -103,8 +103,11 @@ def _groups(devices: str) -> list[tuple[str, ...]]:
                 raise ConfigError(
                     f"devices is {devices!r}; give auto, cpu, cpu:2, a list such as cuda:0,cuda:1, or cuda:0+cuda:1"
                 )
-            count = min(int(match[2] or 1), MAX_EXECUTORS + 1) if match[1] == "cpu" else 0
-            names += [f"cpu:{num_cpus + index}" for index in range(count)] or [f"cuda:{int(match[2] or 0)}"]
+            if match[1] == "cuda":
+                names.append(f"cuda:{int(match[2] or 0)}")
+                continue
+            count = min(int(match[2] or 1), MAX_EXECUTORS + 1)
+            names += [f"cpu:{num_cpus + index}" for index in range(count)]
             num_cpus += count
         groups += [tuple(names)] if len(parts) > 1 else [(name,) for name in names]
     every = [name for group in groups for name in group]
