@@ -11,7 +11,7 @@ Rules:
 """
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,10 @@ import accelerate
 import msgspec
 import psutil
 import torch
-from accelerate.utils import compute_module_sizes, get_max_layer_size, infer_auto_device_map
-from torch import distributed
+from accelerate.utils import compute_module_sizes
+from torch import distributed, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gptoss.engine.kv_cache import KvGeometry, LayerGeometry
 from gptoss.engine.memory_model import kv_bytes
@@ -34,7 +35,6 @@ from gptoss.messages.model import DeviceShare, KvLayout
 
 KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
 """Part of the memory that is free once the weights are in, taken for KV when no budget is set."""
-NO_LIMIT = 1 << 60
 GPT_OSS_PLAN = {
     "self_attn.q_proj": "colwise",
     "self_attn.k_proj": "colwise",
@@ -247,25 +247,31 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _stages(folder: Path, dtype: torch.dtype, count: int) -> dict[str, int]:
-    """Which stage each block of the model belongs to: in order, of about the same size."""
+    """Which stage each block of the model belongs to: in order, where the middle of its bytes falls."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with accelerate.init_empty_weights():
         model: Any = cast("Any", AutoModelForCausalLM).from_config(config, dtype=dtype)
-    model.tie_weights()
-    whole: list[str] = list(model._no_split_modules or ())  # noqa: SLF001 - how transformers tells accelerate
     sizes = compute_module_sizes(model, dtype=cast("Any", dtype))
-    largest, _ = get_max_layer_size(list(model.named_children()), sizes, whole)
-    # accelerate keeps room for the largest block on the first device, and fills each device before the next.
-    room = dict.fromkeys(range(count), sizes[""] // count + largest // 2)
-    room[0] += largest
-    room[count - 1] = NO_LIMIT
-    with _quiet("accelerate.utils.modeling"):  # the stages are numbers here, not GPUs that would have to be there
-        found: dict[str, Any] = infer_auto_device_map(
-            model, max_memory=cast("Any", room), no_split_module_classes=whole, dtype=dtype
-        )
-    if set(found.values()) != set(range(count)):
+    blocks = list(_blocks(model, ""))
+    total = sum(sizes[name] for name, _ in blocks)
+    stages: dict[str, int] = {}
+    before = 0
+    for name, _ in blocks:
+        stages[name] = min(count - 1, int(count * (before + sizes[name] / 2) / total))
+        before += sizes[name]
+    if {stages[name] for name, is_layer in blocks if is_layer} != set(range(count)):
         raise ModelLoadError(f"{folder} cannot be cut into {count} stages: it has too few layers")
-    return found
+    return stages
+
+
+def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, bool]]:
+    """Names of what goes to one device as a whole, in order, and whether that is a layer."""
+    for name, child in module.named_children():
+        is_layer = isinstance(child, GradientCheckpointingLayer)
+        if is_layer or not any(isinstance(each, GradientCheckpointingLayer) for each in child.modules()):
+            yield f"{prefix}{name}", is_layer
+        else:
+            yield from _blocks(child, f"{prefix}{name}.")
 
 
 @contextmanager

@@ -20,6 +20,9 @@ SPAN_MS = 2000.0
 """Faults happen within this time, and so do most arrivals."""
 RUSH_MS = (700.0, 702.0)
 """When everyone comes at once: the engines have loaded by then."""
+LOADED_MS = 450.0
+"""When engines have loaded."""
+RESTART_MS = 1500.0
 VIEWS_EVERY = 4
 """In one of so many seeds the projections are rebuilt."""
 MEMORY_FOR_TOKENS = (60, 200, 600, 2000)
@@ -60,9 +63,11 @@ def generate(seed: int) -> Scenario:
     arrivals = tuple(_arrival(rng, index, span_ms, is_long=is_crowded) for index in range(number))
     faults = _faults(rng, shape, arrivals)
     operator = SeededRng(f"{seed}/operator")  # its draws leave those of the rest of the scenario as they were
-    if operator.happens(0.4):
+    if operator.happens(0.5):
+        if operator.happens(0.5):  # a day without losses
+            faults = tuple(fault for fault in faults if fault.kind not in LOSSES)
         shape = _grown(operator, shape, is_crowded=is_crowded)
-        faults = _operated(operator, shape, arrivals, faults)
+        faults = tuple(sorted((*faults, *_operated(operator, shape, arrivals)), key=lambda fault: fault.at_ms))
     return Scenario(seed, shape, arrivals, faults, rebuilds_views=seed % VIEWS_EVERY == 0)
 
 
@@ -81,25 +86,25 @@ def _shape(rng: SeededRng, *, is_crowded: bool) -> Shape:
 
 
 def _grown(operator: SeededRng, shape: Shape, *, is_crowded: bool) -> Shape:
-    executors = shape.executors if is_crowded else max(shape.executors, operator.pick((1, 2, 4)))
-    joined = not is_crowded and operator.happens(0.4)
+    executors = shape.executors if is_crowded else operator.pick((shape.executors, 1, 2, 4))
+    joined = executors > 1 and operator.happens(0.4)
+    executors = max(executors, shape.executors)  # faults name those
     return replace(shape, executors=executors, joined=joined, drain_timeout_s=operator.pick((0.2, 30.0)))
 
 
-def _operated(
-    operator: SeededRng, shape: Shape, arrivals: tuple[Arrival, ...], faults: tuple[Fault, ...]
-) -> tuple[Fault, ...]:
-    """The faults with what an operator does beside them, or on a day without losses."""
-    if operator.happens(0.5):
-        faults = tuple(fault for fault in faults if fault.kind not in LOSSES)
+def _operated(operator: SeededRng, shape: Shape, arrivals: tuple[Arrival, ...]) -> list[Fault]:
+    """What an operator does meanwhile."""
     made: list[Fault] = []
     if operator.happens(0.7):
-        made += _on_devices(RESTARTS_MAX)(operator, "executor_restarts", shape, arrivals)
+        made += [
+            Fault(_before(operator, operator.pick(arrivals)), "executor_restarts", operator.pick(shape.devices))
+            for _ in range(1 + operator.below(RESTARTS_MAX))
+        ]
     if operator.happens(0.5):
         for _ in range(1 + operator.below(3)):
             name, values = operator.pick(CHANGES)
             made.append(Fault(_when(operator), "settings_change", name, operator.pick(values)))
-    return tuple(sorted((*faults, *made), key=lambda fault: fault.at_ms))
+    return made
 
 
 def _arrival(rng: SeededRng, index: int, span_ms: tuple[float, float], *, is_long: bool) -> Arrival:
@@ -189,6 +194,11 @@ def _asks(rng: SeededRng, kind: FaultKind, _: Shape, __: tuple[Arrival, ...]) ->
 
 def _soon_after(rng: SeededRng, arrival: Arrival) -> float:
     return round(arrival.at_ms + rng.pick((0.01, 5.0, 12.0, 12.0, 100.0, 500.0)) * rng.uniform(), 3)
+
+
+def _before(rng: SeededRng, arrival: Arrival) -> float:
+    """So long that a restart may be over by then, or be at any of its stages."""
+    return round(max(LOADED_MS, arrival.at_ms - rng.uniform() * RESTART_MS), 3)
 
 
 def _when(rng: SeededRng) -> float:
