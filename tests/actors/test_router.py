@@ -84,7 +84,8 @@ def wide(name: str = "cuda:1+cuda:2", slots: int = 2, kv: int = 200) -> cmd.SetE
 
 
 def ask(name: str, *, now_s: int = 0, kv: int = 10, **fields: Any) -> cmd.RouteRequest:
-    return cmd.RouteRequest(now_ns=now_s * NS_PER_S, request_id=name, kv_bytes=kv, **{"prompt_tokens": 80, **fields})
+    given: dict[str, Any] = {"prompt_tokens": 80, **fields}
+    return cmd.RouteRequest(now_ns=now_s * NS_PER_S, request_id=name, kv_bytes=kv, **given)
 
 
 def last(events: list[Event]) -> tuple[str, str]:

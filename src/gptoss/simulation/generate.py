@@ -101,7 +101,7 @@ def _operated(operator: SeededRng, shape: Shape, arrivals: tuple[Arrival, ...]) 
             for _ in range(1 + operator.below(RESTARTS_MAX))
         ]
     if operator.happens(0.5):
-        for _ in range(1 + operator.below(3)):
+        for _ in range(1 + operator.below(2)):
             name, values = operator.pick(CHANGES)
             made.append(Fault(_when(operator), "settings_change", name, operator.pick(values)))
     return made

@@ -48,7 +48,6 @@ LOSSES = frozenset(
         "disk_fails",
         "actor_crashes",
         "drain",
-        "process_dies",
     }
 )
 """Kinds of faults that may cost a request its place."""
