@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import gptoss
 from gptoss.actors.directory import DECIDER_NAMES
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.app import ServingSystem
-from gptoss.config import Settings
+from gptoss.config import Settings, load_settings
 from gptoss.engine import port
 from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import ChatMessage
@@ -21,6 +22,9 @@ from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event
 from gptoss.messages.sampling import SamplingParams
 from gptoss.replay.verify import verify
+from gptoss.server import reload_settings
+from gptoss.telemetry.bundle_redact import Redacted
+from gptoss.telemetry.projection import Projection
 from gptoss.telemetry.recording import LiveRecording
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, fake_token, run_until_idle
 
@@ -332,3 +336,51 @@ async def test_operators_restart_and_tune_over_http() -> None:
             error = (await answer.json())["error"]
             assert (answer.status, error["param"]) == (400, param)
         await until(system, lambda: health(system)[1]["restarts"] == 1)
+
+
+# ---------------------------------------------------------------- what a reader sees
+
+
+async def test_routes_by_conversation_replay_under_pseudonyms() -> None:
+    async with serving() as (system, _):
+        for number in range(12):
+            session = f"secret-conversation-{number % 3}"
+            await tokens(system.submit(request(seed=number, session_id=session, request_id=f"r{number}")))
+        await run_until_idle(system.system)
+        assert "session" in {each.reason for each in events(system, ev.RouteDecided)}
+        for keep in (frozenset[str](), frozenset({"r1", "r4"})):
+            redacted = Redacted(LiveRecording(system.journal), content="none", keep=keep, key=b"key")
+            assert verify(redacted).same
+            assert not any("secret-conversation" in str(record.event) for record in redacted.records())
+
+
+async def test_sighup_reads_the_file_again_and_a_broken_one_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "gptoss.toml"
+    file.write_text('max_queue = 5\njournal = "memory"\ndevices = "cpu:2"\n')
+    async with serving(max_queue=5) as (system, _):
+        layered = load_settings({}, environ={}, file=file)
+        file.write_text('max_queue = 6\nport = 9000\njournal = "memory"\ndevices = "cpu:2"\n')
+        reload_settings(system, layered)
+        assert (system.settings.max_queue, system.settings.port) == (6, 8000)
+        (changed,) = [r.event for r in system.journal.read(stream="system") if isinstance(r.event, ev.ConfigChanged)]
+        assert (changed.changed, changed.refused, changed.origin) == (("max_queue",), ("port",), "SIGHUP")
+        file.write_text("max_queue = 7\nnonsense = 1\n")
+        reload_settings(system, layered)
+        assert system.settings.max_queue == 6
+        assert "unknown setting 'nonsense'" in caplog.text
+
+
+async def test_a_server_that_lost_an_engine_is_degraded_until_it_is_back() -> None:
+    async with serving() as (system, made):
+        assert system.projection.health(system.system.now_ns())["status"] == "healthy"
+        made[0].kill()
+        await until(system, lambda: health(system)[0]["engine_exits"] == 1)
+        assert system.projection.health(system.system.now_ns())["status"] == "degraded"
+        await until(system, lambda: health(system)[0]["state"] == "ready")
+        assert system.projection.health(system.system.now_ns())["status"] == "healthy"
+        rebuilt = Projection()
+        for record in system.journal.read():
+            rebuilt.fold(record)
+        assert rebuilt.health(0)["executors"] == health(system)

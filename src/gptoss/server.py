@@ -49,7 +49,7 @@ async def _serve(layered: Layered) -> int:
         if not await _until_ready(serving, stop):
             return 0
         serving.system.on_escalated(lambda _: stop.set())
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, serving, layered)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_settings, serving, layered)
         _welcome(settings, server.port, serving.gateway.served_model)
         await stop.wait()
         await serving.drain(serving.settings.drain_timeout_s)
@@ -94,7 +94,8 @@ def _watch_signals(stop: asyncio.Event) -> None:
         loop.add_signal_handler(number, on_signal, number)
 
 
-def _reload(serving: ServingSystem, layered: Layered) -> None:
+def reload_settings(serving: ServingSystem, layered: Layered) -> None:
+    """What SIGHUP does: read all layers again and take what can change; the log names what cannot."""
     try:
         read = layered.reload()
     except ConfigError as error:

@@ -5,8 +5,9 @@ Rules:
   so they say where two answers part and nothing else.
 - A pseudonym is a keyed hash of a request's id, the same everywhere in the recording: in streams, correlations, events,
   consumed commands and snapshots. No decision orders by id, so every decision comes out the same.
-- With its id, a request loses what else could name it: trace, and the engine's messages about it.
-- Conversations get pseudonyms too, those of requests that are kept as well: routes depend on which of them are the same.
+- With its id, a request loses what else could name it: session, trace, and the engine's messages about it.
+- Where deciders know conversations, these get pseudonyms, those of requests that are kept too: routes depend on which of
+  them are the same.
 - Without the key, nobody can tell from a guessed id or prompt whether it was this one.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import msgspec
 
+from gptoss.actors.directory import DECIDER_NAMES
 from gptoss.messages import events as ev
 from gptoss.messages.codec import decode_command, encode_command
 from gptoss.messages.envelope import Event, Record
@@ -35,7 +37,7 @@ ID_FIELDS = frozenset({"request_id", "request_ids", "refused"})
 SNAPSHOT_FIELDS = frozenset({"waiting", "pending", "running", "grants", "routes"})
 """Fields of the deciders' states that are keyed by id."""
 SESSION_FIELD = "session_id"
-NAMING_FIELDS = frozenset({"traceparent"})
+NAMING_FIELDS = frozenset({SESSION_FIELD, "traceparent"})
 
 _LEVELS: dict[type[Event], ContentLevel] = {
     ev.MessagesReceived: "full",
@@ -118,6 +120,13 @@ def key_id_of(key: bytes) -> str:
 # ---------------------------------------------------------------- names
 
 
+class _Hides(msgspec.Struct, frozen=True):
+    """What of a record is to be hidden: the ``request`` that it is about; ``sessions``, by pseudonyms."""
+
+    request: bool
+    sessions: bool
+
+
 class _Names:
     """Replaces the ids of requests that are not to be known."""
 
@@ -156,24 +165,25 @@ class _Names:
             trace_id="" if hidden else meta.trace_id,
             span_id="" if hidden else meta.span_id,
         )
-        return Record(renamed, self._event(record.event, hidden=hidden))
+        hides = _Hides(hidden, meta.stream in DECIDER_NAMES)
+        return Record(renamed, self._event(record.event, hides))
 
     def _actor(self, name: str) -> str:
         """A stream or an actor, which may be named for a request: ``request/ID``, ``actor/request/ID``."""
         about = _NAMED_FOR_REQUEST.fullmatch(name)
         return about[1] + self.of(about[2]) if about else name
 
-    def _event(self, event: Event, *, hidden: bool) -> Event:
+    def _event(self, event: Event, hides: "_Hides") -> Event:
         if isinstance(event, ev.CommandConsumed):
-            command = self._struct(decode_command(event.command), hidden=hidden)
+            command = self._struct(decode_command(event.command), hides)
             return msgspec.structs.replace(event, command=encode_command(command))
         if isinstance(event, ev.SnapshotTaken):
             return msgspec.structs.replace(event, state=self._state(event.state))
         if isinstance(event, ev.DeadLettered):
             return msgspec.structs.replace(event, to=self._actor(event.to))
-        if isinstance(event, ev.ExecutorFaulted) and hidden:
+        if isinstance(event, ev.ExecutorFaulted) and hides.request:
             event = msgspec.structs.replace(event, message="")
-        return self._struct(event, hidden=hidden)
+        return self._struct(event, hides)
 
     def _state(self, state: msgspec.Raw) -> msgspec.Raw:
         fields: dict[str, Any] = msgspec.msgpack.decode(state)
@@ -192,19 +202,19 @@ class _Names:
             return part
         return cast("Any", value)
 
-    def _struct(self, value: S, *, hidden: bool) -> S:
+    def _struct(self, value: S, hides: "_Hides") -> S:
         changes: dict[str, Any] = {}
         for name in value.__struct_fields__:
             before: Any = getattr(value, name)
             if name in ID_FIELDS:
                 after = self.of(before) if isinstance(before, str) else tuple(map(self.of, before))
-            elif name == SESSION_FIELD:
+            elif name == SESSION_FIELD and hides.sessions:
                 after = self.session(before)
-            elif name in NAMING_FIELDS and hidden:
+            elif name in NAMING_FIELDS and hides.request:
                 after = ""
             elif isinstance(before, tuple) and before and isinstance(before[0], msgspec.Struct):
                 parts = cast("tuple[msgspec.Struct, ...]", before)
-                after = tuple(self._struct(part, hidden=hidden) for part in parts)
+                after = tuple(self._struct(part, hides) for part in parts)
             else:
                 continue
             if after != before:

@@ -104,10 +104,17 @@ def _node(event: ev.NodeStarted) -> str:
     return f"gptoss {event.version}, Python {event.python}, {many(event.cpu_count, 'CPU')}, {event.os}"
 
 
+def _config(event: ev.ConfigChanged) -> str:
+    parts = [f"{name}={event.settings.get(name)}" for name in event.changed]
+    parts += [f"{name} needs a restart" for name in event.refused]
+    return f"{', '.join(parts)} ({event.origin})"
+
+
 _DESCRIPTIONS: dict[type[Event], Callable[[Any], str]] = {
     ev.StepCommitted: _step,
     ev.CommandConsumed: _command,
     ev.NodeStarted: _node,
+    ev.ConfigChanged: _config,
     ev.SnapshotTaken: lambda event: f"{event.decider}: {many(len(bytes(event.state)), 'byte')}",
     ev.EngineLoaded: lambda event: f"{event.capabilities.model_name} in {took(event.load_ms)}, process {event.pid}",
     ev.RunsAborted: lambda event: f"{event.boot}: {many(len(event.request_ids), 'request')} cut off",

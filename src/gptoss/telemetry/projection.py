@@ -131,9 +131,7 @@ class Projection:
         if self._server.draining:
             return "draining"
         if readiness.ready:
-            failed = any(
-                view.state in {"failed", "restarting"} or view.suspect for view in self._executors.views.values()
-            )
+            failed = any(_is_amiss(view) for view in self._executors.views.values())
             return "degraded" if failed else "healthy"
         views = self._executors.views.values()
         fresh = all(view.state in {"starting", "loading"} and not view.exits for view in views)
@@ -245,6 +243,12 @@ class Projection:
     def _as_dict(self, view: RequestView) -> dict[str, Any]:
         row = request_row(view, boot=self._server.boot, wall_offset_ns=self._server.wall_offset_ns)
         return msgspec.to_builtins(row)
+
+
+def _is_amiss(view: ExecutorView) -> bool:
+    """Whether an executor is not what it was: lost and not back yet, being replaced, or suspect."""
+    was_up = bool(view.exits or view.restarts or view.incarnation)
+    return view.suspect or view.state not in {"ready", "starting", "loading"} or (view.state != "ready" and was_up)
 
 
 def _executor_health(view: ExecutorView) -> dict[str, Any]:
