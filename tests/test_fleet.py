@@ -19,6 +19,7 @@ from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import ConfigError, GptossError
 from gptoss.messages import events as ev
+from gptoss.messages.codec import encode_record
 from gptoss.messages.envelope import Event
 from gptoss.messages.sampling import SamplingParams
 from gptoss.replay.verify import verify
@@ -351,7 +352,9 @@ async def test_routes_by_conversation_replay_under_pseudonyms() -> None:
         for keep in (frozenset[str](), frozenset({"r1", "r4"})):
             redacted = Redacted(LiveRecording(system.journal), content="none", keep=keep, key=b"key")
             assert verify(redacted).same
-            assert not any("secret-conversation" in str(record.event) for record in redacted.records())
+            named = [each.meta for each in redacted.records() if b"secret-conversation" in encode_record(each)]
+            assert {meta.correlation for meta in named} <= keep
+            assert not any(meta.stream in DECIDER_NAMES for meta in named)
 
 
 async def test_sighup_reads_the_file_again_and_a_broken_one_changes_nothing(

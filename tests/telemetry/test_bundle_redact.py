@@ -18,7 +18,14 @@ from gptoss.messages.codec import EVENT_TYPES
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.bundle import BundleOrder, Maker, make_bundle
 from gptoss.telemetry.bundle_format import CONTENT_LEVELS, ContentLevel, level_of
-from gptoss.telemetry.bundle_redact import _LEVELS, ID_FIELDS, NAMING_FIELDS, SNAPSHOT_FIELDS, Redacted
+from gptoss.telemetry.bundle_redact import (
+    _LEVELS,
+    ID_FIELDS,
+    NAMING_FIELDS,
+    SESSION_SNAPSHOT_FIELDS,
+    SNAPSHOT_FIELDS,
+    Redacted,
+)
 from gptoss.telemetry.bundle_slice import Selection
 from gptoss.telemetry.recording import JournalRecording, ListRecording
 
@@ -78,9 +85,9 @@ def test_every_field_that_holds_ids_is_known() -> None:
         name
         for state in (AdmissionState, GuardState, RouterState)
         for name, kind in typing.get_type_hints(state).items()
-        if typing.get_origin(kind) is dict and name not in {"capacities", "pools", "executors"}
+        if typing.get_origin(kind) is dict and name not in {"capacities", "pools", "executors", "prefixes", "faults"}
     }
-    assert keyed == SNAPSHOT_FIELDS
+    assert keyed == SNAPSHOT_FIELDS | SESSION_SNAPSHOT_FIELDS
 
 
 def test_every_content_event_has_a_level() -> None:

@@ -36,6 +36,8 @@ ID_FIELDS = frozenset({"request_id", "request_ids", "refused"})
 """Fields of events, commands and their parts that hold ids of requests."""
 SNAPSHOT_FIELDS = frozenset({"waiting", "pending", "running", "grants", "routes"})
 """Fields of the deciders' states that are keyed by id."""
+SESSION_SNAPSHOT_FIELDS = frozenset({"sessions"})
+"""Fields of the deciders' states that are keyed by conversation."""
 SESSION_FIELD = "session_id"
 NAMING_FIELDS = frozenset({SESSION_FIELD, "traceparent"})
 
@@ -190,8 +192,8 @@ class _Names:
         for name in SNAPSHOT_FIELDS & fields.keys():
             if isinstance(fields[name], dict):
                 fields[name] = {self.of(request_id): self._part(value) for request_id, value in fields[name].items()}
-        if isinstance(fields.get("sessions"), dict):
-            fields["sessions"] = {self.session(name): value for name, value in fields["sessions"].items()}
+        for name in SESSION_SNAPSHOT_FIELDS & fields.keys():
+            fields[name] = {self.session(session): value for session, value in fields[name].items()}
         return msgspec.Raw(msgspec.msgpack.encode(fields))
 
     def _part(self, value: Any) -> Any:
