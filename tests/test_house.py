@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "gptoss"
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 70
-# A catalogue of messages is one list of declarations, read as one document.
+# The catalogues of events and commands are lists of declarations, read as documents.
 CATALOGUES = {
     SRC / "messages" / "events.py": 900,
     SRC / "messages" / "commands.py": 500,

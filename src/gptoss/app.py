@@ -15,7 +15,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,30 +23,28 @@ import msgspec
 
 from gptoss.actors.admission_actor import AdmissionActor
 from gptoss.actors.batch_actor import BatchDesk, BatchWork
-from gptoss.actors.decider import DeciderActor
-from gptoss.actors.deciders import deciders_of
-from gptoss.actors.directory import Directory, executor_name
-from gptoss.actors.executor import ExecutorActor, ExecutorConfig
+from gptoss.actors.decider import DeciderActor, Remake
+from gptoss.actors.deciders import decider_with, deciders_of
+from gptoss.actors.directory import DECIDER_NAMES, Directory
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
 from gptoss.actors.memory_guard import MemoryActor
 from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
-from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
 from gptoss.clock import Clock, IdSource
-from gptoss.config import PROFILES, Settings
-from gptoss.devices import Device, parse_devices
+from gptoss.config import LIVE, PROFILES, Settings, check_live, live_settings
 from gptoss.engine.model_source import PreparedModel, prepare_in_child
-from gptoss.engine.port import DriverFactory, EngineDriver, Load, Renderer
+from gptoss.engine.port import DriverFactory, EngineDriver, Renderer
 from gptoss.engine.process import ProcessDriver
 from gptoss.engine.prompt import load_renderer
 from gptoss.errors import ModelLoadError, NotReady
+from gptoss.fleet import Fleet
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin, Record
-from gptoss.surroundings import BYTES_PER_MB, Surroundings, live_surroundings
+from gptoss.surroundings import Surroundings, live_surroundings
 from gptoss.telemetry.carried_counters import counters_carried_into
 from gptoss.telemetry.live_views import LiveViews
 from gptoss.telemetry.logs import LogWriter
@@ -60,7 +58,6 @@ VERSION = importlib.metadata.version("gptoss")
 PACKAGES = ("aiohttp", "jinja2", "msgspec", "pykka", "tokenizers", "torch", "transformers")
 CATCH_UP_TIMEOUT_S = 5.0
 CLOCK_ANCHOR_PERIOD_S = 60.0
-EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
 
 
 class ServingSystem:
@@ -100,10 +97,14 @@ class ServingSystem:
         self.journal: Journal
         self.system: System
         self.gateway: Gateway
+        self.fleet: Fleet
         self.node_key = b""
         self._drivers: DriverFactory = drivers or _own_process
         self._renderer = renderer
         self._model = model
+        self._log = log
+        self._services: RequestServices
+        self._started_with = self.settings
         self._draining = False
         self._failure: str | None = None
         self.escalated: str = ""
@@ -150,10 +151,13 @@ class ServingSystem:
             self.system.run_task(self._observer.run(self.journal, self.clock), name="observer")
             model = self._model or await self._prepare_model()
             renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)
+            self.fleet = Fleet(self.system, self.directory, self._drivers, lambda: self.settings)
+            await asyncio.to_thread(self.fleet.plan, model)
             self._start_deciders()
             self.node_key = await asyncio.to_thread(_node_key, self.settings, around.ids)
-            self.gateway = Gateway(self.system, self._services(model, renderer))
-            self._start_executors(model)
+            self._services = self._request_services(model, renderer)
+            self.gateway = Gateway(self.system, self._services)
+            self.fleet.start(model)
         except BaseException:
             await self.stop()
             raise
@@ -223,6 +227,59 @@ class ServingSystem:
             self._batch_desk = BatchDesk(self.system, work)
             await self._batch_desk.open(self.deciders.batches, self.directory)
         return self._batch_desk
+
+    def restart_executor(self, executor: str, *, origin: str = "embedder") -> bool:
+        """Replace an executor's engine: its requests end or go on elsewhere, nobody is refused for it.
+
+        Returns:
+            False when there is no executor of this name.
+        """
+        return self.fleet.restart(executor, origin=origin)
+
+    def change_settings(self, changes: Mapping[str, Any], *, origin: str = "embedder") -> tuple[str, ...]:
+        """Change settings of the running server; all of them or none.
+
+        Args:
+            changes: by name.
+            origin: who asked for it, for the record.
+
+        Returns:
+            the names of those that are others than before.
+
+        Raises:
+            ConfigError: a setting is unknown, needs a restart, or has a bad value; the message names it.
+        """
+        return self._apply(check_live(changes, origin), origin)
+
+    def reload_settings(self, settings: Settings, *, origin: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Take what can change from settings that were read anew.
+
+        Returns:
+            the names of those that have changed, and of those that differ but need a restart.
+        """
+        refused = tuple(
+            name
+            for name in Settings.__struct_fields__
+            if name not in LIVE and getattr(settings, name) != getattr(self.settings, name)
+        )
+        return self._apply(live_settings(settings), origin, refused), refused
+
+    def _apply(self, values: Mapping[str, Any], origin: str, refused: tuple[str, ...] = ()) -> tuple[str, ...]:
+        changed = tuple(name for name, value in values.items() if getattr(self.settings, name) != value)
+        if not changed and not refused:
+            return ()
+        self.settings = msgspec.structs.replace(self.settings, **{name: values[name] for name in changed})
+        settings = live_settings(self.settings)
+        event = ev.ConfigChanged(settings=settings, changed=changed, origin=origin, refused=refused)
+        cause = self.journal.append(event, Origin(stream="system", actor="app")).meta.pos
+        if changed:
+            self._services.request_timeout_s = self.settings.request_timeout_s
+            self._services.queue_timeout_s = self.settings.queue_timeout_s
+            change = cmd.ChangeSettings(now_ns=self.system.now_ns(), settings=settings, changed=changed, origin=origin)
+            for name in DECIDER_NAMES:
+                self.directory.tell(name, change, cause=cause)
+            self.fleet.tune()
+        return changed
 
     @property
     def draining(self) -> bool:
@@ -305,15 +362,19 @@ class ServingSystem:
 
     def _start_deciders(self) -> None:
         deciders, directory = self.deciders, self.directory
+
+        def remake(name: str) -> Remake:
+            return functools.partial(decider_with, self._started_with, name)
+
         makers: dict[str, Callable[[], DeciderActor[Any]]] = {
-            "memory": lambda: MemoryActor(deciders.memory, directory),
-            "admission": lambda: AdmissionActor(deciders.admission, directory),
-            "router": lambda: DeciderActor(deciders.router, directory),
+            "memory": lambda: MemoryActor(deciders.memory, directory, remake("memory")),
+            "admission": lambda: AdmissionActor(deciders.admission, directory, remake("admission")),
+            "router": lambda: DeciderActor(deciders.router, directory, remake("router")),
         }
         for name, make in makers.items():
             directory.add(name, self.system.spawn(make, name=name, supervisor=self.system.root))
 
-    def _services(self, model: PreparedModel, renderer: Renderer) -> RequestServices:
+    def _request_services(self, model: PreparedModel, renderer: Renderer) -> RequestServices:
         settings = self.settings
         return RequestServices(
             lifecycle=self.deciders.lifecycle,
@@ -325,47 +386,13 @@ class ServingSystem:
             hmac_key=self.node_key,
             keep_content=settings.content != "none",
             keep_text=settings.content == "full",
+            hashes_prefixes=len(self.fleet.devices) > 1,
             max_model_len=self._max_model_len,
         )
 
     def _max_model_len(self) -> int:
         """The smallest context of the executors that have ever loaded; 0 before the first."""
         return min(tuple(self._context_lengths.values()), default=0)
-
-    def _start_executors(self, model: PreparedModel) -> None:
-        supervisor = self.system.supervisor("executors", EXECUTOR_SUPERVISION)
-        devices = parse_devices(self.settings.devices)
-        for device in devices:
-            config = self._executor_config(model, device, len(devices))
-            make = functools.partial(ExecutorActor, config, self._drivers, self.directory)
-            name = executor_name(device.executor)
-            self.directory.add(name, self.system.spawn(make, name=name, supervisor=supervisor))
-
-    def _executor_config(self, model: PreparedModel, device: Device, num_executors: int) -> ExecutorConfig:
-        settings = self.settings
-        load = Load(
-            folder=model.folder,
-            model_name=settings.served_model_name or model.model_name,
-            device=device.device,
-            dtype=settings.dtype,
-            max_batch_size=settings.max_batch_size or PROFILES[settings.profile].max_batch_size,
-            max_model_len=settings.max_model_len,
-            kv_budget_bytes=settings.kv_budget_mb * BYTES_PER_MB,
-            prefix_cache_bytes=settings.prefix_cache_mb * BYTES_PER_MB,
-            session_bytes_max=settings.session_kv_mb * BYTES_PER_MB,
-            speculation=settings.speculation,
-            kernels=settings.kernels,
-            quantization=settings.quantization,
-            kv_layout=settings.kv_layout,
-            cache_folder=str(settings.cache_path),
-            num_threads=settings.num_threads or max(1, (os.cpu_count() or 1) // num_executors),
-        )
-        return ExecutorConfig(
-            executor=device.executor,
-            load=load,
-            step_timeout_s=settings.step_timeout_s,
-            keep_content=settings.content != "none",
-        )
 
     async def _idle(self) -> None:
         while self.gateway.running:  # noqa: ASYNC110 - a count in another object; polled only while draining

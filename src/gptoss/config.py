@@ -4,9 +4,10 @@ Only this module reads the environment. Later layers never hide a mistake in an 
 value in any layer refuses to start and is named together with where it stands.
 """
 
+import contextlib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
@@ -56,6 +57,25 @@ PROFILES: dict[str, Profile] = {
     "quality_first": Profile(max_batch_size=16, max_tokens=2048, temperature=0.8),
 }
 
+LIVE = (
+    "max_queue",
+    "queue_timeout_s",
+    "request_timeout_s",
+    "step_timeout_s",
+    "drain_timeout_s",
+    "multi_prompt_len",
+    "multi_kv_mb",
+    "multi_pressure",
+    "pressure_evict",
+    "pressure_shrink",
+    "pressure_queue",
+    "pressure_refuse",
+    "sessions_kv_mb",
+    "session_idle_s",
+)
+"""Settings that can change while the server runs: those that deciders and executors look up each time. Whatever shapes
+what exists already, such as a model, a port or a journal, needs a restart."""
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set. A number that ends in ``_s`` is seconds, ``_mb`` mebibytes; 0 means automatic.
@@ -66,7 +86,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         host, port: where HTTP listens; ``auto_port`` takes the next free port when this one is in use.
         allow_public: permit a ``host`` other than loopback although the API has no keys.
         data_dir: journal and node key; ``cache_dir``: prepared models.
-        devices: ``auto``, ``cpu``, ``cpu:2`` (two CPU executors), or a list such as ``cuda:0,cuda:1``.
+        devices: ``auto``, ``cpu``, ``cpu:2`` (two CPU executors), or a list such as ``cuda:0,cuda:1``; ``cuda:0+cuda:1`` is
+            one executor over both.
+        gpu_mode: how a model lies on several devices: ``single`` has a whole one on each, ``pipeline`` some layers on each,
+            ``tensor`` a part of every layer on each; ``auto`` is ``single`` if the model fits one device, else ``pipeline``.
+        multi_prompt_len, multi_kv_mb: a request with a longer prompt or more KV memory goes to an executor over several
+            devices, where there is one; so does every request while the others are fuller than ``multi_pressure``. 0: never.
         kernels: ``native`` insists on this package's CPU kernels, ``torch`` leaves them out.
         quantization: ``int8`` or ``int4`` packs weights, with the CPU kernels; see docs/performance.md for what it costs.
         num_threads: threads of each CPU executor.
@@ -81,7 +106,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         queue_ageing_s: in a fair queue, the waiting that a step of priority is worth, and after which a tenant's turn is due.
         pressure_evict, pressure_shrink, pressure_queue, pressure_refuse: shares of the KV memory that is spoken for, from
             which on idle sessions are given up, newcomers shrunk, queued, and refused if late; 0 is never.
-        multi_device_prompt_len, multi_device_kv_mb: a prompt or a request above goes to an executor of several devices; 0 is never.
         session_kv_mb: KV that one session may keep between turns; 0 keeps none. ``sessions_kv_mb`` bounds all of them.
         session_idle_s: a session that is unused for so long is given up.
         policy_version: of the deciders' rules; 1 decides as servers before tenants, pressure and sessions did.
@@ -111,6 +135,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     data_dir: str = ""
     cache_dir: str = ""
     devices: str = "auto"
+    gpu_mode: Literal["auto", "single", "pipeline", "tensor"] = "auto"
+    multi_prompt_len: CountOrNever = 8000
+    multi_kv_mb: CountOrNever = 6000
+    multi_pressure: Share = 0.85
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["none", "int8", "int4"] = "none"
@@ -130,8 +158,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pressure_shrink: Share = 0.80
     pressure_queue: Share = 0.85
     pressure_refuse: Share = 0.90
-    multi_device_prompt_len: CountOrNever = 8000
-    multi_device_kv_mb: CountOrNever = 6000
     session_kv_mb: CountOrNever = 512
     sessions_kv_mb: CountOrNever = 20_480
     session_idle_s: Seconds = 180.0
@@ -177,10 +203,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Layered(msgspec.Struct, frozen=True):
-    """Effective settings, and for each key which layer it came from: a flag, a variable, a file or ``default``."""
+    """Effective settings, and for each key which layer it came from: a flag, a variable, a file or ``default``.
+
+    ``reload`` reads all layers again and raises what ``load_settings`` does.
+    """
 
     settings: Settings
     origins: dict[str, str]
+    reload: Callable[[], "Layered"]
 
 
 def load_settings(
@@ -216,7 +246,47 @@ def load_settings(
                 raise ConfigError(f"{origin}: unknown setting {key!r}; known are {', '.join(sorted(types))}")
             values[key] = _convert(value, types[key], origin, key)
             origins[key] = origin
-    return Layered(Settings(**values), origins)
+    return Layered(Settings(**values), origins, lambda: load_settings(flags, environ=environ, file=file))
+
+
+def put_environment(**variables: str) -> None:
+    """Set variables of this process, for libraries that take nothing else."""
+    os.environ.update(variables)
+
+
+def live_settings(settings: Settings) -> dict[str, bool | int | float | str]:
+    """Every setting that can change while the server runs, with its value."""
+    return {name: getattr(settings, name) for name in LIVE}
+
+
+def check_live(changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Changes to a running server, checked.
+
+    Args:
+        changes: by setting name.
+        where: their source, for the message.
+
+    Raises:
+        ConfigError: a setting is unknown or needs a restart, or a value is bad; names it.
+    """
+    types = get_type_hints(Settings, include_extras=True)
+    for name in changes:
+        if name not in types:
+            raise ConfigError(f"{where}: unknown setting {name!r}; those that can change are {', '.join(LIVE)}")
+        if name not in LIVE:
+            raise ConfigError(f"{where}: {name} needs a restart; those that can change are {', '.join(LIVE)}")
+    return {name: _convert(value, types[name], where, name) for name, value in changes.items()}
+
+
+def with_changes(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings after a recorded change; a name or value that this version does not know is passed over."""
+    types = get_type_hints(Settings, include_extras=True)
+    known: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name in types:
+            with contextlib.suppress(msgspec.ValidationError):
+                known[name] = msgspec.convert(value, types[name])
+    return msgspec.structs.replace(settings, **known)
 
 
 def _origin(layer: str, key: str) -> str:

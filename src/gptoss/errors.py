@@ -7,6 +7,7 @@ GptossError                    code                     status
 │   ├── ContextLengthExceeded  context_length_exceeded  400
 │   ├── ModelNotFound          model_not_found          404
 │   ├── RequestNotFound        request_not_found        404
+│   ├── ExecutorNotFound       executor_not_found       404
 │   ├── ResponseNotFound       response_not_found       404
 │   ├── FileUnknown            file_not_found           404
 │   ├── BatchUnknown           batch_not_found          404
@@ -100,6 +101,13 @@ class RequestNotFound(RequestError):
     """No request with this id is known."""
 
     code = "request_not_found"
+    status = 404
+
+
+class ExecutorNotFound(RequestError):
+    """No executor has this name."""
+
+    code = "executor_not_found"
     status = 404
 
 

@@ -282,6 +282,7 @@ class FakeEngine:
             num_threads=1,
             eos_token_ids=options.eos_token_ids,
             limits=self._limits,
+            multi_device="+" in load.device,
         )
         fingerprint = ModelFingerprint(weights="", tokenizer="", chat_template="", config="")
         return port.Loaded(capabilities=capabilities, fingerprint=fingerprint, load_ms=0.0, pid=0)

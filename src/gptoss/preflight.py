@@ -33,7 +33,7 @@ def check_settings(settings: Settings) -> None:
         JournalWriteFailed: the data folder cannot be written.
     """
     check_exposure(settings)
-    parse_devices(settings.devices)
+    parse_devices(settings.devices, settings.gpu_mode)
     check_model(settings.model)
     if not settings.auto_port:
         check_port(settings.host, settings.port)

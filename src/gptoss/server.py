@@ -1,11 +1,13 @@
 """``gptoss serve``: the live system behind HTTP, with the process-wide set-up that embedders do not want.
 
 Start: journal, model, actors, HTTP; the port answers (``/health/live``) while the engine still loads. Stop: the first
-SIGTERM or SIGINT drains for ``drain_timeout_s``, the second ends at once.
+SIGTERM or SIGINT drains for ``drain_timeout_s``, the second ends at once. SIGHUP reads the settings again, all layers of them:
+what can change while the server runs does, the rest is named in the log.
 """
 
 import asyncio
 import gc
+import logging
 import signal
 import sys
 from typing import Literal
@@ -14,10 +16,12 @@ from rich.console import Console
 
 from gptoss.app import ServingSystem
 from gptoss.config import Layered, Settings
+from gptoss.errors import ConfigError
 from gptoss.http.server import RunningServer, serve
 from gptoss.serving_context import make_app
 from gptoss.telemetry.logs import LogWriter
 
+logger = logging.getLogger(__name__)
 EXIT_FAILED = 1
 SIGNAL_EXIT = 128
 
@@ -29,12 +33,13 @@ def run_server(layered: Layered) -> int:
         GptossError: the server cannot start; the command line turns it into one line and an exit status.
     """
     try:
-        return asyncio.run(_serve(layered.settings))
+        return asyncio.run(_serve(layered))
     except KeyboardInterrupt:
         return SIGNAL_EXIT + signal.SIGINT
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(layered: Layered) -> int:
+    settings = layered.settings
     serving = ServingSystem(settings, log=LogWriter(sys.stdout, _log_format(settings), settings.log_level))
     stop = asyncio.Event()
     _watch_signals(stop)
@@ -46,9 +51,10 @@ async def _serve(settings: Settings) -> int:
             return 0
         calm_collector()
         serving.system.on_escalated(lambda _: stop.set())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_settings, serving, layered)
         _welcome(settings, server.port, serving.gateway.served_model)
         await stop.wait()
-        await serving.drain(settings.drain_timeout_s)
+        await serving.drain(serving.settings.drain_timeout_s)
     finally:
         if server is not None:
             await server.close()
@@ -96,8 +102,21 @@ def _watch_signals(stop: asyncio.Event) -> None:
             signal.raise_signal(number)
         stop.set()
 
+    loop.add_signal_handler(signal.SIGHUP, logger.warning, "SIGHUP: the server still starts; nothing was read")
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+
+
+def reload_settings(serving: ServingSystem, layered: Layered) -> None:
+    """What SIGHUP does: read all layers again and take what can change; the log names what cannot."""
+    try:
+        read = layered.reload()
+    except ConfigError as error:
+        logger.error("SIGHUP: nothing was changed: %s", error.message)  # noqa: TRY400 - the message says it all
+        return
+    changed, refused = serving.reload_settings(read.settings, origin="SIGHUP")
+    if not changed and not refused:
+        logger.warning("SIGHUP: no setting is other than before")
 
 
 def _log_format(settings: Settings) -> Literal["json", "console"]:

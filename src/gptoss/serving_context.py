@@ -9,7 +9,7 @@ from aiohttp import web
 
 from gptoss.app import VERSION, ServingSystem
 from gptoss.clock import NS_PER_S
-from gptoss.config import PROFILES
+from gptoss.config import PROFILES, live_settings
 from gptoss.errors import JournalError, Overloaded, RequestNotFound
 from gptoss.http.context import EventAsk, HttpContext, MadeBundle
 from gptoss.http.routes import make_app as make_http_app
@@ -160,6 +160,9 @@ def http_context(serving: ServingSystem) -> HttpContext:
         open_batches=serving.open_batches,
         data_folder=serving.settings.data_path if serving.settings.journal == "segments" else None,
         ids=serving.surroundings.ids,
+        restart_executor=lambda name: serving.restart_executor(name, origin="http"),
+        change_settings=lambda changes: serving.change_settings(changes, origin="http"),
+        live_settings=lambda: live_settings(serving.settings),
         default_temperature=PROFILES[serving.settings.profile].temperature,
     )
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from core_run import Invariant, Run, submit
 
-from gptoss.actors.executor import committed_row
+from gptoss.actors.step_record import committed_row
 from gptoss.engine.core import CoreOptions
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.memory_model import kv_bytes

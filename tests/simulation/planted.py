@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import msgspec
+
 from gptoss.actors import kernel
 from gptoss.actors.admission import Admission
 from gptoss.actors.admission_state import AdmissionState
+from gptoss.actors.directory import Directory
 from gptoss.actors.executor import ExecutorActor
 from gptoss.actors.fair_line import FairLine
 from gptoss.actors.inbox import DATA, Inbox, Lane, Letter
@@ -15,8 +18,9 @@ from gptoss.actors.lifecycle import Lifecycle, RequestState
 from gptoss.actors.memory_guard import MemoryGuard
 from gptoss.actors.memory_state import GuardState
 from gptoss.actors.request import RequestActor
-from gptoss.actors.router import Router, RouterState
+from gptoss.actors.router import Route, Router, RouterState
 from gptoss.actors.sessions import SessionBook
+from gptoss.actors.standing import Standing
 from gptoss.actors.system import Timer
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
@@ -311,6 +315,56 @@ def refused_for_pressure() -> Any:
     return patched(Admission, "_hopeless", make)
 
 
+def refusing_restart() -> Any:
+    """A wanted restart takes the capacity away, as a lost engine does."""
+
+    def make(leave: Any) -> Any:
+        def wrong(self: Standing, reason: str, cause: int = -1, *, fault: bool = False, returns: bool = False) -> None:
+            del returns
+            leave(self, reason, cause, fault=fault)
+
+        return wrong
+
+    return patched(Standing, "leave", make)
+
+
+def drained_executor_chosen() -> Any:
+    """The router forgets that an executor is draining."""
+
+    def make(evolve: Any) -> Any:
+        def wrong(self: Router, state: RouterState, event: Event) -> RouterState:
+            return state if isinstance(event, ev.ExecutorDrained) else evolve(self, state, event)
+
+        return wrong
+
+    return patched(Router, "evolve", make)
+
+
+def size_ignored() -> Any:
+    """Long prompts run wherever there is room."""
+
+    def make(wish: Any) -> Any:
+        def wrong(self: Router, candidates: Any, route: Route) -> str:
+            return wish(self, candidates, msgspec.structs.replace(route, prompt_tokens=0, multi_device=False))
+
+        return wrong
+
+    return patched(Router, "_wish", make)
+
+
+def unheard_settings() -> Any:
+    """The router is not told of changed settings."""
+
+    def make(tell: Any) -> Any:
+        def wrong(self: Directory, name: str, message: object, **options: Any) -> bool:
+            is_lost = name == "router" and isinstance(message, cmd.ChangeSettings)
+            return True if is_lost else tell(self, name, message, **options)
+
+        return wrong
+
+    return patched(Directory, "tell", make)
+
+
 PLANTED: dict[str, tuple[Plant, str]] = {
     "a skipped release": (skipped_release, "nothing_is_held_at_rest"),
     "a reordered delivery": (reordered_delivery, "text_is_delivered_whole"),
@@ -335,6 +389,10 @@ PLANTED: dict[str, tuple[Plant, str]] = {
     "a session that its engine keeps": (session_that_its_engine_keeps, "sessions_end"),
     "a session that never ends": (session_that_never_ends, "sessions_end"),
     "a refusal for pressure": (refused_for_pressure, "refusals_are_for_a_reason"),
+    "a restart that refuses": (refusing_restart, "restarts_refuse_nobody"),
+    "a draining executor that is chosen": (drained_executor_chosen, "draining_executors_take_nobody"),
+    "a size that is ignored": (size_ignored, "large_requests_go_to_several_devices"),
+    "settings that are not heard": (unheard_settings, "settings_reach_deciders"),
     "a prompt in a failure": (text_in_a_failure, "nothing_leaks_text"),
 }
 """What is planted -> how, and the invariant that must find it."""

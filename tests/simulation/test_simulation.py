@@ -59,6 +59,7 @@ def test_the_seeds_lead_to_every_kind_of_fault_and_end() -> None:
     seen = {name for verdict in everything for name in verdict.types}
     assert {"RequestCompleted", "RequestFailed", "RequestCancelled", "RequestRejected"} <= seen
     assert {"AttemptRetried", "Preempted", "DeadlineExpired", "EngineStalled", "ActorRestarted", "DeadLettered"} <= seen
+    assert {"RestartRequested", "ExecutorDrained", "ConfigChanged", "ExecutorRated"} <= seen
     assert {"SupervisorEscalated", "LogDegraded", "DrainStarted", "ReservationRefused"} <= seen
 
 

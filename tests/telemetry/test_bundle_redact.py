@@ -18,7 +18,13 @@ from gptoss.messages.codec import EVENT_TYPES, encode_command, encode_record
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.bundle import BundleOrder, Maker, make_bundle
 from gptoss.telemetry.bundle_format import CONTENT_LEVELS, ContentLevel, level_of
-from gptoss.telemetry.bundle_redact import _LEVELS, ID_FIELDS, NAMING_FIELDS, SNAPSHOT_FIELDS, Redacted
+from gptoss.telemetry.bundle_redact import (
+    _LEVELS,
+    ID_FIELDS,
+    NAMING_FIELDS,
+    SNAPSHOT_FIELDS,
+    Redacted,
+)
 from gptoss.telemetry.bundle_slice import Selection
 from gptoss.telemetry.recording import JournalRecording, ListRecording
 
@@ -79,7 +85,7 @@ def test_every_field_that_holds_ids_is_known() -> None:
         for state in (AdmissionRecord, GuardRecord, RouterState)
         for name, kind in typing.get_type_hints(state).items()
         if typing.get_origin(kind) in {dict, tuple}
-        and name not in {"capacities", "pools", "executors", "lacking", "sessions"}
+        and name not in {"capacities", "pools", "executors", "lacking", "sessions", "prefixes", "faults"}
     }
     assert keyed == SNAPSHOT_FIELDS
 

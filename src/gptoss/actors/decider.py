@@ -13,6 +13,10 @@ A restarted decider rebuilds its state by folding its own stream, so a crash los
 One that lives long records its whole state now and then (``SnapshotTaken``), so that neither a restart nor a replay
 needs the stream from its beginning, which retention forgets. The larger the state, the rarer: a snapshot costs at most
 ``SNAPSHOT_BYTES_PER_COMMAND`` a command.
+
+Settings that change while the server runs come as a command too (``ChangeSettings``). The shell takes it, not the decider:
+``ConfigChanged`` stands in the decider's own stream at the place from which on it is another decider, made from the new
+settings. Who folds the stream makes the same exchange there.
 """
 
 from collections.abc import Callable
@@ -23,9 +27,9 @@ import msgspec
 from gptoss.actors.actor import LoopActor
 from gptoss.actors.directory import Directory
 from gptoss.messages.codec import encode_command
-from gptoss.messages.commands import Command
+from gptoss.messages.commands import ChangeSettings, Command, SettingValue
 from gptoss.messages.envelope import NO_CAUSE, Event, Record
-from gptoss.messages.events import CommandConsumed, SnapshotTaken
+from gptoss.messages.events import CommandConsumed, ConfigChanged, SnapshotTaken
 
 SNAPSHOT_COMMANDS_MIN = 500
 SNAPSHOT_BYTES_PER_COMMAND = 32
@@ -33,6 +37,8 @@ SNAPSHOT_BYTES_PER_COMMAND = 32
 S = TypeVar("S")
 Told: TypeAlias = tuple[str, Command]
 """The name of an actor, and what it is told."""
+Remake: TypeAlias = Callable[[dict[str, SettingValue]], "Decider[Any]"]
+"""Makes a decider anew, with these settings in the place of those that the server started with."""
 
 
 class Decider(Protocol[S]):
@@ -94,9 +100,11 @@ class DeciderActor(LoopActor, Generic[S]):
     TAKES_SNAPSHOTS: ClassVar[bool] = True
     request_id: str = ""
 
-    def __init__(self, decider: Decider[S], directory: Directory) -> None:
+    def __init__(self, decider: Decider[S], directory: Directory, remake: Remake | None = None) -> None:
         super().__init__()
         self.decider = decider
+        self._remake = remake
+        self._settings: dict[str, SettingValue] = {}
         self.directory = directory
         self.state = decider.initial()
         self.about = ""
@@ -115,6 +123,8 @@ class DeciderActor(LoopActor, Generic[S]):
                 recorded.clear()  # what was before may be forgotten in part
             recorded.append(record.event)
         for event in recorded:
+            if isinstance(event, ConfigChanged | SnapshotTaken) and event.settings:
+                self._take_settings(event.settings)
             self.state = fold(self.decider, self.state, event)
 
     def on_receive(self, message: Command) -> None:
@@ -122,6 +132,10 @@ class DeciderActor(LoopActor, Generic[S]):
         correlation = self.about or getattr(message, "request_id", None) or self.letter.correlation
         consumed = CommandConsumed(decider=self.decider.name, command=encode_command(message))
         cause = self.record(consumed, correlation=correlation).meta.pos
+        if isinstance(message, ChangeSettings):
+            self.record(config_changed(message), correlation="", cause=cause)
+            self._take_settings(message.settings)
+            return
         decided: list[Record] = []
         for event in self.decider.decide(self.state, message):
             self.state = self.decider.evolve(self.state, event)
@@ -130,6 +144,11 @@ class DeciderActor(LoopActor, Generic[S]):
             self._follow(record)
         if self.TAKES_SNAPSHOTS:
             self._count_to_snapshot()
+
+    def _take_settings(self, settings: dict[str, SettingValue]) -> None:
+        if self._remake is not None:
+            self.decider = self._remake(settings)
+            self._settings = settings
 
     def _follow(self, decided: Record) -> None:
         """Tell the others of an event, and react to it."""
@@ -146,8 +165,14 @@ class DeciderActor(LoopActor, Generic[S]):
         if self._commands_to_snapshot > 0:
             return
         state = msgspec.msgpack.encode(recorded_form(self.decider, self.state))
-        self.record(SnapshotTaken(decider=self.decider.name, state=msgspec.Raw(state)), correlation="")
+        taken = SnapshotTaken(decider=self.decider.name, state=msgspec.Raw(state), settings=self._settings)
+        self.record(taken, correlation="")
         self._commands_to_snapshot = max(SNAPSHOT_COMMANDS_MIN, len(state) // SNAPSHOT_BYTES_PER_COMMAND)
+
+
+def config_changed(command: ChangeSettings) -> ConfigChanged:
+    """What a decider's stream says where it takes other settings."""
+    return ConfigChanged(settings=command.settings, changed=command.changed, origin=command.origin)
 
 
 def fold(decider: Decider[S], state: S, event: Event) -> S:

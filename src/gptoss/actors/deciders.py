@@ -12,9 +12,10 @@ from gptoss.actors.directory import REQUEST_PREFIX
 from gptoss.actors.lifecycle import Lifecycle
 from gptoss.actors.memory_guard import GuardPolicy, MemoryGuard
 from gptoss.actors.pressure import PressureLevels
-from gptoss.actors.router import Router
+from gptoss.actors.router import Router, RouterPolicy
 from gptoss.clock import NS_PER_S
-from gptoss.config import Settings
+from gptoss.config import Settings, with_changes
+from gptoss.messages.commands import SettingValue
 
 BYTES_PER_MB = 1024 * 1024
 
@@ -46,7 +47,13 @@ def deciders_of(settings: Settings) -> Deciders:
     return Deciders(
         memory=MemoryGuard(_guard_policy(settings)),
         admission=Admission(_admission_policy(settings)),
-        router=Router(),
+        router=Router(
+            RouterPolicy(
+                multi_prompt_len=settings.multi_prompt_len,
+                multi_kv_bytes=settings.multi_kv_mb * BYTES_PER_MB,
+                multi_pressure=settings.multi_pressure,
+            )
+        ),
         lifecycle=Lifecycle(settings.queue_timeout_s),
         batches=Batches(settings.batch_concurrency),
     )
@@ -60,8 +67,8 @@ def _admission_policy(settings: Settings) -> AdmissionPolicy:
         version=settings.policy_version,
         ageing_s=settings.queue_ageing_s if settings.queue_order == "fair" else 0.0,
         levels=_levels(settings),
-        route_multi_tokens=settings.multi_device_prompt_len,
-        route_multi_kv_bytes=settings.multi_device_kv_mb * BYTES_PER_MB,
+        route_multi_tokens=settings.multi_prompt_len,
+        route_multi_kv_bytes=settings.multi_kv_mb * BYTES_PER_MB,
     )
 
 
@@ -84,3 +91,16 @@ def _levels(settings: Settings) -> PressureLevels:
         queue=settings.pressure_queue,
         refuse=settings.pressure_refuse,
     )
+
+
+def decider_with(settings: Settings, stream: str, changed: dict[str, SettingValue]) -> Decider[Any]:
+    """The decider of a stream after a ``ConfigChanged`` there.
+
+    Args:
+        settings: that the boot started with.
+        stream: of the decider.
+        changed: the settings of the event; what this version does not know is passed over.
+    """
+    decider = deciders_of(with_changes(settings, changed)).of(stream)
+    assert decider is not None
+    return decider

@@ -4,17 +4,26 @@ It runs on its own thread. The engine's driver calls its sink from yet another t
 everything below happens one message at a time. An engine that exits takes its executor down with it: the requests in
 flight are told that they were lost (and go on elsewhere), then the supervisor starts the executor anew, with a new
 engine process.
+
+An engine can also be replaced because somebody wants it, and then nobody is refused:
+
+    serving -> RestartExecutor -> draining: chosen for nobody new; its place in the queue stays
+            -> nobody in flight, or ``timeout_s`` over -> stopping: told to shut down; who is left goes on elsewhere
+            -> it has exited -> a new engine loads -> serving
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from gptoss.actors.actor import ThreadedActor
 from gptoss.actors.directory import Directory, request_name
+from gptoss.actors.engine_watch import EngineWatch
 from gptoss.actors.request import CancelInEngine, TokensProduced
-from gptoss.clock import NS_PER_MS, NS_PER_S
+from gptoss.actors.standing import Standing
+from gptoss.actors.step_record import committed_step
+from gptoss.clock import NS_PER_S
 from gptoss.engine import port
 from gptoss.errors import EngineLost
 from gptoss.messages import commands as cmd
@@ -29,12 +38,22 @@ MEMORY_GRAIN_BYTES = 16 * 1024 * 1024
 # What others leave free on a host changes all the time.
 FREE_GRAIN_BYTES = 256 * 1024 * 1024
 
-# What shows that the engine gets on with its work; an answered probe shows only that the process lives.
-PROGRESS = (port.StepDone, port.Finished, port.Failed)
-
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """To itself, on a clock: is the engine alive, and how much memory does it use?"""
+
+
+class RestartExecutor(msgspec.Struct, frozen=True, kw_only=True):
+    """Replace the engine by a new one. Those in flight may go on for ``timeout_s`` seconds."""
+
+    origin: str
+    timeout_s: float
+
+
+class TuneExecutor(msgspec.Struct, frozen=True, kw_only=True):
+    """See ``ExecutorConfig.step_timeout_s``."""
+
+    step_timeout_s: float
 
 
 class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,10 +84,14 @@ class ExecutorActor(ThreadedActor):
         super().__init__()
         self._config = config
         self._name = config.executor
+        self._drivers = drivers
         self._driver = drivers(config.load.device)
         self._directory = directory
         self._in_flight: dict[str, _InFlight] = {}
-        self._progress_ns = 0
+        self._watch = EngineWatch(config.step_timeout_s)
+        self._standing = Standing(self._name, directory, self._now)
+        self._restart: Literal["", "draining", "stopping"] = ""
+        self._restart_by_ns = 0
         self._nonce = 0
         self._observed: tuple[int, int, int] = (0, 0, -1)
         self._is_deaf = False
@@ -86,23 +109,28 @@ class ExecutorActor(ThreadedActor):
             port.Drained: lambda _: None,
             port.EngineExited: self._engine_exited,
             Probe: self._probe,
+            RestartExecutor: self._begin_restart,
+            TuneExecutor: self._tune,
         }
 
     def on_start(self) -> None:
         """Start the engine; it loads while this actor already takes messages."""
+        self._start_engine()
+        self._probes = self.context.system.send_every(PROBE_PERIOD_S, self.context.ref, Probe)
+
+    def _start_engine(self) -> None:
         load = self._config.load
         self.record(
             ev.EngineStarted(executor=self._name, device=load.device, model=load.model_name, folder=load.folder)
         )
-        ref = self.context.ref
+        self._watch.begin()
         self._driver.start(load, self._hear)
-        self._probes = self.context.system.send_every(PROBE_PERIOD_S, ref, Probe)
 
     def on_stop(self) -> None:
         """Let the engine release its device, or end it."""
         self._probes.cancel()
         self._is_deaf = True
-        self._withdraw_capacity("stopped")
+        self._standing.leave("stopped")
         self._driver.send(port.Shutdown())
         if not self._driver.join(STOP_TIMEOUT_S):
             self._driver.kill()
@@ -114,12 +142,11 @@ class ExecutorActor(ThreadedActor):
         self._is_deaf = True
         self._driver.kill()
         self._lose_all("engine_lost", "the executor crashed")
-        self._withdraw_capacity("crashed")
+        self._standing.leave("crashed", fault=True, returns=bool(self._restart))
 
     def on_receive(self, message: object) -> None:
         """Hand each message to its handler."""
-        if isinstance(message, PROGRESS) or not self._in_flight:
-            self._progress_ns = self._now()
+        self._watch.hear(message, self._now(), has_work=bool(self._in_flight))
         self._handlers[type(message)](message)
 
     def _hear(self, news: port.EngineEvent) -> None:
@@ -147,23 +174,10 @@ class ExecutorActor(ThreadedActor):
             notes=news.notes,
         )
         cause = self.record(loaded).meta.pos
-        now_ns = self._now()
-        slots, budget = capabilities.max_batch_size, capabilities.kv_budget_bytes
-        messages = {
-            "memory": cmd.SetMemoryPool(now_ns=now_ns, executor=self._name, capabilities=capabilities),
-            "router": cmd.SetExecutor(now_ns=now_ns, executor=self._name, slots=slots, kv_budget_bytes=budget),
-            "admission": cmd.SetCapacity(
-                now_ns=now_ns,
-                executor=self._name,
-                slots=slots,
-                kv_budget_bytes=budget,
-                multi_device=capabilities.multi_device,
-            ),
-        }
-        for name, message in messages.items():
-            self._directory.tell(name, message, cause=cause)
+        self._standing.join(capabilities, cause)
 
     def _load_failed(self, news: port.LoadFailed) -> None:
+        self._standing.capabilities = None
         self.record(ev.EngineLoadFailed(executor=self._name, code=news.code, message=news.message))
 
     # ---- serving
@@ -180,31 +194,18 @@ class ExecutorActor(ThreadedActor):
             deadline_ns=submit.deadline_ns,
         )
         pos = self.record(accepted, correlation=submit.request_id).meta.pos
-        self._in_flight[submit.request_id] = _InFlight(submit.attempt, len(submit.output_token_ids), pos)
+        flight = self._in_flight[submit.request_id] = _InFlight(submit.attempt, len(submit.output_token_ids), pos)
+        if self._restart == "stopping":
+            del self._in_flight[submit.request_id]
+            self._report_fault(submit.request_id, flight, EngineLost.code, "the engine is being replaced", lost=True)
+            return
         self._driver.send(submit)
 
     def _cancel(self, cancel: CancelInEngine) -> None:
         self._driver.send(port.Cancel(request_id=cancel.request_id))
 
     def _step_done(self, news: port.StepDone) -> None:
-        committed = ev.StepCommitted(
-            executor=self._name,
-            step=news.step,
-            started_ns=news.started_ns,
-            duration_ns=news.duration_ns,
-            rows=tuple(map(committed_row, news.rows)),
-            waiting=news.waiting,
-            running=news.running,
-            kv_bytes_in_use=news.kv_bytes_in_use,
-            prefix_cache_bytes=news.prefix_cache_bytes,
-            submits_taken=news.submits_taken,
-            preemptions=news.preemptions,
-            starts=news.starts,
-            refused=news.refused,
-            prefill_tokens_max=news.prefill_tokens_max,
-            prefill_ms_per_token=news.prefill_ms_per_token,
-            kv_budget_bytes=news.kv_budget_bytes,
-        )
+        committed = committed_step(self._name, news)
         cause = self.record(committed).meta.pos
         for lost in news.preemptions:
             self._preempted(news.step, lost, cause)
@@ -264,17 +265,27 @@ class ExecutorActor(ThreadedActor):
         flight = self._take(news.request_id, news.attempt)
         if flight is not None:
             self._report_fault(news.request_id, flight, news.code, news.message, lost=False)
+        if self._watch.is_sick:
+            self.record(ev.EngineSickened(executor=self._name, failures=self._watch.failures))
+            self._watch.begin()
+            self._driver.kill()
 
     # ---- health
 
     def _probe(self, _: Probe) -> None:
-        silent_ns = self._now() - self._progress_ns
-        if self._in_flight and silent_ns > self._config.step_timeout_s * NS_PER_S:
-            self.record(ev.EngineStalled(executor=self._name, silent_ms=silent_ns / NS_PER_MS))
+        now_ns = self._now()
+        silence = self._watch.silence(now_ns, has_work=bool(self._in_flight))
+        if silence == "stalled":
+            self.record(ev.EngineStalled(executor=self._name, silent_ms=self._watch.silent_ms(now_ns)))
             self._driver.kill()
             return
+        self._standing.rate(is_suspect=silence == "suspect", silent_ms=self._watch.silent_ms(now_ns))
+        self._go_on_with_restart()
         self._nonce += 1
         self._driver.send(port.Snapshot(nonce=self._nonce))
+
+    def _tune(self, tuned: TuneExecutor) -> None:
+        self._watch.step_timeout_s = tuned.step_timeout_s
 
     def _status(self, news: port.EngineStatus) -> None:
         observed = (
@@ -293,27 +304,53 @@ class ExecutorActor(ThreadedActor):
             kv_bytes_in_use=news.kv_bytes_in_use,
             free_bytes=news.free_bytes,
             prefix_cache_bytes=news.prefix_cache_bytes,
+            devices=news.devices,
         )
         self._directory.tell("memory", observe)
 
     def _engine_exited(self, news: port.EngineExited) -> None:
         in_flight = len(self._in_flight)
-        exited = ev.EngineExited(executor=self._name, exit_code=news.exit_code, reason=news.reason, in_flight=in_flight)
+        is_planned = self._restart == "stopping"
+        exited = ev.EngineExited(
+            executor=self._name,
+            exit_code=news.exit_code,
+            reason=news.reason,
+            in_flight=in_flight,
+            planned=is_planned,
+        )
         pos = self.record(exited).meta.pos
-        self._withdraw_capacity(news.reason, pos)
-        self._lose_all("engine_lost", f"the engine process ended: {news.reason}", pos)
-        raise EngineLost(f"the engine of {self._name} ended with {news.exit_code}: {news.reason}")
+        self._standing.leave(news.reason, pos, fault=not is_planned, returns=bool(self._restart))
+        self._lose_all(EngineLost.code, f"the engine process ended: {news.reason}", pos)
+        if not is_planned:
+            raise EngineLost(f"the engine of {self._name} ended with {news.exit_code}: {news.reason}")
+        self._restart = ""
+        self._driver = self._drivers(self._config.load.device)
+        self._start_engine()
+
+    # ---- a wanted restart
+
+    def _begin_restart(self, wanted: RestartExecutor) -> None:
+        if self._restart or self._standing.capabilities is None:
+            return  # a new engine comes anyway
+        requested = ev.RestartRequested(
+            executor=self._name, origin=wanted.origin, in_flight=len(self._in_flight), timeout_s=wanted.timeout_s
+        )
+        cause = self.record(requested).meta.pos
+        self._restart = "draining"
+        self._restart_by_ns = self._now() + int(wanted.timeout_s * NS_PER_S)
+        self._standing.drain(cause)
+
+    def _go_on_with_restart(self) -> None:
+        """With each probe, so that who was on the way here when the router was told arrives before the end."""
+        is_late = self._now() > self._restart_by_ns
+        if self._restart == "draining" and (not self._in_flight or is_late):
+            self._restart = "stopping"
+            self._restart_by_ns = self._now() + int(STOP_TIMEOUT_S * NS_PER_S)
+            self._driver.send(port.Shutdown())
+        elif self._restart == "stopping" and is_late:
+            self._driver.kill()
 
     # ---- parts
-
-    def _withdraw_capacity(self, reason: str, cause: int = NO_CAUSE) -> None:
-        """Tell the deciders that nothing more can run here."""
-        now_ns = self._now()
-        drop = cmd.DropExecutor(now_ns=now_ns, executor=self._name, reason=reason)
-        self._directory.tell("router", drop, cause=cause)
-        self._directory.tell("memory", cmd.DropMemoryPool(now_ns=now_ns, executor=self._name), cause=cause)
-        budget = cmd.SetCapacity(now_ns=now_ns, executor=self._name, slots=0, kv_budget_bytes=0)
-        self._directory.tell("admission", budget, cause=cause)
 
     def _lose_all(self, code: str, message: str, cause: int = NO_CAUSE) -> None:
         for request_id, flight in self._in_flight.items():
@@ -349,19 +386,3 @@ class ExecutorActor(ThreadedActor):
 
     def _now(self) -> int:
         return self.context.system.now_ns()
-
-
-def committed_row(row: port.StepRow) -> ev.CommittedRow:
-    """What the log keeps of a row: no tokens, no text."""
-    return ev.CommittedRow(
-        row.request_id,
-        row.attempt,
-        len(row.token_ids),
-        row.prefilled,
-        row.start,
-        row.num_tokens,
-        row.num_logits,
-        row.num_draft,
-        row.failure,
-        row.ended,
-    )

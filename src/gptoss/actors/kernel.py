@@ -23,7 +23,7 @@ from gptoss.actors.future import ReplyFuture
 from gptoss.actors.inbox import Letter
 from gptoss.actors.journal import Journal
 from gptoss.clock import Clock, Rng
-from gptoss.errors import ActorDead, ActorError, AskTimeout, GptossError, MailboxFull
+from gptoss.errors import ActorDead, ActorError, AskTimeout, EngineLost, GptossError, MailboxFull
 from gptoss.messages.envelope import NO_CAUSE, Event, Origin, Record
 from gptoss.messages.events import ActorFailed, DeadLettered
 
@@ -88,6 +88,9 @@ class Kernel:
         event = ActorFailed(message_type=what, code=code, error=text)
         cause, correlation = (letter.cause, letter.correlation) if letter else (NO_CAUSE, "")
         self.record(event, name, incarnation=incarnation, cause=cause, correlation=correlation)
+        if isinstance(error, EngineLost):  # not this program's fault, and where it was raised says nothing
+            logger.warning("actor %s ends with its engine: %s", name, text)
+            return
         frames = "".join(traceback.format_tb(error.__traceback__))
         logger.error("actor %s failed in %s: %s\n%s", name, what, text, frames)
 

@@ -49,6 +49,8 @@ class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     session_id: str = ""
     is_bound: bool = False
     multi_device: bool = False
+    prefix_hmacs: tuple[str, ...] = ()
+    queue_timeout_s: float = 0.0
     first_token: bool = False
     first_byte: bool = False
     cancel: CancelReason | None = None
@@ -107,6 +109,7 @@ class Lifecycle:
                     prompt_tokens=state.prompt_tokens,
                     session_id=state.session_id,
                     multi_device=state.multi_device,
+                    prefix_hmacs=state.prefix_hmacs,
                 )
                 return [("router", route)]
             case ev.RequestCompleted() | ev.RequestFailed() | ev.RequestCancelled() | ev.RequestRejected():
@@ -118,6 +121,9 @@ class Lifecycle:
             case _:
                 return []
 
+    def _queue_timeout_of(self, state: RequestState) -> int:
+        return int(state.queue_timeout_s * NS_PER_S) or self._queue_timeout_ns
+
     def _admit(self, state: RequestState, event: ev.RequestEstimated, now_ns: int) -> cmd.AdmitRequest:
         return cmd.AdmitRequest(
             now_ns=now_ns,
@@ -127,7 +133,7 @@ class Lifecycle:
             kv_bytes=event.kv_bytes,
             kv_bytes_prompt=event.kv_bytes_prompt,
             priority=state.priority,
-            deadline_ns=min(state.deadline_ns, now_ns + self._queue_timeout_ns),
+            deadline_ns=min(state.deadline_ns, now_ns + self._queue_timeout_of(state)),
             advice=event.advice,
             tenant=state.tenant,
             session_id=state.session_id,
@@ -168,6 +174,7 @@ def _begin(_: RequestState, command: cmd.BeginRequest) -> list[Event]:
         parent_id=command.parent_id,
         user_hmac=command.user_hmac,
         num_metadata=command.num_metadata,
+        queue_timeout_s=command.queue_timeout_s,
     )
     try:
         if command.model and command.model != command.served_model:
@@ -205,6 +212,7 @@ def _rendered(state: RequestState, command: cmd.PromptReady) -> list[Event]:
             date=command.date,
             grammar_hmac=command.grammar_hmac,
             prompt_version=command.prompt_version,
+            prefix_hmacs=command.prefix_hmacs,
             max_tokens=wanted if wanted is not None else min(room, state.default_max_tokens),
         )
     ]
@@ -357,6 +365,7 @@ CHANGES: dict[type[Event], Callable[[Any], dict[str, Any]]] = {
         "default_max_tokens": e.default_max_tokens,
         "tenant": e.user_hmac[:TENANT_HEX],
         "session_id": session_key(e.session_id, e.user_hmac),
+        "queue_timeout_s": e.queue_timeout_s,
     },
     ev.RequestValidated: lambda e: {"sampling": e.sampling},
     ev.PromptRendered: lambda e: {
@@ -364,6 +373,7 @@ CHANGES: dict[type[Event], Callable[[Any], dict[str, Any]]] = {
         "prompt_tokens": e.prompt_tokens,
         "max_tokens": e.max_tokens,
         "is_bound": bool(e.grammar_hmac),
+        "prefix_hmacs": e.prefix_hmacs,
     },
     ev.RequestEstimated: lambda _: {"phase": "admitting"},
     ev.RequestAdmitted: lambda e: {

@@ -14,12 +14,13 @@ Rules:
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 
 from gptoss.actors import memory_state as states
 from gptoss.actors.decider import DeciderActor, Told
-from gptoss.actors.directory import Directory, executor_name, request_name
+from gptoss.actors.directory import executor_name, request_name
 from gptoss.actors.memory_state import Grant, GuardRecord, GuardState
 from gptoss.actors.pressure import PressureLevels, is_reached
 from gptoss.engine.memory_model import kv_bytes, tokens_within
@@ -345,16 +346,7 @@ def _advice(state: GuardState, layout: KvLayout, command: cmd.EstimateMemory) ->
 
 
 class MemoryActor(DeciderActor[GuardState]):
-    """The guard with a clock for sessions that nobody uses.
-
-    Args:
-        guard: decides.
-        directory: whom it tells.
-    """
-
-    def __init__(self, guard: MemoryGuard, directory: Directory) -> None:
-        super().__init__(guard, directory)
-        self._guard = guard
+    """The guard with a clock for sessions that nobody uses."""
 
     def on_start(self) -> None:
         """Look for unused sessions now and then."""
@@ -366,7 +358,8 @@ class MemoryActor(DeciderActor[GuardState]):
 
     def on_receive(self, message: Command) -> None:
         """Consume a command; a look that finds no session overdue is no decision and leaves no trace."""
-        if isinstance(message, cmd.CheckSessions) and not self._guard.has_overdue(self.state, message.now_ns):
+        guard = cast("MemoryGuard", self.decider)
+        if isinstance(message, cmd.CheckSessions) and not guard.has_overdue(self.state, message.now_ns):
             return
         super().on_receive(message)
 

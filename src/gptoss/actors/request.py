@@ -34,6 +34,8 @@ from gptoss.messages.answer import Part, joined
 from gptoss.messages.commands import Command
 from gptoss.messages.sampling import SamplingParams
 
+PREFIX_HEX = 16
+
 
 class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
     """From the executor: what one step produced for this request.
@@ -78,6 +80,8 @@ class RequestServices(msgspec.Struct, kw_only=True):
         hmac_key: keys the prompt hashes in control events.
         keep_content: record prompt token ids and stop strings in the content family; ``keep_text``: the client's
             messages and the answer too.
+        hashes_prefixes: whether there is a choice of executors, for which beginnings of prompts are hashed.
+        queue_timeout_s: how long a request may wait for admission, once that is not what the settings said at the start.
     """
 
     lifecycle: Lifecycle
@@ -90,6 +94,8 @@ class RequestServices(msgspec.Struct, kw_only=True):
     keep_content: bool
     max_model_len: Callable[[], int]
     keep_text: bool = False
+    hashes_prefixes: bool = False
+    queue_timeout_s: float = 0.0
 
 
 class RequestActor(DeciderActor[RequestState]):
@@ -156,6 +162,7 @@ class RequestActor(DeciderActor[RequestState]):
                 parent_id=request.parent_id,
                 user_hmac=_keyed_hash(self._services.hmac_key, request.user) if request.user else "",
                 num_metadata=len(request.metadata),
+                queue_timeout_s=self._services.queue_timeout_s,
             )
         )
 
@@ -230,8 +237,20 @@ class RequestActor(DeciderActor[RequestState]):
             param=prompt_param(request),
             length_param=request.length_field,
             prompt_version=rendering.version_of(request),
+            prefix_hmacs=self._prefix_hmacs(prompt.token_ids) if self._services.hashes_prefixes else (),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
+
+    def _prefix_hmacs(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        """See ``PromptReady``. Powers of two: two conversations that part somewhere have more than half of that in common."""
+        key, salt = self._services.hmac_key, self._request.cache_salt
+        found: list[str] = []
+        length = cmd.PREFIX_TOKENS
+        while length <= len(token_ids):
+            digest = hmac.new(key, msgspec.msgpack.encode((salt, token_ids[:length])), hashlib.sha256).hexdigest()
+            found.append(digest[:PREFIX_HEX])
+            length *= 2
+        return tuple(found)
 
     def _tell_unusable(self, error: GptossError, cause: int) -> None:
         unusable = cmd.PromptUnusable(

@@ -1,18 +1,55 @@
 """The router: which executor runs an admitted request.
 
-First policy: of the executors that serve, have a free slot and enough unbound KV memory, the least loaded by share of
-slots, then by share of KV memory, then by name. A request that none can take now waits until one can; its own
-deadline bounds that wait.
+Rules:
+- Only an executor that serves, has a free slot and enough unbound KV memory comes into question. A request that none can
+  take now waits until one can; its own deadline bounds that wait.
+- By size: a prompt over ``multi_prompt_len``, KV memory over ``multi_kv_bytes``, or anything while the executors with one device
+  hold more than ``multi_pressure`` of their memory goes to an executor that spans several devices, where there is one;
+  everything else to one with a single device. Whoever finds no room on the right kind takes the other.
+- By health: one that is suspect is taken when no other comes into question; each failure within a minute counts as a quarter
+  of an executor's load.
+- By load: share of slots plus share of KV memory.
+- By affinity: who served the same beginning of a prompt lately has it in its prefix cache, which is worth as much as half of
+  an executor's load at most; who served the same conversation last, a fifth.
+- Then by name. The router sees no tokens: ``prefix_hmacs`` are keyed hashes of beginnings, made where the prompt is known,
+  so that each decision is a function of recorded commands.
 """
 
 import msgspec
 
 from gptoss.actors.decider import Told
 from gptoss.actors.directory import request_name
+from gptoss.clock import NS_PER_S
 from gptoss.messages import commands as cmd
-from gptoss.messages.commands import Command
+from gptoss.messages.commands import PREFIX_TOKENS, Command
 from gptoss.messages.envelope import Event
-from gptoss.messages.events import ExecutorJoined, ExecutorLeft, RouteCandidate, RouteDecided, RouteForgotten
+from gptoss.messages.events import (
+    ExecutorDrained,
+    ExecutorJoined,
+    ExecutorLeft,
+    ExecutorRated,
+    RouteCandidate,
+    RouteDecided,
+    RouteForgotten,
+)
+
+PREFIX_WORTH = 0.5
+SESSION_WORTH = 0.2
+FAULT_COST = 0.25
+FAULTS_MAX = 4
+FAULT_NS = 60 * NS_PER_S
+PREFIXES_MAX = 2048
+SESSIONS_MAX = 1024
+
+replace = msgspec.structs.replace
+
+
+class RouterPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """Above which a request goes to an executor that spans several devices, where there is one."""
+
+    multi_prompt_len: int = 8000
+    multi_kv_bytes: int = 6000 * 1024 * 1024
+    multi_pressure: float = 0.85
 
 
 class ExecutorView(msgspec.Struct, frozen=True):
@@ -20,20 +57,35 @@ class ExecutorView(msgspec.Struct, frozen=True):
 
     slots: int
     kv_budget_bytes: int
+    multi_device: bool = False
+    health: str = ""
 
 
 class Route(msgspec.Struct, frozen=True):
-    """Where a request runs; ``executor`` is empty while it waits."""
+    """Where a request runs; ``executor`` is empty while it waits, and what follows is what it waits with."""
 
     executor: str
     kv_bytes: int
+    prompt_tokens: int = 0
+    session_id: str = ""
+    multi_device: bool = False
+    prefix_hmacs: tuple[str, ...] = ()
 
 
 class RouterState(msgspec.Struct, frozen=True):
-    """Executors by name and routes by request."""
+    """Executors by name and routes by request.
+
+    Attributes:
+        prefixes: hash of a beginning -> the executor that served it last; the least recently used comes first.
+        sessions: likewise of conversations.
+        faults: when each executor failed lately.
+    """
 
     executors: dict[str, ExecutorView] = {}
     routes: dict[str, Route] = {}
+    prefixes: dict[str, str] = {}
+    sessions: dict[str, str] = {}
+    faults: dict[str, tuple[int, ...]] = {}
 
 
 class Router:
@@ -41,43 +93,58 @@ class Router:
 
     name = "router"
 
+    def __init__(self, policy: RouterPolicy | None = None) -> None:
+        self.policy = policy or RouterPolicy()
+
     def initial(self) -> RouterState:
         """No executors, no routes."""
         return RouterState()
 
     def decide(self, state: RouterState, command: Command) -> list[Event]:
-        """See the module's policy."""
+        """See the module's rules."""
         match command:
             case cmd.SetExecutor():
                 joined = ExecutorJoined(
-                    executor=command.executor, slots=command.slots, kv_budget_bytes=command.kv_budget_bytes
+                    executor=command.executor,
+                    slots=command.slots,
+                    kv_budget_bytes=command.kv_budget_bytes,
+                    multi_device=command.multi_device,
                 )
-                return [joined, *self._route_waiting(self.evolve(state, joined))]
+                return self._then_route(state, joined, command.now_ns)
             case cmd.DropExecutor() if command.executor in state.executors:
-                return [ExecutorLeft(executor=command.executor, reason=command.reason)]
+                fault_ns = command.now_ns if command.fault else 0
+                return [ExecutorLeft(executor=command.executor, reason=command.reason, fault_ns=fault_ns)]
+            case cmd.DrainExecutor() if command.executor in state.executors:
+                running = sum(route.executor == command.executor for route in state.routes.values())
+                return [ExecutorDrained(executor=command.executor, running=running)]
+            case cmd.RateExecutor() if command.executor in state.executors:
+                return self._rate(state, command)
             case cmd.RouteRequest():
-                return [_choose(state, command.request_id, command.kv_bytes)]
+                return [self._choose(state, command.request_id, _route_of(state, command), command.now_ns)]
             case cmd.ForgetRoute() if command.request_id in state.routes:
                 executor = state.routes[command.request_id].executor
                 forgotten = RouteForgotten(request_id=command.request_id, executor=executor)
-                return [forgotten, *self._route_waiting(self.evolve(state, forgotten))]
+                return self._then_route(state, forgotten, command.now_ns)
             case _:
                 return []
 
     def evolve(self, state: RouterState, event: Event) -> RouterState:
-        """Keep executors and routes."""
+        """Keep executors, routes, and who has what."""
         executors, routes = state.executors, state.routes
         match event:
             case ExecutorJoined():
-                view = ExecutorView(event.slots, event.kv_budget_bytes)
-                return RouterState({**executors, event.executor: view}, routes)
+                view = ExecutorView(event.slots, event.kv_budget_bytes, event.multi_device)
+                return replace(state, executors={**executors, event.executor: view})
             case ExecutorLeft():
-                kept = {name: view for name, view in executors.items() if name != event.executor}
-                return RouterState(kept, {k: r for k, r in routes.items() if r.executor != event.executor})
+                return _without(state, event)
+            case ExecutorDrained() | ExecutorRated():
+                health = "draining" if isinstance(event, ExecutorDrained) else "suspect" if event.suspect else ""
+                view = replace(executors[event.executor], health=health)
+                return replace(state, executors={**executors, event.executor: view})
             case RouteDecided():
-                return RouterState(executors, {**routes, event.request_id: Route(event.executor, event.kv_bytes)})
+                return _learn(state, event)
             case RouteForgotten():
-                return RouterState(executors, {k: r for k, r in routes.items() if k != event.request_id})
+                return replace(state, routes={k: r for k, r in routes.items() if k != event.request_id})
             case _:
                 return state
 
@@ -91,40 +158,169 @@ class Router:
             (request_name(request_id), cmd.RouteFound(now_ns=now_ns, executor=executor)),
         ]
 
-    def _route_waiting(self, state: RouterState) -> list[Event]:
-        events: list[Event] = []
+    # ---- parts
+
+    def _rate(self, state: RouterState, command: cmd.RateExecutor) -> list[Event]:
+        health = state.executors[command.executor].health
+        if health == "draining" or (health == "suspect") == command.suspect:
+            return []
+        rated = ExecutorRated(executor=command.executor, suspect=command.suspect, silent_ms=command.silent_ms)
+        return [rated] if command.suspect else self._then_route(state, rated, command.now_ns)
+
+    def _then_route(self, state: RouterState, first: Event, now_ns: int) -> list[Event]:
+        """``first``, and a choice for each who waits and can go now."""
+        events = [first]
+        state = self.evolve(state, first)
         for request_id, route in state.routes.items():
             if not route.executor:
-                decided = _choose(state, request_id, route.kv_bytes)
+                decided = self._choose(state, request_id, route, now_ns)
                 if decided.executor:
                     events.append(decided)
                     state = self.evolve(state, decided)
         return events
 
+    def _choose(self, state: RouterState, request_id: str, route: Route, now_ns: int) -> RouteDecided:
+        candidates = tuple(_candidate(state, name, request_id, route, now_ns) for name in sorted(state.executors))
+        wish = self._wish(candidates, route)
+        executor, reason = _best(candidates, route, wish)
+        return RouteDecided(
+            request_id=request_id,
+            executor=executor,
+            reason=reason,
+            candidates=candidates,
+            kv_bytes=route.kv_bytes,
+            prompt_tokens=route.prompt_tokens,
+            session_id=route.session_id,
+            multi_device=route.multi_device,
+            prefix_hmacs=route.prefix_hmacs,
+        )
 
-def _choose(state: RouterState, request_id: str, kv_bytes: int) -> RouteDecided:
-    candidates = tuple(_candidate(state, name, request_id) for name in sorted(state.executors))
-    able = [c for c in candidates if c.running < c.slots and c.kv_bytes_free >= kv_bytes]
-    if able:
-        best = min(able, key=lambda c: (c.score, c.executor))
-        executor, reason = best.executor, "least_loaded" if len(able) > 1 else "only_one"
-    else:
-        executor, reason = "", "no_room" if candidates else "no_executor"
-    return RouteDecided(
-        request_id=request_id, executor=executor, reason=reason, candidates=candidates, kv_bytes=kv_bytes
+    def _wish(self, candidates: tuple[RouteCandidate, ...], route: Route) -> str:
+        """Why the request should run on several devices; empty if it need not."""
+        if all(not candidate.multi_device for candidate in candidates):
+            return ""
+        if route.multi_device:
+            return "admission"
+        if 0 < self.policy.multi_prompt_len < route.prompt_tokens:
+            return "large_prompt"
+        if 0 < self.policy.multi_kv_bytes < route.kv_bytes:
+            return "large_kv"
+        singles = [candidate for candidate in candidates if not candidate.multi_device]
+        bound = sum(candidate.kv_bytes_bound for candidate in singles)
+        budget = bound + sum(candidate.kv_bytes_free for candidate in singles)
+        return "pressure" if budget and 0 < self.policy.multi_pressure < bound / budget else ""
+
+
+def _route_of(state: RouterState, command: cmd.RouteRequest) -> Route:
+    # What no choice depends on is not recorded with it.
+    has_kinds = any(view.multi_device for view in state.executors.values())
+    is_known = bool(has_kinds or command.prefix_hmacs or command.session_id)
+    return Route(
+        "",
+        command.kv_bytes,
+        command.prompt_tokens if is_known else 0,
+        command.session_id,
+        command.multi_device,
+        command.prefix_hmacs,
     )
 
 
-def _candidate(state: RouterState, name: str, request_id: str) -> RouteCandidate:
+def _best(candidates: tuple[RouteCandidate, ...], route: Route, wish: str) -> tuple[str, str]:
+    """The executor, and why."""
+    able = [
+        each
+        for each in candidates
+        if each.running < each.slots and each.kv_bytes_free >= route.kv_bytes and each.health != "draining"
+    ]
+    if not able:
+        return "", "no_room" if candidates else "no_executor"
+    right = [each for each in able if each.multi_device == bool(wish)]
+    pools = [[each for each in pool if not each.health] for pool in (right, able)] + [right, able]
+    pool = next(pool for pool in pools if pool)
+    best = min(pool, key=lambda each: (each.score, each.executor))
+    return best.executor, _reason(best, wish, is_only=len(able) == 1)
+
+
+def _reason(best: RouteCandidate, wish: str, *, is_only: bool) -> str:
+    if best.multi_device:
+        return wish or "singles_full"
+    if best.cached_tokens:
+        return "prefix"
+    if best.session:
+        return "session"
+    return "only_one" if is_only else "least_loaded"
+
+
+def _candidate(state: RouterState, name: str, request_id: str, route: Route, now_ns: int) -> RouteCandidate:
     view = state.executors[name]
     bound = [r.kv_bytes for k, r in state.routes.items() if r.executor == name and k != request_id]
     kv_bound = sum(bound)
     kv_share = kv_bound / view.kv_budget_bytes if view.kv_budget_bytes else 1.0
+    cached = _cached_tokens(state, name, route)
+    session = bool(route.session_id) and state.sessions.get(route.session_id) == name
+    faults = sum(now_ns - fault_ns < FAULT_NS for fault_ns in state.faults.get(name, ()))
+    worth = PREFIX_WORTH * cached / max(1, route.prompt_tokens) if cached else SESSION_WORTH * session
     return RouteCandidate(
         executor=name,
         running=len(bound),
         slots=view.slots,
         kv_bytes_bound=kv_bound,
         kv_bytes_free=view.kv_budget_bytes - kv_bound,
-        score=round(len(bound) / max(1, view.slots) + kv_share, 6),
+        score=round(len(bound) / max(1, view.slots) + kv_share + FAULT_COST * faults - worth, 6),
+        multi_device=view.multi_device,
+        cached_tokens=cached,
+        session=session,
+        faults=faults,
+        health=view.health,
+    )
+
+
+def _cached_tokens(state: RouterState, name: str, route: Route) -> int:
+    """How much of the prompt an executor has, as far as the hashes tell: the longest beginning that it served last."""
+    for index in range(len(route.prefix_hmacs) - 1, -1, -1):
+        if state.prefixes.get(route.prefix_hmacs[index]) == name:
+            return PREFIX_TOKENS << index
+    return 0
+
+
+def _learn(state: RouterState, event: RouteDecided) -> RouterState:
+    """Where a request runs or waits, and with that who will have its beginning."""
+    route = Route(
+        event.executor,
+        event.kv_bytes,
+        event.prompt_tokens,
+        event.session_id,
+        event.multi_device,
+        event.prefix_hmacs,
+    )
+    prefixes, sessions = state.prefixes, state.sessions
+    if event.executor and event.prefix_hmacs:
+        prefixes = _noted(prefixes, event.prefix_hmacs, event.executor, PREFIXES_MAX)
+    if event.executor and event.session_id:
+        sessions = _noted(sessions, (event.session_id,), event.executor, SESSIONS_MAX)
+    routes = {**state.routes, event.request_id: route}
+    return replace(state, routes=routes, prefixes=prefixes, sessions=sessions)
+
+
+def _noted(known: dict[str, str], keys: tuple[str, ...], executor: str, most: int) -> dict[str, str]:
+    """``known`` with ``keys`` as the most recently used, without the least recently used beyond ``most``."""
+    noted = {key: name for key, name in known.items() if key not in keys}
+    noted |= dict.fromkeys(keys, executor)
+    for key in list(noted)[: max(0, len(noted) - most)]:
+        del noted[key]
+    return noted
+
+
+def _without(state: RouterState, event: ExecutorLeft) -> RouterState:
+    """An executor is gone: its routes are forgotten, and what its cache had is lost."""
+    name = event.executor
+    faults = state.faults
+    if event.fault_ns:
+        faults = {**faults, name: (*faults.get(name, ()), event.fault_ns)[-FAULTS_MAX:]}
+    return RouterState(
+        {other: view for other, view in state.executors.items() if other != name},
+        {key: route for key, route in state.routes.items() if route.executor != name},
+        {key: other for key, other in state.prefixes.items() if other != name},
+        {key: other for key, other in state.sessions.items() if other != name},
+        faults,
     )

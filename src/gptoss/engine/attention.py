@@ -172,7 +172,7 @@ class PackedRows:
         self._prefills = [chunk for chunk in chunks if len(chunk.token_ids) > 1]
         self._num_decodes = len(chunks) - len(self._prefills)
         self._decodes = decodes(chunks[: self._num_decodes]) if self._num_decodes else None
-        self._masks: dict[tuple[int, int, int, int], torch.Tensor] = {}
+        self._masks: dict[tuple[int, int, int, int, torch.device], torch.Tensor] = {}
 
     def attend(
         self, layer: int, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float, options: LayerOptions
@@ -210,7 +210,7 @@ class PackedRows:
         """What to add to the scores of keys ``first`` to ``start + rows``; None is plain causal from position 0."""
         if start == 0 and (not window or rows <= window):
             return None
-        place = (start, rows, first, window)
+        place = (start, rows, first, window, like.device)
         mask = self._masks.get(place)
         if mask is None:
             queries = torch.arange(start, start + rows, device=like.device)[:, None]

@@ -9,16 +9,17 @@ Rules:
 - A row that found no memory is run again once, after the worst other request gave its own back.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import msgspec
-import psutil
 import torch
 from tokenizers import Tokenizer
 
 from gptoss.clock import Clock
 from gptoss.engine.attention import Chunk
 from gptoss.engine.batch import Batch
+from gptoss.engine.device_memory import readings
 from gptoss.engine.grammar_mask import GrammarMasks
 from gptoss.engine.load import CHUNK_TOKENS, LoadedModel
 from gptoss.engine.memory_model import kv_bytes
@@ -70,12 +71,14 @@ class CoreOptions(msgspec.Struct, frozen=True, kw_only=True):
         session_bytes_max: of that, what one session may keep between its turns; 0 is nothing.
         provenance: names the model and its numerics, for the keys of that cache.
         speculates: guess tokens and verify several in a step; only with runners whose bits allow it.
+        announce: told each plan before it is carried out.
     """
 
     prefix_cache_bytes: int = 0
     session_bytes_max: int = 0
     provenance: str = ""
     speculates: bool = False
+    announce: Callable[[StepPlan], None] | None = None
 
 
 class EngineCore:
@@ -134,6 +137,7 @@ class EngineCore:
         self._num_sequences = 0
         self._submits_taken = 0
         self._is_draining = False
+        self._announce = options.announce
 
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
@@ -167,6 +171,8 @@ class EngineCore:
         started_ns = self._clock.monotonic_ns()
         state = self._batch.state(self._pace.ms_per_token)
         plan = plan or schedule(state)
+        if self._announce is not None:
+            self._announce(plan)
         refused = self._batch.place(plan)
         plan = without(plan, refused)
         self._make_up(plan)
@@ -345,22 +351,19 @@ class EngineCore:
         return _failed(sequence.submit, error)
 
     def _status(self, nonce: int) -> EngineStatus:
-        if self._device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self._device)
-            used = total - free
-        else:
-            host = psutil.virtual_memory()
-            used, total, free = psutil.Process().memory_info().rss, host.total, host.available
+        geometry = self._runner.geometry
+        devices = readings(geometry.devices if geometry else (self._device,))
         return EngineStatus(
             nonce=nonce,
             step=self._num_steps,
             waiting=self._batch.num_waiting,
             running=self._batch.num_running,
             kv_bytes_in_use=self._batch.kv_bytes_in_use,
-            memory_bytes=used,
-            device_memory_total_bytes=total,
-            free_bytes=free,
+            memory_bytes=sum(each.used_bytes for each in devices),
+            device_memory_total_bytes=sum(each.total_bytes for each in devices),
+            free_bytes=sum(each.free_bytes for each in devices),
             prefix_cache_bytes=self._batch.cache_bytes,
+            devices=devices if len(devices) > 1 else (),
         )
 
 

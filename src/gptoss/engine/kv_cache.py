@@ -8,7 +8,7 @@ Rules:
 - Writing a position twice is harmless where nothing is overwritten. In a ring a chunk overwrites what its own first
   rows attend to: whoever may have to undo a chunk keeps that with ``keep_overwritten``.
 
-Layers of one window are a *store*. Keys and values of some positions are ``[2, kv_heads, tokens, head_dim]``, K at 0 and V
+Layers of one window on one device are a *store*. Keys and values of some positions are ``[2, kv_heads, tokens, head_dim]``, K at 0 and V
 at 1, with the layers of a store in front where all of them are meant.
 """
 
@@ -23,11 +23,12 @@ from gptoss.messages.model import KvLayout
 
 
 class LayerGeometry(msgspec.Struct, frozen=True, kw_only=True):
-    """What one attention layer keeps. ``window`` 0 keeps every position."""
+    """What one attention layer keeps. ``window`` 0 keeps every position; ``stage`` is the number of its device."""
 
     kv_heads: int
     head_dim: int
     window: int
+    stage: int = 0
 
 
 class KvGeometry:
@@ -36,10 +37,13 @@ class KvGeometry:
     Args:
         layers: of the model, first to last; all of one shape and at most one window besides "keep all".
         dtype: of K and V.
-        device: where they live.
+        device: where tokens go in, and where all of it lives unless there are stages.
+        stages: device of each stage.
+        shards: processes that each have as many heads; bytes and ``layout`` are of all of them together.
 
     Attributes:
-        windows: distinct windows; each is a store.
+        windows: of each store.
+        devices: of each store.
         counts: layers of each store.
         places: of each layer, (store, index within it).
         layout: the same as numbers for ``memory_model``.
@@ -49,7 +53,15 @@ class KvGeometry:
         ValueError: the layers differ in a way that no layout here can hold.
     """
 
-    def __init__(self, layers: list[LayerGeometry], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: list[LayerGeometry],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        stages: Sequence[torch.device] = (),
+        shards: int = 1,
+    ) -> None:
         shapes = {(layer.kv_heads, layer.head_dim) for layer in layers}
         windows = sorted({layer.window for layer in layers})
         if len(shapes) != 1 or len([window for window in windows if window]) > 1:
@@ -57,11 +69,14 @@ class KvGeometry:
         self.kv_heads, self.head_dim = shapes.pop()
         self.dtype = dtype
         self.device = device
-        self.windows = tuple(windows)
-        counts = [0] * len(windows)
+        self.shards = shards
+        stores = sorted({(layer.stage, layer.window) for layer in layers})
+        self.windows = tuple(window for _, window in stores)
+        self.devices = tuple(stages[stage] if stages else device for stage, _ in stores)
+        counts = [0] * len(stores)
         places: list[tuple[int, int]] = []
         for layer in layers:
-            store = windows.index(layer.window)
+            store = stores.index((layer.stage, layer.window))
             places.append((store, counts[store]))
             counts[store] += 1
         self.places = tuple(places)
@@ -70,11 +85,11 @@ class KvGeometry:
             full_layers=sum(layer.window == 0 for layer in layers),
             sliding_layers=sum(layer.window > 0 for layer in layers),
             sliding_window=windows[-1],
-            kv_heads=self.kv_heads,
+            kv_heads=shards * self.kv_heads,
             head_dim=self.head_dim,
             dtype_bytes=dtype.itemsize,
         )
-        self.layer_token_bytes = 2 * self.kv_heads * self.head_dim * dtype.itemsize
+        self.layer_token_bytes = 2 * shards * self.kv_heads * self.head_dim * dtype.itemsize
 
 
 class RequestKv(ABC):
@@ -194,11 +209,11 @@ class KvSlot(RequestKv):
             torch.empty(
                 (count, 2, geometry.kv_heads, min(tokens, window or tokens), geometry.head_dim),
                 dtype=geometry.dtype,
-                device=geometry.device,
+                device=device,
             )
-            for count, window in zip(geometry.counts, geometry.windows, strict=True)
+            for count, window, device in zip(geometry.counts, geometry.windows, geometry.devices, strict=True)
         ]
-        self.num_bytes = sum(store.nbytes for store in self.stores)
+        self.num_bytes = geometry.shards * sum(store.nbytes for store in self.stores)
 
     def ring(self, store: int) -> int:
         """See ``RequestKv``."""

@@ -29,20 +29,19 @@ from gptoss.engine.model_folder import Progress, check_folder, file_sha256, no_p
 from gptoss.engine.mxfp4 import count_parameters, weight_forms
 from gptoss.engine.native.build import NativeUnavailableError, open_kernels
 from gptoss.engine.native.runner import ARCHITECTURES, NativeRunner
+from gptoss.engine.placement import Pipeline, Placement, Tensor
 from gptoss.engine.port import Load
 from gptoss.engine.prompt import eos_token_ids, load_tokenizer
-from gptoss.engine.runner import Runner
+from gptoss.engine.runner import LockstepRunner, Runner
 from gptoss.engine.runner_choice import KvOptions, Native, choose_runner
 from gptoss.errors import ModelLoadError
-from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
+from gptoss.messages.model import EngineCapabilities, ModelFingerprint
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # transformers is only partly typed.
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 """In how large pieces prompts are computed; a step takes two at most."""
-KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
-"""Part of the memory that is free once the weights are in, taken for KV when no budget is set."""
 FLOAT32_SHARE_MAX = 0.25
 """``auto`` takes float32 only if the weights then fill at most this part of the free memory."""
 PROGRESS_STEPS = 50
@@ -59,34 +58,43 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
 
-def load_model(load: Load, progress: Progress) -> LoadedModel:
+def load_model(load: Load, progress: Progress, rank: int = 0) -> LoadedModel:
     """Load what ``load`` names. Blocks for seconds to minutes.
+
+    Args:
+        load: what, and where.
+        progress: told how far it is.
+        rank: which of the devices is this process's, in mode ``tensor``; the ranks have joined by now.
 
     Raises:
         ModelLoadError: the folder cannot be read, the architecture is not supported, memory or the device is missing.
     """
     folder = Path(load.folder)
     config = check_folder(folder)
-    device = _device(load.device)
+    devices = [_device(name) for name in load.device.split("+")]
+    is_tensor = len(devices) > 1 and load.mode == "tensor"
+    device = devices[rank if is_tensor else 0]
     _check_architecture(folder, config)
     max_model_len = _max_model_len(load, config)
     tokenizer = load_tokenizer(load.folder)
     native, notes = _choose_kernels(load, config, device, max_model_len, progress)
-    is_paged = load.kv_layout == "paged" or (load.kv_layout == "auto" and device.type == "cuda")
+    is_paged = _is_paged(load, devices)
     dtype = torch.bfloat16 if native else _choose_dtype(load, folder, device)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="fingerprint") as hasher:
         fingerprint = hasher.submit(_fingerprint, folder)
         try:
             layout = kv_layout_from_config(config, dtype_bytes=dtype.itemsize)
-            weights = _Weights(folder, config, dtype, device)
+            placement = _place(folder, config, dtype, devices, rank if is_tensor else None)
+            weights = _Weights(folder, config, dtype, placement)
             workspace = _workspace(config, load.max_batch_size, dtype, device)
             kv = KvOptions(
                 is_paged,
                 lambda layout: (
-                    load.kv_budget_bytes or _kv_budget(layout, load.max_batch_size, max_model_len, device, workspace)
+                    load.kv_budget_bytes
+                    or placement.kv_budget(layout, load.max_batch_size, max_model_len, workspace=workspace)
                 ),
             )
-            choice = choose_runner(lambda: weights.load(progress), layout, device, native, kv)
+            choice = choose_runner(lambda: weights.load(progress), layout, device, native, kv, placement)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ModelLoadError(f"not enough memory for {folder} on {device}: {_one_line(error)}") from None
         except ModelLoadError:
@@ -94,7 +102,7 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         except Exception as error:  # noqa: BLE001 - the edge to transformers, which raises anything on a bad folder
             raise ModelLoadError(f"cannot load {folder}: {_one_line(error)}") from None
         hashes = fingerprint.result()
-    runner = choice.runner
+    runner = LockstepRunner(choice.runner) if is_tensor else choice.runner
     capabilities = EngineCapabilities(
         model_name=load.model_name,
         architecture=choice.architecture,
@@ -110,6 +118,8 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         eos_token_ids=eos_token_ids(load.folder, tokenizer),
         kv_pages=choice.kv_pages,
         summation=runner.summation if isinstance(runner, NativeRunner) else "auto",
+        multi_device=len(devices) > 1,
+        shares=choice.shares,
         workspace_bytes=workspace,
     )
     return LoadedModel(
@@ -117,8 +127,28 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         tokenizer=tokenizer,
         capabilities=capabilities,
         fingerprint=hashes,
-        notes=(*notes, *weights.notes, *choice.notes, *_page_notes(capabilities)),
+        notes=(*notes, *placement.notes, *weights.notes, *choice.notes, *_page_notes(capabilities)),
     )
+
+
+def _is_paged(load: Load, devices: list[torch.device]) -> bool:
+    is_pipeline = len(devices) > 1 and load.mode == "pipeline"
+    if is_pipeline and load.kv_layout == "paged":
+        raise ModelLoadError(
+            "kv_layout is 'paged', which gpu_mode pipeline does not have; use auto, or gpu_mode tensor"
+        )
+    return load.kv_layout == "paged" or (load.kv_layout == "auto" and devices[0].type == "cuda" and not is_pipeline)
+
+
+def _place(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype, devices: list[torch.device], rank: int | None
+) -> Placement:
+    """How the model is to lie on its devices; ``rank`` is None if this process holds all of them."""
+    if len(devices) == 1:
+        return Placement(devices[0])
+    if len({device.type for device in devices}) > 1:
+        raise ModelLoadError("an engine's devices must all be GPUs, or all CPUs")
+    return Pipeline(folder, dtype, *devices) if rank is None else Tensor(config, rank, *devices)
 
 
 def _page_notes(capabilities: EngineCapabilities) -> tuple[str, ...]:
@@ -168,14 +198,14 @@ def _choose_kernels(
     """The CPU kernels, if they are wanted and may be had for this model, and a note if they are missed."""
     form = "bfloat16" if load.quantization == "none" else load.quantization
     fits = load.dtype in {"auto", "bfloat16"} and load.kv_layout != "paged"
-    is_wanted = device.type == "cpu" and load.kernels != "torch" and fits
+    is_wanted = device.type == "cpu" and load.kernels != "torch" and fits and "+" not in load.device
     is_known = not ARCHITECTURES.isdisjoint(config.get("architectures") or ())
     must = "kernels native needs" if load.kernels == "native" else ""
     if load.quantization != "none":
         must = f"quantization {load.quantization} needs"
     if not is_wanted or not is_known:
         if must:
-            raise ModelLoadError(f"{must} a CPU, bfloat16, KV slots and one of {', '.join(sorted(ARCHITECTURES))}")
+            raise ModelLoadError(f"{must} one CPU, bfloat16, KV slots and one of {', '.join(sorted(ARCHITECTURES))}")
         return None, ()
     try:
         folder = Settings(cache_dir=load.cache_folder).cache_path
@@ -209,11 +239,12 @@ class _Weights:
         notes: which form that is, and why not an earlier one.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], dtype: torch.dtype, placement: Placement) -> None:
         self._folder = folder
         self._dtype = dtype
-        self._device = device
-        self._forms = list(weight_forms(folder, config, dtype, device))
+        self._placement = placement
+        forms = weight_forms(folder, config, dtype, placement.device)
+        self._forms = list(forms if placement.shards == 1 else forms[-1:])  # MXFP4 as stored cannot be cut
         self._failed: list[str] = []
 
     @property
@@ -235,19 +266,21 @@ class _Weights:
             model, info = cast("Any", AutoModelForCausalLM).from_pretrained(
                 self._folder,
                 dtype=self._dtype,
-                device_map={"": self._device} if self._device.type == "cuda" else None,
                 attn_implementation="eager",
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                **self._placement.options(),
                 **self._forms[0].options,
             )
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would go on with random numbers in their place
             raise ModelLoadError(f"{self._folder} lacks {len(missing)} weights of the model, first {missing[0]}")
         progress("checking", 0, 0, "steps")  # what comes next: does a runner give its logits?
-        return model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        self._placement.settle(model)
+        return model
 
 
 @contextmanager
@@ -279,16 +312,6 @@ def _workspace(config: dict[str, Any], max_batch_size: int, dtype: torch.dtype, 
         return workspace_bytes(config, tokens=tokens, rows=max_batch_size, dtype_bytes=dtype.itemsize)
     except (ModelLoadError, TypeError, ValueError):
         return 0
-
-
-def _kv_budget(layout: KvLayout, max_batch_size: int, max_model_len: int, device: torch.device, workspace: int) -> int:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading left over
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    room = min(int(KV_SHARE[device.type] * free), max(0, free - workspace))
-    return min(room, max_batch_size * kv_bytes(layout, max_model_len))
 
 
 def _fingerprint(folder: Path) -> ModelFingerprint:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 import psutil
 
 from gptoss.clock import NS_PER_MS, Clock
@@ -21,8 +22,10 @@ from gptoss.engine.model_folder import check_folder
 from gptoss.engine.port import (
     Cancel,
     Drain,
+    DropSession,
     EngineCommand,
     EngineEvent,
+    EngineStatus,
     Load,
     Loaded,
     LoadFailed,
@@ -31,10 +34,11 @@ from gptoss.engine.port import (
     Snapshot,
     Submit,
 )
-from gptoss.errors import EngineProtocolError, GptossError
+from gptoss.errors import EngineProtocolError, GptossError, ModelLoadError
 
 if TYPE_CHECKING:
     from gptoss.engine.load import LoadedModel
+    from gptoss.engine.ranks import Ranks
 
 COMMANDS_MAX = 65_536
 EXIT_LOAD_FAILED = 1
@@ -47,7 +51,7 @@ class Core(Protocol):
         """Whether a step would do anything."""
         ...
 
-    def handle(self, command: Submit | Cancel | Drain | Snapshot) -> list[EngineEvent]:
+    def handle(self, command: Submit | Cancel | Drain | DropSession | Snapshot) -> list[EngineEvent]:
         """Take a command between two steps."""
         ...
 
@@ -82,13 +86,17 @@ def serve(
         check_folder(Path(load.folder))  # a folder that is no model need not wait for the imports
         from gptoss.engine.core import EngineCore, core_options  # noqa: PLC0415 - see the module's rules
 
+        ranks = _start_ranks(load, owns_process=owns_process)
         if load.num_threads or owns_process:
             _set_num_threads(load.num_threads or psutil.cpu_count(logical=False) or 1)
         model = _load(load, emit)
     except GptossError as error:
         emit(LoadFailed(code=error.code, message=error.message))
         return EXIT_LOAD_FAILED
-    core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock, core_options(load, model))
+    options = core_options(load, model)
+    if ranks is not None:
+        options = msgspec.structs.replace(options, announce=ranks.run)
+    core = EngineCore(model.runner, model.capabilities, model.tokenizer, clock, options)
     emit(LoadProgressed(stage="grammars", done=0, total=0, unit="tokens"))
     core.grammars.prepare()  # a second or two for a large vocabulary, which no step should have to wait for
     emit(
@@ -100,7 +108,9 @@ def serve(
             notes=(*model.notes, *core.notes),
         )
     )
-    run(core, commands, emit)
+    run(core, commands, emit, ranks)
+    if ranks is not None:
+        ranks.end()
     return 0
 
 
@@ -113,13 +123,32 @@ def _load(load: Load, emit: Callable[[EngineEvent], None]) -> "LoadedModel":
     return load_model(load, progress)
 
 
+def _start_ranks(load: Load, *, owns_process: bool) -> "Ranks | None":
+    from gptoss.engine.ranks import Ranks, joined_devices  # noqa: PLC0415 - see the module's rules
+
+    if not joined_devices(load):
+        return None
+    if not owns_process:
+        raise ModelLoadError(
+            "gpu_mode is tensor, which needs processes of its own: no engine in this process can do it"
+        )
+    ranks = Ranks(load)
+    ranks.start()
+    return ranks
+
+
 def _set_num_threads(num_threads: int) -> None:
     import torch  # noqa: PLC0415 - see the module's rules
 
     torch.set_num_threads(num_threads)
 
 
-def run(core: Core, commands: "queue.Queue[EngineCommand]", emit: Callable[[EngineEvent], None]) -> None:
+def run(
+    core: Core,
+    commands: "queue.Queue[EngineCommand]",
+    emit: Callable[[EngineEvent], None],
+    ranks: "Ranks | None" = None,
+) -> None:
     """Commands and steps in turn, until ``Shutdown``."""
     while True:
         for command in _take(commands, wait=not core.has_work()):
@@ -127,10 +156,15 @@ def run(core: Core, commands: "queue.Queue[EngineCommand]", emit: Callable[[Engi
                 return
             if isinstance(command, Load):
                 raise EngineProtocolError("a second Load was sent to a loaded engine")
+            if ranks is not None:
+                ranks.tell(command)
             for event in core.handle(command):
-                emit(event)
+                emit(ranks.with_others(event) if ranks is not None and isinstance(event, EngineStatus) else event)
         if core.has_work():
-            for event in core.step():
+            events = core.step()
+            if ranks is not None:
+                ranks.note(events)
+            for event in events:
                 emit(event)
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import msgspec
 
 from gptoss.engine.answer_port import Dialect
-from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint, Summation
+from gptoss.messages.model import DeviceMemory, EngineCapabilities, FinishReason, ModelFingerprint, Summation
 from gptoss.messages.plan import Preemption, RowFailure, Start
 from gptoss.messages.sampling import SamplingParams
 
@@ -38,7 +38,8 @@ class Load(_Wire, frozen=True, kw_only=True):
 
     Attributes:
         folder: prepared model folder: ``config.json``, safetensors weights, ``tokenizer.json``.
-        device: ``cpu``, ``cuda:0`` and so on.
+        device: ``cpu``, ``cuda:0`` and so on; several are joined by ``+``, as in ``cuda:0+cuda:1``.
+        mode: how the model lies on several devices: ``pipeline`` has some layers on each, ``tensor`` a part of every layer.
         kv_budget_bytes: 0 lets the engine derive it from free memory.
         prefix_cache_bytes: the part of it that cached prefixes may take while no request needs it. 0 is half of it;
             negative is none.
@@ -56,6 +57,7 @@ class Load(_Wire, frozen=True, kw_only=True):
     folder: str
     model_name: str
     device: str = "cpu"
+    mode: Literal["pipeline", "tensor"] = "pipeline"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     max_batch_size: int = 16
     max_model_len: int = 0
@@ -264,7 +266,8 @@ class Failed(_Wire, frozen=True, kw_only=True):
 class EngineStatus(_Wire, frozen=True, kw_only=True):
     """Answer to ``Snapshot``. ``memory_bytes`` is the process's resident memory, or the device's on a GPU.
 
-    ``free_bytes`` is what the device still has, -1 if that is not known.
+    ``free_bytes`` is what the device still has, -1 if that is not known. Of an engine over several devices the other
+    two are sums, and ``devices`` has each.
     """
 
     nonce: int
@@ -276,6 +279,7 @@ class EngineStatus(_Wire, frozen=True, kw_only=True):
     device_memory_total_bytes: int
     free_bytes: int = -1
     prefix_cache_bytes: int = 0
+    devices: tuple[DeviceMemory, ...] = ()
 
 
 class Drained(_Wire, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from gptoss.engine.loop import COMMANDS_MAX, EXIT_LOAD_FAILED
 from gptoss.engine.port import EngineCommand, EngineEvent, EngineExited, Load
+from gptoss.engine.ranks import EXIT_RANK_LOST
 from gptoss.engine.wire import FrameReader, write_frame
 from gptoss.errors import EngineProtocolError
 
@@ -138,4 +139,7 @@ def _describe(exit_code: int) -> str:
         return f"killed by {signal.Signals(-exit_code).name}"
     if exit_code == 0:
         return "shut down"
-    return "the model could not be loaded" if exit_code == EXIT_LOAD_FAILED else f"exited with status {exit_code}"
+    return _EXITS.get(exit_code, f"exited with status {exit_code}")
+
+
+_EXITS = {EXIT_LOAD_FAILED: "the model could not be loaded", EXIT_RANK_LOST: "one of its ranks was lost"}

@@ -6,6 +6,7 @@ Rules:
 """
 
 import inspect
+import traceback
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from gptoss.engine.kv_cache import KvGeometry, KvSlot
 from gptoss.engine.kv_pages import PagedKv, PagePool
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.paged_attention import PagedDecodes
+from gptoss.engine.ranks import EXIT_RANK_LOST
 from gptoss.messages.model import KvLayout
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -86,7 +88,12 @@ class PackedRunner:
         self.pool = pool
         self.layout = pool.layout if pool else geometry.layout
         self.dtype = geometry.dtype
-        self.is_batch_invariant = geometry.device.type == "cpu"
+        # Of matrices that are cut over several processes the parts are not packed.
+        self.is_batch_invariant = geometry.device.type == "cpu" and geometry.shards == 1
+        is_on_one = set(geometry.devices) == {geometry.device}
+        self._index_device = (
+            geometry.device if is_on_one else torch.device("cpu")
+        )  # an index fits any device from there
 
     def new_slot(self, tokens: int) -> Slot:
         """See ``Runner``."""
@@ -114,7 +121,7 @@ class PackedRunner:
             input_ids=torch.tensor([token_ids + [0] * padding], device=device),
             position_ids=torch.tensor([positions + [0] * padding], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(kept or [0], device=device),
+            logits_to_keep=torch.tensor(kept or [0], device=self._index_device),
             packed=PackedRows(ordered, padding, PagedDecodes if self.pool else SlotDecodes),
         ).logits[0]
         rows: list[torch.Tensor | None] = [None] * len(chunks)
@@ -170,3 +177,27 @@ class GenericRunner:
             ).logits
             rows.append(logits[0, -chunk.num_logits :] if chunk.num_logits else None)
         return rows
+
+
+class LockstepRunner:
+    """The runner of one rank. Whatever it raises ends the process: the other ranks wait in the middle of the same forward."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.layout = runner.layout
+        self.is_batched = runner.is_batched
+        self.is_row_invariant = runner.is_row_invariant
+        self.is_batch_invariant = runner.is_batch_invariant
+        self.geometry = runner.geometry
+
+    def new_slot(self, tokens: int) -> Slot:
+        """See ``Runner``."""
+        return self._runner.new_slot(tokens)
+
+    def forward(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | None]:
+        """See ``Runner``."""
+        try:
+            return self._runner.forward(chunks)
+        except Exception:  # noqa: BLE001 - see the class
+            traceback.print_exc()
+            raise SystemExit(EXIT_RANK_LOST) from None

@@ -22,9 +22,10 @@ from gptoss.engine.native.runner import NativeRunner, UnsupportedModelError
 from gptoss.engine.native.weights import WeightFormat
 from gptoss.engine.packed_linear import pack_linears
 from gptoss.engine.parity import REQUESTS, TOLERANCE, TOLERANCE_MAX, TOLERANCE_PACKED, ParityError, Reference
+from gptoss.engine.placement import Placement
 from gptoss.engine.runner import MIN_ROWS, GenericRunner, PackedRunner, Runner
 from gptoss.errors import ModelLoadError
-from gptoss.messages.model import KvLayout, Summation
+from gptoss.messages.model import DeviceShare, KvLayout, Summation
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # torch and transformers are only partly typed.
@@ -59,10 +60,16 @@ class RunnerChoice(msgspec.Struct, frozen=True):
     weights_bytes: int
     kv_budget_bytes: int
     kv_pages: int = 0
+    shares: tuple[DeviceShare, ...] = ()
 
 
 def choose_runner(
-    load_weights: LoadWeights, layout: KvLayout, device: torch.device, native: Native | None, kv: KvOptions
+    load_weights: LoadWeights,
+    layout: KvLayout,
+    device: torch.device,
+    native: Native | None,
+    kv: KvOptions,
+    placement: Placement | None = None,
 ) -> RunnerChoice:
     """The fastest runner that gives this model's logits.
 
@@ -72,20 +79,24 @@ def choose_runner(
         device: where the model is loaded.
         native: None leaves the kernels out.
         kv: layout of KV memory; neither the CPU kernels nor the generic runner have pages.
+        placement: of the model; None is whole on ``device``.
 
     Raises:
         ModelLoadError: packed weights are wanted and the kernels cannot run this model.
     """
+    placement = placement or Placement(device)
     model = load_weights()
     vocab_size = int(model.get_input_embeddings().num_embeddings)
-    weights_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = placement.weights(model)
+    weights_bytes = sum(weights)
     reference = Reference(model, device)
     architecture = type(model).__name__
 
     def choice(runner: Runner, *notes: str, size: int = weights_bytes) -> RunnerChoice:
         pool = runner.pool if isinstance(runner, PackedRunner) else None
         budget, pages = (pool.num_bytes, pool.num_pages) if pool else (kv.budget(runner.layout), 0)
-        return RunnerChoice(runner, notes, architecture, vocab_size, size, budget, pages)
+        shares = placement.shares(weights, budget)
+        return RunnerChoice(runner, notes, architecture, vocab_size, size, budget, pages, shares)
 
     notes: list[str] = []
     if native is not None:
@@ -102,7 +113,7 @@ def choose_runner(
             model = load_weights()
             reference = Reference(model, device)
     try:
-        geometry = _packed_geometry(model, reference, device, is_paged=kv.is_paged)
+        geometry = _packed_geometry(model, reference, placement, is_paged=kv.is_paged)
     except Exception as error:  # noqa: BLE001 - whatever the model cannot do in slots, it can do in the generic runner
         model.set_attn_implementation("eager")
         cause = " ".join(str(error).split())[:200]
@@ -131,13 +142,13 @@ def _native_runner(model: Any, native: Native, reference: Reference) -> NativeRu
     return runner
 
 
-def _packed_geometry(model: Any, reference: Reference, device: torch.device, *, is_paged: bool) -> KvGeometry:
+def _packed_geometry(model: Any, reference: Reference, placement: Placement, *, is_paged: bool) -> KvGeometry:
     """Make the model attend over this engine's KV memory; its geometry, if its numbers are right then."""
-    if device.type == "cpu":
+    if placement.device.type == "cpu" and placement.shards == 1:
         pack_linears(model)
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, cast("Any", packed_attention))
     model.set_attn_implementation(ATTENTION_NAME)
-    geometry = _probe_geometry(model, device)
+    geometry = _probe_geometry(model, placement)
     num_bytes = REQUESTS * kv_bytes(paged_layout(geometry), reference.length)
     runner = PackedRunner(model, geometry, PagePool(geometry, num_bytes) if is_paged else None)
     tolerance = TOLERANCE.get(runner.dtype, max(TOLERANCE.values()))
@@ -147,8 +158,8 @@ def _packed_geometry(model: Any, reference: Reference, device: torch.device, *, 
 
 
 @torch.inference_mode()
-def _probe_geometry(model: Any, device: torch.device) -> KvGeometry:
+def _probe_geometry(model: Any, placement: Placement) -> KvGeometry:
     probe = GeometryProbe()
-    rows = torch.zeros((1, MIN_ROWS), dtype=torch.long, device=device)
+    rows = torch.zeros((1, MIN_ROWS), dtype=torch.long, device=placement.device)
     model(input_ids=rows, position_ids=rows, use_cache=False, logits_to_keep=1, packed=probe)
-    return KvGeometry(probe.layers(), probe.dtype, device)
+    return placement.geometry(probe.layers(), probe.dtype)

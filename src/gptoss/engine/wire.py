@@ -6,12 +6,13 @@ sides are of one program, so there is nothing to repair.
 
 import socket
 import struct
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from gptoss.engine.port import EngineCommand, EngineEvent
+from gptoss.engine.port import Cancel, Drain, EngineCommand, EngineEvent, Load, Shutdown, Snapshot, Submit
 from gptoss.errors import EngineProtocolError
+from gptoss.messages.plan import StepPlan
 
 FRAME_BYTES_MAX = 16 << 20
 """A prompt of two million tokens fits."""
@@ -20,11 +21,31 @@ T = TypeVar("T")
 
 _LENGTH = struct.Struct(">I")
 _encoder = msgspec.msgpack.Encoder()
+
+
+class Join(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a further rank of a tensor-parallel engine, first: what to load, and as whom. They meet in ``folder``."""
+
+    load: Load
+    rank: int
+    size: int
+    folder: str
+
+
+class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a further rank: carry out this plan. ``drawn`` are the tokens of the step before it."""
+
+    plan: StepPlan
+    drawn: tuple[int, ...]
+
+
+RankCommand: TypeAlias = Join | RunStep | Submit | Cancel | Drain | Snapshot | Shutdown
+_rank_decoder: msgspec.msgpack.Decoder[RankCommand] = msgspec.msgpack.Decoder(RankCommand)
 _command_decoder: msgspec.msgpack.Decoder[EngineCommand] = msgspec.msgpack.Decoder(EngineCommand)
 _event_decoder: msgspec.msgpack.Decoder[EngineEvent] = msgspec.msgpack.Decoder(EngineEvent)
 
 
-def write_frame(channel: socket.socket, message: EngineCommand | EngineEvent) -> None:
+def write_frame(channel: socket.socket, message: EngineCommand | EngineEvent | RankCommand) -> None:
     """Send one message; blocks while the other side does not read.
 
     Raises:
@@ -47,6 +68,11 @@ class FrameReader:
         """The next command; None when the other side is gone. Raises ``EngineProtocolError``."""
         body = self._body()
         return None if body is None else _decode(_command_decoder, body)
+
+    def rank_command(self) -> RankCommand | None:
+        """The next command to a further rank; None when the other side is gone. Raises ``EngineProtocolError``."""
+        body = self._body()
+        return None if body is None else _decode(_rank_decoder, body)
 
     def event(self) -> EngineEvent | None:
         """The next event; None when the other side is gone. Raises ``EngineProtocolError``."""

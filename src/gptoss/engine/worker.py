@@ -16,6 +16,8 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 from gptoss.clock import SystemClock
 from gptoss.engine.loop import COMMANDS_MAX, serve
@@ -23,6 +25,7 @@ from gptoss.engine.port import EngineCommand, Load
 from gptoss.engine.wire import FrameReader, write_frame
 from gptoss.errors import EngineProtocolError
 
+T = TypeVar("T")
 EXIT_PROTOCOL = 76
 _PR_SET_PDEATHSIG = 1
 
@@ -32,10 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="gptoss.engine.worker")
     parser.add_argument("--fd", type=int, required=True)
     channel = socket.socket(fileno=parser.parse_args().fd)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.dup2(2, 1)
-    _die_with_parent()
+    settle_process()
     reader = FrameReader(channel)
     load = reader.command()
     if load is None:
@@ -44,14 +44,23 @@ def main() -> int:
         sys.stderr.write(f"engine worker: the first command is {type(load).__name__}, not Load\n")
         return EXIT_PROTOCOL
     commands: queue.Queue[EngineCommand] = queue.Queue(COMMANDS_MAX)
-    threading.Thread(target=_read_commands, args=(reader, commands), name="commands", daemon=True).start()
+    threading.Thread(target=read_on, args=(reader.command, commands), name="commands", daemon=True).start()
     return serve(load, commands, lambda event: write_frame(channel, event), SystemClock(), owns_process=True)
 
 
-def _read_commands(reader: FrameReader, commands: "queue.Queue[EngineCommand]") -> None:
-    """Feed the loop until the driver is gone, then end the process: the loop may be deep inside a step."""
+def settle_process() -> None:
+    """Keep the module's rules on signals and standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.dup2(2, 1)
+    _die_with_parent()
+
+
+def read_on(read: Callable[[], T | None], commands: "queue.Queue[T]") -> None:
+    """Feed the loop until the other side is gone, then end the process: the loop may be deep inside a step."""
     try:
-        while (command := reader.command()) is not None:
+        while (command := read()) is not None:
             commands.put_nowait(command)
     except (EngineProtocolError, queue.Full) as error:
         sys.stderr.write(f"engine worker: {type(error).__name__}: {error}\n")

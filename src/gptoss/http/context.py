@@ -126,6 +126,9 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
         event_page: newest records, JSON-ready; see ``EventAsk``.
         snapshot: the system's state as one JSON document.
         bundle: makes the debug bundle that was ordered.
+        restart_executor: replaces the engine of the executor with this name; False when there is none.
+        change_settings: changes settings of the running server, by name; returns those that are others than before.
+        live_settings: all that can change so, with their values.
         draining: whether new requests are refused because the server stops.
         open_batches: begins to run batches with this work; returns where they are ordered.
         data_folder: where files and responses are kept; None keeps them for as long as the application.
@@ -152,6 +155,9 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     open_batches: Callable[[BatchWork], Awaitable[BatchDesk]]
     data_folder: Path | None = None
     ids: IdSource = SystemIds()
+    restart_executor: Callable[[str], bool] = lambda _: False
+    change_settings: Callable[[dict[str, Any]], tuple[str, ...]] = lambda _: ()
+    live_settings: Callable[[], dict[str, Any]] = dict[str, Any]
     default_temperature: float = 1.0
     allowed_hosts: frozenset[str] | None = None
     timing: HttpTiming = HttpTiming()

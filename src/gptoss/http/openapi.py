@@ -19,6 +19,7 @@ from gptoss.http.errors import json_response
 from gptoss.http.files import FileBody, FileDeleted, FileList
 from gptoss.http.headers import ADMISSION_HEADER
 from gptoss.http.models import ModelBody, ModelList
+from gptoss.http.operations import SettingsChange
 from gptoss.http.response_schema import ItemList, ResponseBody, ResponseDeleted, ResponsesRequest
 from gptoss.http.schema import ChatCompletionRequest
 from gptoss.http.tokenization import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
@@ -228,6 +229,17 @@ OPERATIONS: tuple[Operation, ...] = (
         refuses=(400, 429),
     ),
     Operation(
+        method="get", path="/admin/settings", tag="Operate", summary="Settings that can change while the server runs"
+    ),
+    Operation(
+        method="post", path="/admin/settings", tag="Operate", summary="Change some of them, all or none",
+        body=SettingsChange, refuses=(400, 408, 413, 415),
+    ),
+    Operation(
+        method="post", path="/admin/executors/{name}/restart", tag="Operate", refuses=(404,),
+        summary="Replace an executor's engine without refusing anybody",
+    ),
+    Operation(
         method="get", path="/admin/debug/bundle", tag="Operate", summary="A debug bundle, or a snapshot of the system",
         answer="application/zip", or_json=True, refuses=(400, 404, 413),
         query={"format": {"enum": ["zip", "json"], "default": "zip"}, "request": {"type": "string"}, **_BUNDLE_QUERY},
@@ -257,7 +269,7 @@ _GENERATING_HEADERS: list[dict[str, Any]] = [
 ]
 _REFUSALS = {
     400: "a field cannot be honoured; param names it",
-    404: "no such model, request, response, file or batch",
+    404: "no such model, request, response, file, batch or executor",
     408: "the body did not arrive in time",
     413: "the body is too large",
     415: "the body is not plain JSON",

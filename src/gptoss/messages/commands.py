@@ -9,10 +9,13 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from gptoss.messages.model import EngineCapabilities, FinishReason
+from gptoss.messages.model import DeviceMemory, EngineCapabilities, FinishReason
 from gptoss.messages.sampling import SamplingParams
 
 CancelReason: TypeAlias = Literal["client", "disconnect", "slow_client", "deadline", "shutdown", "sibling_failed"]
+SettingValue: TypeAlias = bool | int | float | str
+PREFIX_TOKENS = 64
+"""Of the shortest beginning of a prompt that is hashed, for the router."""
 AdmissionAction: TypeAlias = Literal["accept", "shrink", "route_multi", "queue", "reject"]
 
 
@@ -69,6 +72,7 @@ class BeginRequest(Command, frozen=True, kw_only=True):
         is_chat: its prompt is a conversation, of ``num_messages`` messages.
         parent_id: the request that this is a further choice of.
         user_hmac: keyed hash of the caller's ``user``.
+        queue_timeout_s: how long it may wait for admission; 0 is what the settings said at the start.
     """
 
     request_id: str
@@ -90,6 +94,7 @@ class BeginRequest(Command, frozen=True, kw_only=True):
     parent_id: str = ""
     user_hmac: str = ""
     num_metadata: int = 0
+    queue_timeout_s: float = 0.0
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
@@ -98,6 +103,8 @@ class PromptReady(Command, frozen=True, kw_only=True):
     Attributes:
         param: the field that it came from.
         length_param: the field that bounds the length of the answer, as the client knows it.
+        prefix_hmacs: of its first ``PREFIX_TOKENS`` tokens, twice as many, four times as many and so on, with its cache salt:
+            equal ones mean that an executor that served the one has the beginning of the other.
     """
 
     prompt_tokens: int
@@ -108,6 +115,7 @@ class PromptReady(Command, frozen=True, kw_only=True):
     grammar_hmac: str = ""
     length_param: str = "max_tokens"
     prompt_version: str = ""
+    prefix_hmacs: tuple[str, ...] = ()
 
 
 class PromptUnusable(Command, frozen=True, kw_only=True):
@@ -280,6 +288,7 @@ class ObserveMemory(Command, frozen=True, kw_only=True):
     Attributes:
         free_bytes: what its device still has; -1 if that is not known.
         prefix_cache_bytes: held by cached prefixes, kept sessions included.
+        devices: of each, where the executor has several.
     """
 
     executor: str
@@ -288,6 +297,7 @@ class ObserveMemory(Command, frozen=True, kw_only=True):
     kv_bytes_in_use: int
     free_bytes: int = -1
     prefix_cache_bytes: int = 0
+    devices: tuple[DeviceMemory, ...] = ()
 
 
 class KeepSession(Command, frozen=True, kw_only=True):
@@ -414,10 +424,25 @@ class SetExecutor(Command, frozen=True, kw_only=True):
 
 
 class DropExecutor(Command, frozen=True, kw_only=True):
-    """An executor can no longer serve."""
+    """An executor can no longer serve; with ``fault``, because it failed."""
 
     executor: str
     reason: str
+    fault: bool = False
+
+
+class DrainExecutor(Command, frozen=True, kw_only=True):
+    """Choose this executor for nobody new; who runs there goes on."""
+
+    executor: str
+
+
+class RateExecutor(Command, frozen=True, kw_only=True):
+    """An executor is suspect: it should have made progress by now. Or it is not any more."""
+
+    executor: str
+    suspect: bool
+    silent_ms: float = 0.0
 
 
 class RouteRequest(Command, frozen=True, kw_only=True):
@@ -426,6 +451,7 @@ class RouteRequest(Command, frozen=True, kw_only=True):
     Attributes:
         session_id: names the conversation, for affinity: the client's ``X-Session-ID`` within its tenant; empty is none.
         multi_device: admission decided ``route_multi``: it should run where an engine spans several devices.
+        prefix_hmacs: see ``PromptReady``.
     """
 
     request_id: str
@@ -433,6 +459,7 @@ class RouteRequest(Command, frozen=True, kw_only=True):
     prompt_tokens: int
     session_id: str = ""
     multi_device: bool = False
+    prefix_hmacs: tuple[str, ...] = ()
 
 
 class ForgetRoute(Command, frozen=True, kw_only=True):
@@ -441,7 +468,7 @@ class ForgetRoute(Command, frozen=True, kw_only=True):
     request_id: str
 
 
-RouterCommand: TypeAlias = SetExecutor | DropExecutor | RouteRequest | ForgetRoute
+RouterCommand: TypeAlias = SetExecutor | DropExecutor | DrainExecutor | RateExecutor | RouteRequest | ForgetRoute
 
 
 # ---------------------------------------------------------------- executor
@@ -453,4 +480,23 @@ class DropSession(Command, frozen=True, kw_only=True):
     session_id: str
 
 
-DeciderCommand: TypeAlias = RequestCommand | GuardCommand | AdmissionCommand | RouterCommand | DropSession
+# ---------------------------------------------------------------- every decider
+
+
+class ChangeSettings(Command, frozen=True, kw_only=True):
+    """Decide by other settings from now on.
+
+    Attributes:
+        settings: every setting that can change while the server runs, with its new value.
+        changed: those that differ from before.
+        origin: who asked for it: a signal, or the HTTP surface.
+    """
+
+    settings: dict[str, SettingValue]
+    changed: tuple[str, ...]
+    origin: str
+
+
+DeciderCommand: TypeAlias = (
+    RequestCommand | GuardCommand | AdmissionCommand | RouterCommand | DropSession | ChangeSettings
+)

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import msgspec
 
-from gptoss.messages.commands import AdmissionAction, AdmissionNote, CancelReason, MemoryAdvice
+from gptoss.messages.commands import AdmissionAction, AdmissionNote, CancelReason, MemoryAdvice, SettingValue
 from gptoss.messages.envelope import Event, Family
-from gptoss.messages.model import EngineCapabilities, FinishReason, ModelFingerprint
+from gptoss.messages.model import DeviceMemory, EngineCapabilities, FinishReason, ModelFingerprint
 from gptoss.messages.plan import Preemption, PreemptionReason, RowFailure, Start
 from gptoss.messages.sampling import SamplingParams
 
@@ -104,10 +104,26 @@ class CommandConsumed(Event, frozen=True, kw_only=True):
 
 
 class SnapshotTaken(Event, frozen=True, kw_only=True):
-    """The whole state of a long-living decider, at this place in its stream; a replay may begin here."""
+    """The whole state of a long-living decider, at this place in its stream; a replay may begin here.
+
+    ``settings`` are those that it decides by, once they are others than ``NodeStarted`` has.
+    """
 
     decider: str
     state: msgspec.Raw
+    settings: dict[str, SettingValue] = msgspec.field(default_factory=dict[str, SettingValue])
+
+
+class ConfigChanged(Event, frozen=True, kw_only=True):
+    """Settings changed while the server runs: on ``system`` that they do, on a decider's stream where it takes them.
+
+    ``settings`` are all that can change, ``changed`` those that did; ``refused`` were asked for too but need a restart.
+    """
+
+    settings: dict[str, SettingValue]
+    changed: tuple[str, ...]
+    origin: str
+    refused: tuple[str, ...] = ()
 
 
 class LogDegraded(Event, frozen=True, kw_only=True):
@@ -228,12 +244,13 @@ class EngineLoadFailed(Event, frozen=True, kw_only=True):
 
 
 class EngineExited(Event, frozen=True, kw_only=True):
-    """The engine process is gone. ``exit_code`` is negative for a signal."""
+    """The engine process is gone. ``exit_code`` is negative for a signal; ``planned`` if its executor ended it to restart."""
 
     executor: str
     exit_code: int
     reason: str
     in_flight: int
+    planned: bool = False
 
 
 class EngineStalled(Event, frozen=True, kw_only=True):
@@ -241,6 +258,22 @@ class EngineStalled(Event, frozen=True, kw_only=True):
 
     executor: str
     silent_ms: float
+
+
+class EngineSickened(Event, frozen=True, kw_only=True):
+    """The engine failed ``failures`` requests and served none in between: it is killed and replaced."""
+
+    executor: str
+    failures: int
+
+
+class RestartRequested(Event, frozen=True, kw_only=True):
+    """Someone wants this engine replaced: nothing new goes there, those in flight may finish within ``timeout_s``."""
+
+    executor: str
+    origin: str
+    in_flight: int
+    timeout_s: float
 
 
 # ---------------------------------------------------------------- request
@@ -266,6 +299,7 @@ class RequestReceived(Event, frozen=True, kw_only=True):
     parent_id: str = ""
     user_hmac: str = ""
     num_metadata: int = 0
+    queue_timeout_s: float = 0.0
 
 
 class RequestValidated(Event, frozen=True, kw_only=True):
@@ -279,7 +313,7 @@ class PromptRendered(Event, frozen=True, kw_only=True):
     """The prompt became token ids. ``prompt_hmac`` is their keyed hash, ``date`` what the template saw.
 
     ``grammar_hmac`` is the keyed hash of the grammar that binds the answer, empty without one; ``prompt_version`` says how
-    a conversation was made into a prompt.
+    a conversation was made into a prompt; ``prefix_hmacs`` are those of ever longer beginnings, for the router.
     """
 
     prompt_tokens: int
@@ -289,6 +323,7 @@ class PromptRendered(Event, frozen=True, kw_only=True):
     max_tokens: int
     grammar_hmac: str = ""
     prompt_version: str = ""
+    prefix_hmacs: tuple[str, ...] = ()
 
 
 class RequestEstimated(Event, frozen=True, kw_only=True):
@@ -465,6 +500,7 @@ class MemoryObserved(Event, frozen=True, kw_only=True):
         free_bytes: what the device still has; -1 if that is not known.
         lacking_bytes: of the KV budget, what the device turned out not to have.
         session_bytes: kept for sessions on this executor.
+        devices: of each, where the executor has several.
     """
 
     executor: str
@@ -476,6 +512,7 @@ class MemoryObserved(Event, frozen=True, kw_only=True):
     free_bytes: int = -1
     lacking_bytes: int = 0
     session_bytes: int = 0
+    devices: tuple[DeviceMemory, ...] = ()
 
 
 class SessionKept(Event, frozen=True, kw_only=True):
@@ -633,22 +670,46 @@ class AdmissionClosed(Event, frozen=True, kw_only=True):
 
 
 class ExecutorJoined(Event, frozen=True, kw_only=True):
-    """The router may choose this executor."""
+    """The router may choose this executor; ``multi_device`` if its engine spans several devices."""
 
     executor: str
     slots: int
     kv_budget_bytes: int
+    multi_device: bool = False
 
 
 class ExecutorLeft(Event, frozen=True, kw_only=True):
-    """The router may not choose this executor any more."""
+    """The router may not choose this executor any more. ``fault_ns`` is when it failed, if that is why."""
 
     executor: str
     reason: str
+    fault_ns: int = 0
+
+
+class ExecutorDrained(Event, frozen=True, kw_only=True):
+    """The router chooses this executor for nobody new; ``running`` requests go on there."""
+
+    executor: str
+    running: int
+
+
+class ExecutorRated(Event, frozen=True, kw_only=True):
+    """The router avoids this executor while it is suspect: it has work and has made no progress for ``silent_ms``."""
+
+    executor: str
+    suspect: bool
+    silent_ms: float
 
 
 class RouteCandidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One executor as the router saw it; the lowest score wins."""
+    """One executor as the router saw it; the lowest score wins among those of the right kind.
+
+    Attributes:
+        cached_tokens: of the prompt, those that a request routed there lately began with.
+        session: the conversation was there last.
+        faults: failures of it within the last minute.
+        health: empty, ``suspect`` or ``draining``.
+    """
 
     executor: str
     running: int
@@ -656,16 +717,29 @@ class RouteCandidate(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_bound: int
     kv_bytes_free: int
     score: float
+    multi_device: bool = False
+    cached_tokens: int = 0
+    session: bool = False
+    faults: int = 0
+    health: str = ""
 
 
 class RouteDecided(Event, frozen=True, kw_only=True):
-    """The choice, with everything it was made from. ``executor`` is empty when none could take the request."""
+    """The choice, with everything it was made from. ``executor`` is empty when none could take the request.
+
+    ``reason``: least_loaded, only_one, prefix or session (it has the beginning of the prompt); large_prompt, large_kv,
+    pressure or admission (sent to several devices for that); singles_full; no_room or no_executor.
+    """
 
     request_id: str
     executor: str
     reason: str
     candidates: tuple[RouteCandidate, ...]
     kv_bytes: int = 0
+    prompt_tokens: int = 0
+    session_id: str = ""
+    multi_device: bool = False
+    prefix_hmacs: tuple[str, ...] = ()
 
 
 class RouteForgotten(Event, frozen=True, kw_only=True):

@@ -32,6 +32,23 @@ Summation = Literal["auto", "blocks", "pairs"]
 """In which order the CPU kernels sum products with bfloat16 weights: that of TDPBF16PS, or that of VDPBF16PS."""
 
 
+class DeviceShare(msgspec.Struct, frozen=True, kw_only=True):
+    """What one device of an engine that spans several holds: its part of the weights and of the KV budget, in bytes."""
+
+    device: str
+    weights_bytes: int
+    kv_budget_bytes: int
+
+
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """A reading of one device: memory in use, by this engine's process on a CPU and by everybody on a GPU."""
+
+    device: str
+    used_bytes: int
+    total_bytes: int
+    free_bytes: int = -1
+
+
 class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a loaded engine can take.
 
@@ -44,6 +61,8 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         kv_pages: pages that it consists of; 0 where each request has a contiguous slot of its own.
         summation: of the CPU kernels; ``auto`` where others run.
         multi_device: it spans several devices.
+        shares: what each of those holds; they add up to ``weights_bytes``, where nothing is held twice, and
+            ``kv_budget_bytes``.
         workspace_bytes: device memory that a step may take beside weights and KV, as estimated.
     """
 
@@ -65,6 +84,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     summation: Summation = "auto"
     multi_device: bool = False
     workspace_bytes: int = 0
+    shares: tuple[DeviceShare, ...] = ()
 
 
 class ModelFingerprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from gptoss.actors.directory import EXECUTOR_PREFIX, REQUEST_PREFIX
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.codec import decode_command
-from gptoss.messages.commands import Command
+from gptoss.messages.commands import Command, SettingValue
 from gptoss.messages.envelope import Event, Record
 from gptoss.replay.diff import diff, message_text, plan_divergence
 from gptoss.replay.figures import Fares
@@ -32,6 +32,9 @@ NO_CHOICE = (
     ev.CapacitySet,
     ev.ExecutorJoined,
     ev.ExecutorLeft,
+    ev.ExecutorDrained,
+    ev.ExecutorRated,
+    ev.ConfigChanged,
     ev.RequestReceived,
     ev.RequestEstimated,
     ev.SessionKept,
@@ -64,6 +67,7 @@ class Divided(msgspec.Struct, frozen=True, kw_only=True):
         recorded_states: likewise under the recorded one.
         engines: what each executor's engine has.
         fares: of all that came before.
+        live: of each stream, the settings that it took while the server ran.
     """
 
     pos: int
@@ -73,9 +77,12 @@ class Divided(msgspec.Struct, frozen=True, kw_only=True):
     recorded_states: dict[str, Any]
     engines: dict[str, ExecutorLog]
     fares: Fares
+    live: dict[str, dict[str, SettingValue]]
 
     def put_into(self, simulation: Simulation, policy: Policy) -> None:
         """Let a simulation stand here."""
+        for stream, settings in self.live.items():
+            policy.take(stream, settings)
         simulation.now_ns = self.at_ns
         states = self.states if policy.is_changed else self.recorded_states
         for stream, state in states.items():
@@ -125,13 +132,17 @@ class Exact:
         meta, event = record.meta, record.event
         if meta.stream.startswith(EXECUTOR_PREFIX):
             return self._engine(record)
-        decider = self._policy.deciders.of(meta.stream)
+        decider = self._policy.decider(meta.stream)
         if decider is None:
             return None
         if isinstance(event, ev.CommandConsumed):
             return self._close() or self._consume(record, event)
         if isinstance(event, ev.SnapshotTaken):
             found = self._close()
+            if event.settings:
+                self._policy.take(meta.stream, event.settings)
+                decider = self._policy.decider(meta.stream)
+                assert decider is not None
             if meta.stream not in self._recorded:
                 self._recorded[meta.stream] = fold(decider, decider.initial(), event)
                 self._states[meta.stream] = self._policy.state(self._recorded[meta.stream])
@@ -149,9 +160,12 @@ class Exact:
 
     def _consume(self, record: Record, event: ev.CommandConsumed) -> Divided | None:
         stream = record.meta.stream
-        decider = self._policy.deciders.of(stream)
+        decider = self._policy.decider(stream)
         command = decode_command(event.command)
         assert decider is not None
+        if isinstance(command, cmd.ChangeSettings):
+            self._policy.take(stream, command.settings)
+            return None
         if isinstance(command, cmd.BeginRequest) or (stream not in self._states and record.meta.seq <= 1):
             # A long-living actor's first record is its start.
             self._states[stream] = self._recorded[stream] = decider.initial()
@@ -176,7 +190,7 @@ class Exact:
         if ours != theirs:
             return self._part(record, _divergence(record, command, recorded, decided))
         self.num_decisions += 1
-        decider = self._policy.deciders.of(stream)
+        decider = self._policy.decider(stream)
         assert decider is not None
         for event in decided:
             self._states[stream] = decider.evolve(self._states[stream], event)
@@ -194,7 +208,7 @@ class Exact:
         """Take what the open command leads to, although not all of it may be recorded before this place."""
         if self._open is not None:
             stream = self._open.record.meta.stream
-            decider = self._policy.deciders.of(stream)
+            decider = self._policy.decider(stream)
             assert decider is not None
             for event in self._open.decided:
                 self._states[stream] = decider.evolve(self._states[stream], event)
@@ -209,6 +223,7 @@ class Exact:
             recorded_states=self._recorded,
             engines=self._engines.by_stream,
             fares=self._fares,
+            live=dict(self._policy.live),
         )
 
     def _life_end(self, command: Command) -> int | None:

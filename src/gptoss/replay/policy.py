@@ -12,16 +12,16 @@ from typing import Any, get_type_hints
 import msgspec
 
 from gptoss.actors.admission_state import AdmissionState
-from gptoss.actors.decider import keeper_of
-from gptoss.actors.deciders import Deciders, deciders_of
+from gptoss.actors.decider import Decider, keeper_of
+from gptoss.actors.deciders import Deciders, decider_with, deciders_of
 from gptoss.actors.memory_state import GuardState
-from gptoss.actors.router import ExecutorView, RouterState
+from gptoss.actors.router import RouterState
 from gptoss.clock import NS_PER_S
 from gptoss.config import Settings
 from gptoss.engine.scheduler import SchedulerState
 from gptoss.errors import ConfigError
 from gptoss.messages import commands as cmd
-from gptoss.messages.commands import Command
+from gptoss.messages.commands import Command, SettingValue
 from gptoss.messages.model import EngineCapabilities
 
 NUMBERS = ("kv_budget_mb", "max_batch_size", "max_queue", "queue_timeout_s", "request_timeout_s")
@@ -34,8 +34,8 @@ TRIABLE = (
     "pressure_shrink",
     "pressure_queue",
     "pressure_refuse",
-    "multi_device_prompt_len",
-    "multi_device_kv_mb",
+    "multi_prompt_len",
+    "multi_kv_mb",
     "session_kv_mb",
     "sessions_kv_mb",
     "session_idle_s",
@@ -85,6 +85,7 @@ class Policy:
     Attributes:
         settings: with the changes.
         deciders: made from them.
+        live: of each stream, the settings that it took while the server ran.
     """
 
     def __init__(self, recorded: Settings, changes: Mapping[str, Any]) -> None:
@@ -92,9 +93,20 @@ class Policy:
         self._recorded = recorded
         self.settings = replace(recorded, **changes)
         self.deciders: Deciders = deciders_of(self.settings)
+        self.live: dict[str, dict[str, SettingValue]] = {}
+        self._remade: dict[str, Decider[Any]] = {}
         self._slots: int | None = changes.get("max_batch_size")
         budget_mb: int | None = changes.get("kv_budget_mb")
         self._budget = budget_mb * BYTES_PER_MB if budget_mb else None
+
+    def decider(self, stream: str) -> Decider[Any] | None:
+        """Who decides in a stream by now."""
+        return self._remade.get(stream) or self.deciders.of(stream)
+
+    def take(self, stream: str, settings: dict[str, SettingValue]) -> None:
+        """A stream takes other settings; those that are tried stay as they are tried."""
+        self.live[stream] = settings
+        self._remade[stream] = decider_with(self._recorded, stream, {**settings, **self._changes})
 
     @property
     def is_changed(self) -> bool:
@@ -125,14 +137,19 @@ class Policy:
             case cmd.AdmitRequest() if "queue_timeout_s" in self._changes or "request_timeout_s" in self._changes:
                 deadline_ns = command.now_ns + int(self.settings.queue_timeout_s * NS_PER_S)
                 return replace(command, deadline_ns=min(deadline_ns, request_deadline_ns or deadline_ns))
-            case cmd.BeginRequest() if "request_timeout_s" in self._changes:
-                timeout_ns = int(self._recorded.request_timeout_s * NS_PER_S)
-                if command.deadline_ns - command.now_ns != timeout_ns:
-                    return command  # the client set its own
-                timeout_ns = int(self.settings.request_timeout_s * NS_PER_S)
-                return replace(command, deadline_ns=command.now_ns + timeout_ns)
+            case cmd.BeginRequest() if command.queue_timeout_s and "queue_timeout_s" in self._changes:
+                return self._begin(replace(command, queue_timeout_s=self.settings.queue_timeout_s))
+            case cmd.BeginRequest():
+                return self._begin(command)
             case _:
                 return command
+
+    def _begin(self, command: cmd.BeginRequest) -> Command:
+        timeout_ns = int(self._recorded.request_timeout_s * NS_PER_S)
+        if "request_timeout_s" not in self._changes or command.deadline_ns - command.now_ns != timeout_ns:
+            return command  # as recorded, or the client set its own
+        timeout_ns = int(self.settings.request_timeout_s * NS_PER_S)
+        return replace(command, deadline_ns=command.now_ns + timeout_ns)
 
     def capabilities(self, recorded: EngineCapabilities) -> EngineCapabilities:
         """What an engine would have said of itself."""
@@ -176,9 +193,13 @@ class Policy:
                 return replace(recorded, capacities=capacities)
             case RouterState():
                 executors = {
-                    name: ExecutorView(self._slots or each.slots, self._budget or each.kv_budget_bytes)
+                    name: replace(
+                        each,
+                        slots=self._slots or each.slots,
+                        kv_budget_bytes=self._budget or each.kv_budget_bytes,
+                    )
                     for name, each in recorded.executors.items()
                 }
-                return RouterState(executors, recorded.routes)
+                return replace(recorded, executors=executors)
             case _:
                 return recorded

@@ -142,8 +142,11 @@ class Simulation:
     # ---- deciders
 
     def _consume(self, stream: str, command: Command) -> None:
-        decider = self._policy.deciders.of(stream)
+        decider = self._policy.decider(stream)
         if decider is None or (stream.startswith(REQUEST_PREFIX) and not self._is_for_a_life(stream, command)):
+            return
+        if isinstance(command, cmd.ChangeSettings):
+            self._policy.take(stream, command.settings)
             return
         state = self.states.get(stream)
         state = decider.initial() if state is None else state

@@ -7,6 +7,7 @@ Rules:
   record is one divergence and not the first of many.
 - The state follows the events one by one, as they are met in the recording. An actor that failed in the middle of a
   command was rebuilt from what it had recorded by then; so is the state here.
+- Where the stream says that other settings hold (``ConfigChanged``, or a snapshot made under them), another decider goes on.
 - A command is over at the next one of its stream. At the end of a recording its events may be cut off.
 """
 
@@ -16,10 +17,10 @@ from typing import Any
 
 import msgspec
 
-from gptoss.actors.decider import Decider, fold, recorded_form
+from gptoss.actors.decider import Decider, Remake, config_changed, fold, recorded_form
 from gptoss.errors import JournalError
 from gptoss.messages.codec import UNREADABLE, decode_command
-from gptoss.messages.commands import BeginRequest, Command
+from gptoss.messages.commands import BeginRequest, ChangeSettings, Command
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.messages.events import (
     ActorFailed,
@@ -27,6 +28,7 @@ from gptoss.messages.events import (
     ActorStarted,
     ActorStopped,
     CommandConsumed,
+    ConfigChanged,
     SnapshotTaken,
 )
 from gptoss.replay.diff import diff, message_text
@@ -51,6 +53,7 @@ class DeciderStream:
         decider: decides again.
         first: where the stream's first record stands.
         tally: counts what is done.
+        remake: makes the decider anew for settings that changed while it ran.
 
     Attributes:
         state: of the decider, as replayed.
@@ -59,10 +62,22 @@ class DeciderStream:
         last: the last record that was taken.
     """
 
-    __slots__ = ("_command_pos", "_expected", "_next_seq", "command", "decider", "is_known", "last", "state", "tally")
+    __slots__ = (
+        "_command_pos",
+        "_expected",
+        "_next_seq",
+        "_remake",
+        "command",
+        "decider",
+        "is_known",
+        "last",
+        "state",
+        "tally",
+    )
 
-    def __init__(self, decider: Decider[Any], first: Meta, tally: Tally) -> None:
+    def __init__(self, decider: Decider[Any], first: Meta, tally: Tally, remake: Remake) -> None:
         self.decider = decider
+        self._remake = remake
         self.state: Any = decider.initial()
         self.is_known = first.seq == 0
         self.command: Command | None = None
@@ -101,6 +116,8 @@ class DeciderStream:
             yield from self._compare(record)
         else:
             self.tally.passed_over += 1
+            if kind is ConfigChanged:
+                self._evolve(record.event)
 
     def close(self) -> Iterator[Divergence]:
         """No more events of the last command will come."""
@@ -124,6 +141,9 @@ class DeciderStream:
             self.tally.passed_over += 1
             return
         self.tally.decisions += 1
+        if type(command) is ChangeSettings:
+            self._expected.append(config_changed(command))
+            return
         try:
             self._expected.extend(self.decider.decide(self.state, command))
         except Exception as error:  # noqa: BLE001 - a decider that raises on a recorded command is a finding
@@ -159,6 +179,8 @@ class DeciderStream:
             if theirs != ours:
                 yield self._divergence("snapshot", record.meta, record.meta.type, diff(theirs, ours))
         self.state, self.is_known = recorded, True
+        if event.settings:
+            self.decider = self._remake(event.settings)
 
     def _gap(self, meta: Meta) -> Iterator[Divergence]:
         missing = meta.seq - self._next_seq
@@ -179,7 +201,10 @@ class DeciderStream:
         return msgspec.structs.replace(found, pos=self._command_pos)
 
     def _evolve(self, event: Event) -> None:
-        self.state = self.decider.evolve(self.state, event)
+        if isinstance(event, ConfigChanged):
+            self.decider = self._remake(event.settings)
+        else:
+            self.state = self.decider.evolve(self.state, event)
 
     def _error(self, meta: Meta, what: str, message: str) -> Divergence:
         return self._divergence("error", meta, meta.type, (FieldDiff(field=what, recorded=None, replayed=message),))

@@ -8,12 +8,13 @@ Rules:
   cut off; and the last one of a decider's stream, where a bundle ends.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 import msgspec
 
-from gptoss.actors.deciders import Deciders, deciders_of
+from gptoss.actors.deciders import Deciders, decider_with, deciders_of
 from gptoss.actors.directory import DECIDER_NAMES, EXECUTOR_PREFIX, STANDING_DECIDERS
 from gptoss.clock import NS_PER_S, Clock, SystemClock
 from gptoss.config import Settings
@@ -144,7 +145,8 @@ class Verifier:
         meta = record.meta
         decider = self._deciders.of(meta.stream)
         if decider is not None:
-            stream = self.streams[meta.stream] = DeciderStream(decider, meta, self.tallies[decider.name])
+            remake = functools.partial(decider_with, self.settings, meta.stream)
+            stream = self.streams[meta.stream] = DeciderStream(decider, meta, self.tallies[decider.name], remake)
             self._observe_decider(record, stream)
 
     def _observe_decider(self, record: Record, stream: DeciderStream) -> None:

@@ -39,6 +39,9 @@ EXTERNAL = (
     cmd.DropMemoryPool,
     cmd.SetExecutor,
     cmd.DropExecutor,
+    cmd.DrainExecutor,
+    cmd.RateExecutor,
+    cmd.ChangeSettings,
     cmd.SetCapacity,
     cmd.StartDraining,
 )

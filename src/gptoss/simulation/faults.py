@@ -137,6 +137,16 @@ async def _drain(world: World, fault: Fault) -> None:
     await world.serving.drain(fault.amount)
 
 
+async def _executor_restarts(world: World, fault: Fault) -> None:
+    world.serving.restart_executor(fault.target, origin="simulation")
+
+
+async def _settings_change(world: World, fault: Fault) -> None:
+    whole = isinstance(getattr(world.settings, fault.target), int)
+    value = int(fault.amount) if whole else fault.amount
+    world.serving.change_settings({fault.target: value}, origin="simulation")
+
+
 async def _process_dies(world: World, _: Fault) -> None:
     world.is_dead = True
     world.over.set()
@@ -152,4 +162,6 @@ WORLD_FAULTS = {
     "ask": _ask,
     "drain": _drain,
     "process_dies": _process_dies,
+    "executor_restarts": _executor_restarts,
+    "settings_change": _settings_change,
 }

@@ -12,7 +12,9 @@ from gptoss.actors.directory import DECIDER_NAMES, executor_name
 from gptoss.clock import SeededRng
 from gptoss.simulation.faults import ANY_REQUEST
 from gptoss.simulation.probe import KINDS
-from gptoss.simulation.scenario import Arrival, Fault, FaultKind, Scenario, Shape
+from gptoss.simulation.scenario import LOSSES, Arrival, Fault, FaultKind, Scenario, Shape
+
+replace = msgspec.structs.replace
 
 SPAN_MS = 2000.0
 """Faults happen within this time, and so do most arrivals."""
@@ -20,6 +22,9 @@ RUSH_MS = (700.0, 702.0)
 """When everyone comes at once: the engines have loaded by then."""
 CALM_AGEING_S = 600.0
 """No tenant waits for so long: nobody goes next for its patience."""
+LOADED_MS = 450.0
+"""When engines have loaded."""
+RESTART_MS = 1500.0
 VIEWS_EVERY = 4
 """In one of so many seeds the projections are rebuilt."""
 MEMORY_FOR_TOKENS = (60, 200, 600, 2000)
@@ -36,6 +41,16 @@ STAGES = (
     "AttemptRetried",
 )
 """Events of a request at which its client may do something, where a time would seldom hit the moment."""
+RESTARTS_MAX = 2
+"""With as many a request is lost twice at most, and still ends well."""
+CHANGES: tuple[tuple[str, tuple[float, ...]], ...] = (
+    ("max_queue", (1, 2, 64)),
+    ("queue_timeout_s", (0.3, 5.0)),
+    ("request_timeout_s", (2.0, 20.0)),
+    ("multi_prompt_len", (10, 64, 500)),
+    ("multi_pressure", (0.2, 0.9)),
+)
+"""Settings that an operator changes, and to what."""
 CRASHES_MAX = 2
 """Of one decider: a third within a minute is one too many for its supervisor, and then nothing more is served."""
 
@@ -49,7 +64,14 @@ def generate(seed: int) -> Scenario:
     number = rng.pick((12, 16) if is_crowded else (1, 4, 8, 12))
     arrivals = tuple(_arrival(rng, index, span_ms, is_long=is_crowded) for index in range(number))
     shape, arrivals = _with_tenants(SeededRng(f"{seed}/tenants"), shape, arrivals)
-    return Scenario(seed, shape, arrivals, _faults(rng, shape, arrivals), rebuilds_views=seed % VIEWS_EVERY == 0)
+    faults = _faults(rng, shape, arrivals)
+    operator = SeededRng(f"{seed}/operator")  # its draws leave those of the rest of the scenario as they were
+    if operator.happens(0.5):
+        if operator.happens(0.5):  # a day without losses
+            faults = tuple(fault for fault in faults if fault.kind not in LOSSES)
+        shape = _grown(operator, shape, is_crowded=is_crowded)
+        faults = tuple(sorted((*faults, *_operated(operator, shape, arrivals)), key=lambda fault: fault.at_ms))
+    return Scenario(seed, shape, arrivals, faults, rebuilds_views=seed % VIEWS_EVERY == 0)
 
 
 def _shape(rng: SeededRng, *, is_crowded: bool) -> Shape:
@@ -78,6 +100,28 @@ def _with_tenants(rng: SeededRng, shape: Shape, arrivals: tuple[Arrival, ...]) -
         ageing_s=rng.pick((0.2, CALM_AGEING_S, CALM_AGEING_S)),
     )
     return shape, tuple(msgspec.structs.replace(each, user=rng.pick(tenants)) for each in arrivals)
+
+
+def _grown(operator: SeededRng, shape: Shape, *, is_crowded: bool) -> Shape:
+    executors = shape.executors if is_crowded else operator.pick((shape.executors, 1, 2, 4))
+    joined = executors > 1 and operator.happens(0.4)
+    executors = max(executors, shape.executors)  # faults name those
+    return replace(shape, executors=executors, joined=joined, drain_timeout_s=operator.pick((0.2, 30.0)))
+
+
+def _operated(operator: SeededRng, shape: Shape, arrivals: tuple[Arrival, ...]) -> list[Fault]:
+    """What an operator does meanwhile."""
+    made: list[Fault] = []
+    if operator.happens(0.7):
+        made += [
+            Fault(_before(operator, operator.pick(arrivals)), "executor_restarts", operator.pick(shape.devices))
+            for _ in range(1 + operator.below(RESTARTS_MAX))
+        ]
+    if operator.happens(0.5):
+        for _ in range(1 + operator.below(2)):
+            name, values = operator.pick(CHANGES)
+            made.append(Fault(_when(operator), "settings_change", name, operator.pick(values)))
+    return made
 
 
 def _arrival(rng: SeededRng, index: int, span_ms: tuple[float, float], *, is_long: bool) -> Arrival:
@@ -167,6 +211,11 @@ def _asks(rng: SeededRng, kind: FaultKind, _: Shape, __: tuple[Arrival, ...]) ->
 
 def _soon_after(rng: SeededRng, arrival: Arrival) -> float:
     return round(arrival.at_ms + rng.pick((0.01, 5.0, 12.0, 12.0, 100.0, 500.0)) * rng.uniform(), 3)
+
+
+def _before(rng: SeededRng, arrival: Arrival) -> float:
+    """So long that a restart may be over by then, or be at any of its stages."""
+    return round(max(LOADED_MS, arrival.at_ms - rng.uniform() * RESTART_MS), 3)
 
 
 def _when(rng: SeededRng) -> float:

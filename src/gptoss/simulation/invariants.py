@@ -16,6 +16,12 @@ from gptoss.simulation.log_invariants import (
     projections_rebuild,
 )
 from gptoss.simulation.observed import Invariant
+from gptoss.simulation.operator_invariants import (
+    draining_executors_take_nobody,
+    large_requests_go_to_several_devices,
+    restarts_refuse_nobody,
+    settings_reach_deciders,
+)
 from gptoss.simulation.request_invariants import (
     cancel_frees_memory,
     cancels_are_heeded,
@@ -49,6 +55,10 @@ AT_REST: tuple[Invariant, ...] = (
     sessions_in_use_are_kept,
     sessions_end,
     grants_cover_requests,
+    restarts_refuse_nobody,
+    draining_executors_take_nobody,
+    large_requests_go_to_several_devices,
+    settings_reach_deciders,
     projections_rebuild,
     nothing_fails_unexpectedly,
     log_recovers,

@@ -34,7 +34,23 @@ FaultKind = Literal[
     "ask",
     "drain",
     "process_dies",
+    "executor_restarts",
+    "settings_change",
 ]
+
+
+LOSSES = frozenset(
+    {
+        "engine_dies",
+        "engine_hangs",
+        "device_breaks",
+        "load_fails",
+        "disk_fails",
+        "actor_crashes",
+        "drain",
+    }
+)
+"""Kinds of faults that may cost a request its place."""
 
 
 class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -43,9 +59,9 @@ class Fault(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         at_ms: virtual milliseconds since the start.
         kind: what happens.
-        target: a device for ``engine_``, ``row_`` and ``load_`` faults; an arrival's name for ``client_`` and
+        target: a device for ``engine_``, ``row_``, ``load_`` and ``executor_`` faults; a setting's name; an arrival's name for ``client_`` and
             ``renderer_`` faults; an actor's name; for ``ask`` what is asked for, see ``probe``.
-        amount: seconds that it lasts or waits; for ``device_breaks`` how long each engine lives.
+        amount: seconds that it lasts or waits; for ``device_breaks`` how long each engine lives; a setting's new value.
         on: of a ``client_`` fault: it happens right after the first event of this type of its request, whenever that is.
     """
 
@@ -79,6 +95,9 @@ class Arrival(msgspec.Struct, frozen=True, omit_defaults=True):
     flaw: Literal["", "empty", "model"] = ""
 
 
+JOINED = "cuda:8+cuda:9"
+
+
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """The system that is run, and how evenly.
 
@@ -89,6 +108,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         prefix_cache_bytes: of each engine; sessions may keep half of it.
         session_idle_s, ageing_s: as the settings.
         heeds_pressure: whether the levels of pressure are on.
+        joined: there is one more executor, over two devices; prompts over ``multi_prompt_len`` go there.
     """
 
     executors: int = 1
@@ -105,6 +125,9 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     session_idle_s: float = 180.0
     ageing_s: float = 10.0
     heeds_pressure: bool = True
+    joined: bool = False
+    multi_prompt_len: int = 64
+    drain_timeout_s: float = 30.0
 
     def budget_of(self, device: str) -> int:
         """KV bytes of one executor."""
@@ -113,7 +136,8 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def devices(self) -> tuple[str, ...]:
         """Names of the devices, which are also the executors' names."""
-        return tuple(f"cuda:{index}" for index in range(self.executors))
+        single = tuple(f"cuda:{index}" for index in range(self.executors))
+        return (*single, JOINED) if self.joined else single
 
 
 class Scenario(msgspec.Struct, frozen=True):

@@ -30,6 +30,7 @@ PLAIN_ARRIVALS: tuple[dict[str, Any], ...] = (
 )
 PLAIN_SHAPES: tuple[dict[str, Any], ...] = (
     {"executors": 1},
+    {"joined": False},
     {"lag": 0.0},
     {"slots": 1},
     {"prefix_cache_bytes": 0},

@@ -121,6 +121,8 @@ class World:
             step_timeout_s=shape.step_timeout_s,
             session_idle_s=shape.session_idle_s,
             queue_ageing_s=shape.ageing_s,
+            drain_timeout_s=shape.drain_timeout_s,
+            multi_prompt_len=shape.multi_prompt_len,
         )
         if not shape.heeds_pressure:
             self.settings = msgspec.structs.replace(self.settings, **dict.fromkeys(PRESSURE_LEVELS, 0.0))

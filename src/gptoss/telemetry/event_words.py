@@ -24,6 +24,10 @@ _TONES: dict[type[Event], Tone] = {
     ev.ExecutorFaulted: "bad",
     ev.EngineExited: "bad",
     ev.EngineStalled: "bad",
+    ev.EngineSickened: "bad",
+    ev.RestartRequested: "warn",
+    ev.ExecutorRated: "warn",
+    ev.ConfigChanged: "warn",
     ev.EngineLoadFailed: "bad",
     ev.ActorFailed: "bad",
     ev.SupervisorEscalated: "bad",
@@ -106,10 +110,17 @@ def _host(event: ev.HostObserved) -> str:
     return f"processors {event.host_cpu_percent:.0f}% busy, {memory}, loop {took(event.loop_late_ms)} late{gpus}"
 
 
+def _config(event: ev.ConfigChanged) -> str:
+    parts = [f"{name}={event.settings.get(name)}" for name in event.changed]
+    parts += [f"{name} needs a restart" for name in event.refused]
+    return f"{', '.join(parts)} ({event.origin})"
+
+
 _DESCRIPTIONS: dict[type[Event], Callable[[Any], str]] = {
     ev.StepCommitted: _step,
     ev.CommandConsumed: _command,
     ev.NodeStarted: _node,
+    ev.ConfigChanged: _config,
     ev.SnapshotTaken: lambda event: f"{event.decider}: {many(len(bytes(event.state)), 'byte')}",
     ev.EngineLoaded: lambda event: f"{event.capabilities.model_name} in {took(event.load_ms)}, process {event.pid}",
     ev.RunsAborted: lambda event: f"{event.boot}: {many(len(event.request_ids), 'request')} cut off",

@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeAlias
 from gptoss.actors.directory import EXECUTOR_PREFIX
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
-from gptoss.messages.model import EngineCapabilities
+from gptoss.messages.model import DeviceMemory, EngineCapabilities
 
-ExecutorState: TypeAlias = Literal["starting", "loading", "ready", "restarting", "failed"]
+ExecutorState: TypeAlias = Literal["starting", "loading", "ready", "draining", "restarting", "failed"]
 
 
 @dataclass(slots=True)
@@ -23,7 +23,10 @@ class ExecutorView:
     Attributes:
         running: requests that it has accepted and that are not over.
         silent_since_ns: when it last made progress; meaningful while something runs.
-        exits: engine processes that it has lost.
+        exits: engine processes that it has lost; those that it ended itself for a restart do not count.
+        restarts: of those that were wanted, how many are over.
+        suspect: the router avoids it because it should have made progress by now.
+        devices: memory of each, where it has several.
     """
 
     name: str
@@ -38,6 +41,9 @@ class ExecutorView:
     silent_since_ns: int = 0
     steps: int = 0
     exits: int = 0
+    restarts: int = 0
+    suspect: bool = False
+    devices: tuple[DeviceMemory, ...] = ()
     reason: str = ""
     kv_budget_bytes: int = 0
     kv_bytes_in_use: int = 0
@@ -88,7 +94,7 @@ class ExecutorBook:
 
 def _started(book: ExecutorBook, meta: Meta, event: ev.EngineStarted) -> None:
     view = book.of(event.executor)
-    view.state = "restarting" if view.exits or meta.incarnation else "starting"
+    view.state = "restarting" if view.exits or view.restarts or meta.incarnation else "starting"
     view.device, view.incarnation = event.device, meta.incarnation
     view.stage, view.progress, view.reason = "", None, ""
 
@@ -117,7 +123,11 @@ def _exited(book: ExecutorBook, _meta: Meta, event: ev.EngineExited) -> None:
     view = book.of(event.executor)
     if view.state != "failed":
         view.state, view.reason = "restarting", event.reason
-    view.exits += 1
+    if event.planned:
+        view.restarts += 1
+    else:
+        view.exits += 1
+    view.suspect = False
     view.running.clear()
     view.kv_bytes_in_use = view.prefix_cache_bytes = 0
     view.progress = None
@@ -125,13 +135,27 @@ def _exited(book: ExecutorBook, _meta: Meta, event: ev.EngineExited) -> None:
 
 def _left(book: ExecutorBook, _meta: Meta, event: ev.ExecutorLeft) -> None:
     view = book.of(event.executor)
-    if view.state == "ready":
+    if view.state in {"ready", "draining"}:
         view.state, view.reason = "restarting", event.reason
 
 
 def _stalled(book: ExecutorBook, _meta: Meta, event: ev.EngineStalled) -> None:
     view = book.of(event.executor)
     view.state, view.reason = "restarting", f"no step for {event.silent_ms:.0f} ms"
+
+
+def _sickened(book: ExecutorBook, _meta: Meta, event: ev.EngineSickened) -> None:
+    view = book.of(event.executor)
+    view.state, view.reason = "restarting", f"failed {event.failures} requests in a row"
+
+
+def _restart_requested(book: ExecutorBook, _meta: Meta, event: ev.RestartRequested) -> None:
+    view = book.of(event.executor)
+    view.state, view.reason = "draining", f"restart wanted by {event.origin}"
+
+
+def _rated(book: ExecutorBook, _meta: Meta, event: ev.ExecutorRated) -> None:
+    book.of(event.executor).suspect = event.suspect
 
 
 def _escalated(book: ExecutorBook, _meta: Meta, event: ev.SupervisorEscalated) -> None:
@@ -200,7 +224,7 @@ def _released(book: ExecutorBook, _meta: Meta, event: ev.ReservationReleased) ->
 def _observed(book: ExecutorBook, _meta: Meta, event: ev.MemoryObserved) -> None:
     view = book.of(event.executor)
     view.memory_used_bytes, view.memory_total_bytes = event.used_bytes, event.total_bytes
-    view.kv_bytes_in_use = event.kv_bytes_in_use
+    view.kv_bytes_in_use, view.devices = event.kv_bytes_in_use, event.devices
     view.lacking_bytes = event.lacking_bytes
 
 
@@ -211,6 +235,9 @@ _HANDLERS: dict[type[Event], Callable[[ExecutorBook, Meta, Any], None]] = {
     ev.EngineLoadFailed: _load_failed,
     ev.EngineExited: _exited,
     ev.EngineStalled: _stalled,
+    ev.EngineSickened: _sickened,
+    ev.RestartRequested: _restart_requested,
+    ev.ExecutorRated: _rated,
     ev.ExecutorLeft: _left,
     ev.SupervisorEscalated: _escalated,
     ev.ExecutorAccepted: _accepted,

@@ -159,8 +159,8 @@ class _Throttle:
             key, every_ns = f"{event.executor} {event.stage}", PROGRESS_EVERY_NS
         elif isinstance(event, ev.DeadLettered):
             key, every_ns = f"dead letter {event.reason}", DEAD_LETTERS_EVERY_NS
-        else:
-            return True
+        else:  # deciders repeat on their streams where they take what the system's stream said
+            return not isinstance(event, ev.ConfigChanged) or record.meta.stream == "system"
         now_ns = record.meta.mono_ns
         last_ns = self._last_ns.get(key)
         if last_ns is not None and 0 <= now_ns - last_ns < every_ns:
@@ -182,6 +182,12 @@ def _node_started(_meta: Meta, event: ev.NodeStarted) -> Fields:
 
 def _runs_aborted(_meta: Meta, event: ev.RunsAborted) -> Fields:
     return {"boot": event.boot, "requests": len(event.request_ids)}
+
+
+def _config_changed(_meta: Meta, event: ev.ConfigChanged) -> Fields:
+    values = ", ".join(f"{name}={event.settings[name]}" for name in event.changed if name in event.settings)
+    fields: Fields = {"origin": event.origin, "changed": values}
+    return fields | ({"needs_restart": ", ".join(event.refused)} if event.refused else {})
 
 
 def _progressed(_meta: Meta, event: ev.EngineLoadProgressed) -> Fields:
@@ -222,6 +228,7 @@ _LINES: dict[type[Event], tuple[Level, str, Callable[[Meta, Any], Fields]]] = {
     ev.NodeStopped: ("info", "node_stopped", _fields("reason")),
     ev.RunsAborted: ("warning", "runs_aborted", _runs_aborted),
     ev.DrainStarted: ("info", "drain_started", _fields("timeout_s")),
+    ev.ConfigChanged: ("info", "config_changed", _config_changed),
     ev.LogDegraded: ("error", "log_degraded", _fields("reason")),
     ev.ActorStarted: ("debug", "actor_started", _actor("kind")),
     ev.ActorStopped: ("debug", "actor_stopped", _actor("reason", "unhandled")),
@@ -233,7 +240,10 @@ _LINES: dict[type[Event], tuple[Level, str, Callable[[Meta, Any], Fields]]] = {
     ev.EngineLoadProgressed: ("info", "engine_load_progressed", _progressed),
     ev.EngineLoaded: ("info", "engine_loaded", _loaded),
     ev.EngineLoadFailed: ("error", "engine_load_failed", _fields("executor", "code", "message")),
-    ev.EngineExited: ("warning", "engine_exited", _fields("executor", "exit_code", "reason", "in_flight")),
+    ev.EngineExited: ("warning", "engine_exited", _fields("executor", "exit_code", "reason", "in_flight", "planned")),
+    ev.EngineSickened: ("error", "engine_sickened", _fields("executor", "failures")),
+    ev.RestartRequested: ("info", "restart_requested", _fields("executor", "origin", "in_flight", "timeout_s")),
+    ev.ExecutorRated: ("warning", "executor_rated", _fields("executor", "suspect", "silent_ms")),
     ev.EngineStalled: ("error", "engine_stalled", _fields("executor", "silent_ms")),
     ev.ExecutorFaulted: ("warning", "executor_faulted", _fields("executor", "attempt", "code", "message", "lost")),
     ev.AttemptRetried: ("warning", "attempt_retried", _fields("attempt", "code", "tokens_out")),

@@ -61,7 +61,7 @@ class Metrics:
             ev.StepCommitted: self._step,
             ev.AdmissionDecided: lambda event: self._families.admission.add((event.action,)),
             ev.DeadLettered: lambda event: self._families.dead_letters.add((event.reason,)),
-            ev.EngineExited: lambda event: self._families.exits.add((event.executor,)),
+            ev.EngineExited: self._exited,
             ev.Preempted: lambda event: self._families.preemptions.add(self._vllm(event.executor)),
             ev.Enqueued: lambda event: self._queued.add(event.request_id),
             ev.Dequeued: lambda event: self._queued.discard(event.request_id),
@@ -150,6 +150,10 @@ class Metrics:
         families.drafted.add(labels, drafted)
         families.accepted.add(labels, accepted)
         families.step.observe((event.executor,), event.duration_ns / NS_PER_S)
+
+    def _exited(self, event: ev.EngineExited) -> None:
+        if not event.planned:
+            self._families.exits.add((event.executor,))
 
     def _failed(self, event: ev.RequestFailed) -> None:
         if is_crash_end(event):

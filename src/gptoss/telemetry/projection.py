@@ -44,7 +44,7 @@ class Projection:
     """
 
     def __init__(self, *, step_timeout_s: float = 60.0, books: Books | None = None) -> None:
-        self._step_timeout_ns = int(step_timeout_s * NS_PER_S)
+        self._step_timeout_s = step_timeout_s
         self._books = books or Books(requests=RequestBook(finished_max=FINISHED_MAX))
         self._requests = self._books.requests
         self._executors = self._books.executors
@@ -80,6 +80,10 @@ class Projection:
         self._history.fold(record, request)
 
     @property
+    def _step_timeout_ns(self) -> int:
+        return int(float(self._server.live.get("step_timeout_s", self._step_timeout_s)) * NS_PER_S)
+
+    @property
     def newest_pos(self) -> int:
         """Position of the newest record that was folded, -1 before the first."""
         return self._server.newest_pos
@@ -109,7 +113,7 @@ class Projection:
             return f"{self._server.escalated} failed too often and stays down"
         for view in self._executors.views.values():
             silent_ns = now_ns - view.silent_since_ns
-            if view.state == "ready" and view.running and silent_ns > self._step_timeout_ns:
+            if view.state in {"ready", "draining"} and view.running and silent_ns > self._step_timeout_ns:
                 return f"{view.name} made no step for {silent_ns / NS_PER_S:.0f} s with {len(view.running)} running"
         views = list(self._executors.views.values())
         if any(view.state == "ready" for view in views):
@@ -157,7 +161,7 @@ class Projection:
         if self._server.draining:
             return "draining"
         if readiness.ready:
-            failed = any(view.state in {"failed", "restarting"} for view in self._executors.views.values())
+            failed = any(_is_amiss(view) for view in self._executors.views.values())
             return "degraded" if failed else "healthy"
         views = self._executors.views.values()
         fresh = all(view.state in {"starting", "loading"} and not view.exits for view in views)
@@ -200,6 +204,7 @@ class Projection:
                 "decisions": decisions,
                 "by_executor": _shares(self._server.routes, decisions),
                 "by_reason": _shares(self._server.route_reasons, decisions),
+                "by_kind": _shares(self._server.route_kinds, decisions),
             },
             "cache_stats": self._cache_stats(),
             "traces": dict(sorted(self._server.spans.items())),
@@ -256,6 +261,7 @@ class Projection:
             "memory_used_bytes": view.memory_used_bytes,
             "memory_total_bytes": view.memory_total_bytes,
             "memory_pressure": _share(reserved + kept, view.kv_budget_bytes - view.lacking_bytes),
+            "devices": [msgspec.to_builtins(device) for device in view.devices],
         }
 
     def live(
@@ -298,7 +304,6 @@ class Projection:
             name: {
                 **_executor_health(view),
                 "steps": view.steps,
-                "engine_exits": view.exits,
                 "capabilities": msgspec.to_builtins(view.capabilities),
                 "memory": self._executor_memory(view),
             }
@@ -335,6 +340,12 @@ def _share(part: int, whole: int) -> float:
     return round(part / whole, 4) if whole > 0 else 0.0
 
 
+def _is_amiss(view: ExecutorView) -> bool:
+    """Whether an executor is not what it was: lost and not back yet, being replaced, or suspect."""
+    was_up = bool(view.exits or view.restarts or view.incarnation)
+    return view.suspect or view.state not in {"ready", "starting", "loading"} or (view.state != "ready" and was_up)
+
+
 def _executor_health(view: ExecutorView) -> dict[str, Any]:
     return {
         "name": view.name,
@@ -345,6 +356,9 @@ def _executor_health(view: ExecutorView) -> dict[str, Any]:
         "running": len(view.running),
         "incarnation": view.incarnation,
         "reason": view.reason,
+        "engine_exits": view.exits,
+        "restarts": view.restarts,
+        "suspect": view.suspect,
     }
 
 

@@ -41,6 +41,7 @@ class ServerView:
     boot: str = ""
     node: ev.NodeStarted | None = None
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    live: dict[str, Any] = field(default_factory=dict[str, Any])
     started_ns: int = 0
     newest_ns: int = 0
     newest_pos: int = -1
@@ -53,6 +54,7 @@ class ServerView:
     admission: Counter[str] = field(default_factory=Counter[str])
     routes: Counter[str] = field(default_factory=Counter[str])
     route_reasons: Counter[str] = field(default_factory=Counter[str])
+    route_kinds: Counter[str] = field(default_factory=Counter[str])
     faults: Counter[str] = field(default_factory=Counter[str])
     spans: Counter[str] = field(default_factory=Counter[str])
     host: ev.HostObserved | None = None
@@ -94,6 +96,8 @@ class ServerView:
         if isinstance(event, ev.NodeStarted):
             self.node, self.started_ns = event, record.meta.mono_ns
             self.settings = json.loads(event.settings or "{}")
+        elif isinstance(event, ev.ConfigChanged) and record.meta.stream == "system":
+            self.live = event.settings
         elif isinstance(event, ev.DrainStarted | ev.AdmissionClosed | ev.NodeStopped):
             self.draining = True
         elif isinstance(event, ev.SupervisorEscalated):
@@ -113,10 +117,18 @@ class ServerView:
         elif isinstance(event, ev.RouteDecided):
             self.routes[event.executor or "none"] += 1
             self.route_reasons[event.reason] += 1
+            chosen = next((each for each in event.candidates if each.executor == event.executor), None)
+            if chosen is not None:
+                self.route_kinds["multi_gpu" if chosen.multi_device else "single_gpu"] += 1
+                self.route_kinds["affinity"] += bool(chosen.cached_tokens or chosen.session)
         elif isinstance(event, ev.DeadLettered):
             self.faults["dead_letters"] += 1
         elif isinstance(event, ev.EngineExited):
-            self.faults["engine_exits"] += 1
+            self.faults["engine_restarts" if event.planned else "engine_exits"] += 1
+        elif isinstance(event, ev.EngineStalled):
+            self.faults["engine_stalls"] += 1
+        elif isinstance(event, ev.EngineSickened):
+            self.faults["engines_sick"] += 1
         elif isinstance(event, ev.ActorRestarted):
             self.faults["actor_restarts"] += 1
         elif is_crash_end(event):
