@@ -190,3 +190,13 @@ def test_sessions_have_one_pseudonym_everywhere_unless_a_kept_request_is_of_them
     assert data.count(b"mine@t") == data.count(b"mine") - 1 == 5
     found = set(re.findall(rb"(anon_[0-9a-f]{20})@t", data))
     assert len(found) == 1, "the same name in events, commands and snapshots"
+
+
+def test_saved_counters_lose_what_names_those_who_were_running() -> None:
+    state = msgspec.Raw(msgspec.msgpack.encode({"requests": {"open": {"secret-request": {}}}}))
+    meta = Meta("n", "b", 0, "counters", 0, "CountersSaved", 1, -1, "", "", "", "telemetry", 0, 1)
+    recording = ListRecording([Record(meta, ev.CountersSaved(pos=0, state=state))])
+    (seen,) = Redacted(recording, content="none", keep=frozenset({"kept"}), key=b"k").records()
+    (whole,) = Redacted(recording, content="none", keep=None, key=b"k").records()
+    assert b"secret-request" not in encode_record(seen)
+    assert b"secret-request" in encode_record(whole)

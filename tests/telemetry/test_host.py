@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ def test_this_process_and_this_machine_are_read(tmp_path: Path) -> None:
     assert 0 <= reading.host_cpu_percent <= 100
     assert 0 < reading.memory_available_bytes < reading.memory_total_bytes
     assert reading.disk_free_bytes > 0
+
+
+def test_processors_are_busy_since_the_last_reading_whatever_thread_reads(tmp_path: Path) -> None:
+    reader = HostReader(tmp_path)
+    end_s = time.process_time() + 0.3
+    while time.process_time() < end_s:
+        pass
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(reader.read).result().host_cpu_percent > 0
 
 
 def test_children_are_read_by_their_pid() -> None:

@@ -29,7 +29,7 @@ class HostReader:
         self._folder = next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
         self._process = psutil.Process()
         self._nvml = _load_nvml()
-        psutil.cpu_percent(None)  # the first call only sets the mark that the next measures from
+        self._processors = _processor_times()
 
     def read(self, loop_late_ms: float = 0.0) -> HostObserved:
         """A reading of everything.
@@ -47,13 +47,20 @@ class HostReader:
                 num_threads=process.num_threads(),
                 loop_late_ms=round(loop_late_ms, 3),
                 children=self._children(),
-                host_cpu_percent=psutil.cpu_percent(None),
+                host_cpu_percent=self._busy_percent(),
                 load_1m=round(psutil.getloadavg()[0], 2),
                 memory_available_bytes=memory.available,
                 memory_total_bytes=memory.total,
                 disk_free_bytes=psutil.disk_usage(str(self._folder)).free,
                 gpus=self._gpus(),
             )
+
+    def _busy_percent(self) -> float:
+        """Share of processor time in use since the last reading; psutil's own remembers that for each thread apart."""
+        before, now = self._processors, _processor_times()
+        self._processors = now
+        total_s = now[1] - before[1]
+        return round(100 * min(1.0, max(0.0, now[0] - before[0]) / total_s), 1) if total_s > 0 else 0.0
 
     def _children(self) -> tuple[ProcessReading, ...]:
         found: list[ProcessReading] = []
@@ -72,6 +79,13 @@ class HostReader:
             return tuple(_gpu(nvml, index, handle) for index, handle in enumerate(handles))
         except nvml.NVMLError:
             return ()
+
+
+def _processor_times() -> tuple[float, float]:
+    """Seconds that all processors were in use, and in all, since the machine started."""
+    times = psutil.cpu_times()
+    total_s = sum(times[:8])  # what guests took, behind these, is in them already
+    return total_s - times.idle - getattr(times, "iowait", 0.0), total_s
 
 
 def _gpu(nvml: Any, index: int, handle: Any) -> GpuReading:
