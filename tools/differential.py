@@ -119,7 +119,7 @@ INTENDED: dict[str, str] = {
     "responses*/field *service_tier": "all tiers are one; a field without effect is not told",
     "responses*/field *cache_write_tokens": "not in OpenAI's object",
     "responses*/field *tool_output_tokens": "not in OpenAI's object",
-    "responses stream/order": "a cut response ends with response.incomplete, as OpenAI's; the peer says completed",
+    "responses stream/order": "a cut response ends with response.incomplete, as OpenAI's; the peer's does not",
     "error role/*": "an unknown role is refused; the peer gives it to the template",
     "error long prompt/error param": "the field that the client wrote",
     "error too many top_logprobs/error param": "the field that the client wrote",

@@ -11,6 +11,7 @@ it is of use by hand only: ``pip install atheris``. Without it this says so and 
 
 import contextlib
 import importlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ with atheris.instrument_imports(include=["gptoss"]):
     from gptoss.telemetry.bundle_reader import BundleReader
 
 WORK = Path(tempfile.mkdtemp(prefix="gptoss-fuzz-"))
+SEED_BYTES_MAX = 1 << 20
 HARMONY_SPECIAL = range(199_998, 200_020)
 TAGS = TagFormat(think=("<think>", "</think>"), calls=CallTags(opening="<tool_call>", closing="</tool_call>"))
 
@@ -168,6 +170,18 @@ SEEDS: dict[str, list[bytes]] = {
 }
 
 
+def seeds_of(name: str) -> list[bytes]:
+    """Inputs to begin with: those above, and what the tests keep of recorded bytes."""
+    tests = Path(__file__).parents[1] / "tests"
+    if name == "record":
+        golden = (json.loads(path.read_text("utf-8")) for path in (tests / "messages" / "golden").glob("*.json"))
+        return [bytes.fromhex(kept["record"]) for kept in golden]
+    if name == "bundle":
+        kept = (tests / "replay" / "bundles").glob("*.zip")
+        return [path.read_bytes() for path in kept if path.stat().st_size < SEED_BYTES_MAX]
+    return SEEDS.get(name, [])
+
+
 def main() -> int:
     name, *given = sys.argv[1:] or [""]
     if name == "all":
@@ -183,7 +197,7 @@ def main() -> int:
 
     corpus = WORK / "corpus"
     corpus.mkdir()
-    for number, seed in enumerate(SEEDS.get(name, [])):
+    for number, seed in enumerate(seeds_of(name)):
         (corpus / f"seed-{number}").write_bytes(seed)
     # A file that is named is run alone; the corpus would make it a run of its own.
     has_file = any(not option.startswith("-") for option in given)

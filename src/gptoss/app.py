@@ -36,7 +36,7 @@ from gptoss.actors.request import RequestServices
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
 from gptoss.clock import Clock, IdSource
-from gptoss.config import Settings
+from gptoss.config import PROFILES, Settings
 from gptoss.devices import Device, parse_devices
 from gptoss.engine.model_source import PreparedModel, prepare_in_child
 from gptoss.engine.port import DriverFactory, EngineDriver, Load, Renderer
@@ -59,8 +59,6 @@ VERSION = importlib.metadata.version("gptoss")
 PACKAGES = ("aiohttp", "jinja2", "msgspec", "pykka", "tokenizers", "torch", "transformers")
 CATCH_UP_TIMEOUT_S = 5.0
 CLOCK_ANCHOR_PERIOD_S = 60.0
-# A profile's batch and length; the settings override both.
-PROFILES = {"latency_first": (32, 512), "quality_first": (16, 2048)}
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
 
 
@@ -308,9 +306,9 @@ class ServingSystem:
         return RequestServices(
             lifecycle=self.deciders.lifecycle,
             directory=self.directory,
-            rendering=Rendering(self.system, renderer),
+            rendering=Rendering(self.system, renderer, version=settings.prompt_version),
             served_model=settings.served_model_name or model.model_name,
-            default_max_tokens=PROFILES[settings.profile][1],
+            default_max_tokens=PROFILES[settings.profile].max_tokens,
             request_timeout_s=settings.request_timeout_s,
             hmac_key=self.node_key,
             keep_content=settings.content != "none",
@@ -338,7 +336,7 @@ class ServingSystem:
             model_name=settings.served_model_name or model.model_name,
             device=device.device,
             dtype=settings.dtype,
-            max_batch_size=settings.max_batch_size or PROFILES[settings.profile][0],
+            max_batch_size=settings.max_batch_size or PROFILES[settings.profile].max_batch_size,
             max_model_len=settings.max_model_len,
             kv_budget_bytes=settings.kv_budget_mb * BYTES_PER_MB,
             prefix_cache_bytes=settings.prefix_cache_mb * BYTES_PER_MB,

@@ -8,7 +8,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import msgspec
 import platformdirs
@@ -26,6 +26,29 @@ CountOrNever = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
+ProfileName: TypeAlias = Literal["latency_first", "quality_first"]
+PromptVersion: TypeAlias = Literal["SYS/v1", "SYS/v2"]
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """Defaults that go together; settings and requests override each of them.
+
+    Attributes:
+        max_batch_size: requests that run at once on each executor.
+        max_tokens: of an answer to a request that names no length.
+        temperature: of a request that names none.
+    """
+
+    max_batch_size: int
+    max_tokens: int
+    temperature: float
+
+
+PROFILES: dict[str, Profile] = {
+    "latency_first": Profile(max_batch_size=32, max_tokens=512, temperature=0.7),
+    "quality_first": Profile(max_batch_size=16, max_tokens=2048, temperature=0.8),
+}
+
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be set. A number that ends in ``_s`` is seconds, ``_mb`` mebibytes; 0 means automatic.
@@ -41,6 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         quantization: ``int8`` or ``int4`` packs weights, with the CPU kernels; see docs/performance.md for what it costs.
         num_threads: threads of each CPU executor.
         profile: ``latency_first`` or ``quality_first``; sets the defaults for batch, tokens and temperature.
+        prompt_version: ``SYS/v1`` renders conversations as they come; ``SYS/v2`` gives one without a system message its own.
         max_batch_size, max_model_len, kv_budget_mb: limits of each executor.
         kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         prefix_cache_mb: the part of its KV memory that cached prefixes may take while no request needs it; -1 is none.
@@ -80,7 +104,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["none", "int8", "int4"] = "none"
     num_threads: CountOrAuto = 0
-    profile: Literal["latency_first", "quality_first"] = "latency_first"
+    profile: ProfileName = "latency_first"
+    prompt_version: PromptVersion = "SYS/v1"
     max_batch_size: CountOrAuto = 0
     max_model_len: CountOrAuto = 0
     kv_budget_mb: CountOrAuto = 0

@@ -1,6 +1,6 @@
-// The JavaScript openai package: chat, stream with usage, responses with its helper, text, errors, cancelling.
+// The JavaScript openai package: chat, stream with usage, responses with its helper, text, batches, errors, cancelling.
 const assert = require("node:assert");
-const OpenAI = require("openai").default;
+const { default: OpenAI, toFile } = require("openai");
 
 async function main() {
   const client = new OpenAI({ baseURL: `${process.argv[2]}/v1`, apiKey: "none", maxRetries: 0 });
@@ -34,6 +34,17 @@ async function main() {
 
   const completion = await client.completions.create({ model: "fake", prompt: "Once", max_tokens: 3 });
   assert.equal(completion.choices[0].finish_reason, "length");
+
+  const lines = ["a", "b"].map((id) => JSON.stringify({ custom_id: id, method: "POST", url: "/v1/chat/completions", body: asked }));
+  const file = await client.files.create({ file: await toFile(Buffer.from(lines.join("\n")), "in.jsonl"), purpose: "batch" });
+  let batch = await client.batches.create({ input_file_id: file.id, endpoint: "/v1/chat/completions", completion_window: "24h" });
+  while (["validating", "in_progress", "finalizing"].includes(batch.status)) {
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    batch = await client.batches.retrieve(batch.id);
+  }
+  assert.deepEqual(batch.request_counts, { total: 2, completed: 2, failed: 0 });
+  const output = await (await client.files.content(batch.output_file_id)).text();
+  assert.deepEqual(output.trim().split("\n").map((line) => JSON.parse(line).custom_id).sort(), ["a", "b"]);
 
   await assert.rejects(client.chat.completions.create({ ...asked, temperature: 9 }), (error) => {
     return error instanceof OpenAI.BadRequestError && error.param === "temperature";

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptoss.errors import JournalError
-from gptoss.messages import codec, commands
+from gptoss.messages import batch_commands, codec, commands
 from gptoss.messages.codec import (
     EVENT_TYPES,
     as_json,
@@ -31,7 +31,8 @@ INTEGERS = st.integers(-(2**63), 2**63 - 1)
 
 COMMAND_TYPES: list[type[Command]] = [
     kind
-    for kind in vars(commands).values()
+    for module in (commands, batch_commands)
+    for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Command) and kind is not Command
 ]
 
@@ -237,3 +238,31 @@ def test_content_events_are_the_only_ones_with_token_ids() -> None:
     }
     assert all(EVENT_TYPES[name].FAMILY == "content" for name in holders)
     assert StepTokens.FAMILY == "content"
+
+
+RECORD = Record(
+    Meta("n", "b", 1, "request/req_1", 0, "RequestRouted", 1, -1, "req_1", "", "", "a", 0, 9),
+    RequestRouted(executor="cpu:0", attempt=1),
+)
+
+
+@pytest.mark.parametrize("written", [b"req_1", b"cpu:0"])
+def test_bytes_that_are_no_text_are_no_record_either(written: bytes) -> None:
+    data = encode_record(RECORD)
+    bad = data.replace(written, written[:-1] + b"\xb0")
+    assert bad != data
+    with pytest.raises(JournalError):
+        decode_record(bad)
+
+
+def test_deep_nesting_is_refused() -> None:
+    for decode in (decode_record, decode_command):
+        with pytest.raises(JournalError):
+            decode(msgspec.Raw(b"\x91" * 100_000))
+
+
+@pytest.mark.parametrize("version", [0, -1])
+def test_a_version_that_never_was_is_refused(version: int) -> None:
+    meta = msgspec.structs.replace(RECORD.meta, version=version)
+    with pytest.raises(JournalError, match="never was"):
+        decode_record(encode_record(Record(meta, RECORD.event)))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from gptoss.config import ProfileName, PromptVersion
 from gptoss.engine.port import ChatMessage, TokenLogprob
 from gptoss.errors import GptossError
 from gptoss.messages.answer import AnswerShape, Part, TextPart, content_of, joined
@@ -41,6 +42,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
         metadata: the caller's own notes; only their number is recorded.
         prompt_field: the field that the prompt stands in, for errors; empty is what it is called in chat or completions.
         length_field: the field that bounds the answer's length, for errors.
+        profile: whose default length it takes, ``latency_first`` or ``quality_first``; empty is the server's.
+        prompt_version: how the conversation is made into a prompt, see ``rendering``; empty is the server's.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -64,6 +67,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     prompt_field: str = ""
     length_field: str = "max_tokens"
+    profile: ProfileName | Literal[""] = ""
+    prompt_version: PromptVersion | Literal[""] = ""
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):

@@ -98,7 +98,7 @@ def _request_id(talk: Talk) -> str:
 def _value(written: str) -> Any:
     try:
         return msgspec.json.decode(written)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return written
 
 

@@ -23,6 +23,10 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "model": ("MODEL", "The same as the argument."),
         "served_model_name": ("NAME", "The name that clients use; by default derived from the model."),
         "profile": ("NAME", "latency_first or quality_first: defaults for batch size, answer length and temperature."),
+        "prompt_version": (
+            "",
+            "SYS/v2 gives conversations without a system message one; SYS/v1 leaves them as they are.",
+        ),
         "dtype": ("", "Number format of the weights."),
         "quantization": (
             "",

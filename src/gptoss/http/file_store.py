@@ -21,6 +21,7 @@ import msgspec
 from aiohttp import web
 
 from gptoss.errors import BodyTooLarge, FileUnknown
+from gptoss.messages.codec import UNREADABLE
 
 FILES_MAX = 10_000
 NOTE_SUFFIX = ".json"
@@ -61,7 +62,7 @@ class FileStore:
             return
         found: list[FileNote] = []
         for path in self._folder.glob(f"file-*{NOTE_SUFFIX}"):
-            with contextlib.suppress(msgspec.DecodeError, OSError):
+            with contextlib.suppress(*UNREADABLE, OSError):
                 found.append(msgspec.json.decode(path.read_bytes(), type=FileNote))
         self._notes = {note.id: note for note in sorted(found, key=lambda note: (note.created_at, note.id))}
         for path in self._folder.glob(f"*{PART_SUFFIX}"):
@@ -184,7 +185,7 @@ class FileStore:
         """The client's notes on a batch; None where there are none."""
         try:
             return msgspec.json.decode((self._folder / (batch_id + NOTE_SUFFIX)).read_bytes(), type=dict[str, str])
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *UNREADABLE):
             return None
 
     # ---- the disk

@@ -17,6 +17,7 @@ import msgspec
 from gptoss.engine.port import ChatMessage
 from gptoss.errors import ResponseNotFound
 from gptoss.http.response_schema import ResponseBody, StoredItem
+from gptoss.messages.codec import UNREADABLE
 
 MAX_RESPONSES = 1000
 MAX_BYTES = 64 << 20
@@ -98,7 +99,7 @@ class ResponseStore:
                 db.execute(
                     "UPDATE responses SET used = (SELECT max(used) + 1 FROM responses) WHERE id = ?", (response_id,)
                 )
-        with contextlib.suppress(msgspec.DecodeError):  # of another version of this program: as good as forgotten
+        with contextlib.suppress(*UNREADABLE):  # of another version of this program: as good as forgotten
             if row is not None:
                 return _decoder.decode(row[0])
         raise ResponseNotFound(

@@ -28,6 +28,9 @@ EVENT_TYPES: dict[str, type[Event]] = {
 UPCASTERS: dict[tuple[str, int], Upcaster] = {}
 """(type, version) -> function from the fields of that version to those of the next."""
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are nothing: text that is no UTF-8, and deep nesting, are not its own error."""
+
 _encoder = msgspec.msgpack.Encoder()
 _stored_decoder = msgspec.msgpack.Decoder(Stored)
 _event_decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
@@ -49,7 +52,7 @@ def decode_stored(data: bytes | memoryview) -> Stored:
     """
     try:
         return _stored_decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise JournalError(f"not a record: {error}") from None
 
 
@@ -63,6 +66,8 @@ def decode_event(stored: Stored) -> Event:
     cls = EVENT_TYPES.get(meta.type)
     if cls is None:
         raise JournalError(f"record {meta.pos} has the unknown event type {meta.type!r}")
+    if meta.version < 1:
+        raise JournalError(f"record {meta.pos} holds {meta.type} version {meta.version}, which never was")
     if meta.version > cls.VERSION:
         raise JournalError(
             f"record {meta.pos} holds {meta.type} version {meta.version}; this program knows up to {cls.VERSION}"
@@ -74,7 +79,7 @@ def decode_event(stored: Stored) -> Event:
         for version in range(meta.version, cls.VERSION):
             fields = UPCASTERS[meta.type, version](fields)
         return msgspec.convert(fields, cls)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise JournalError(f"record {meta.pos}: {meta.type} does not decode: {error}") from None
 
 
@@ -97,7 +102,7 @@ def decode_command(raw: msgspec.Raw) -> Command:
     """
     try:
         return _command_decoder.decode(raw)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise JournalError(f"not a command: {error}") from None
 
 

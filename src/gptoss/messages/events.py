@@ -214,7 +214,8 @@ class RequestValidated(Event, frozen=True, kw_only=True):
 class PromptRendered(Event, frozen=True, kw_only=True):
     """The prompt became token ids. ``prompt_hmac`` is their keyed hash, ``date`` what the template saw.
 
-    ``grammar_hmac`` is the keyed hash of the grammar that binds the answer, empty without one.
+    ``grammar_hmac`` is the keyed hash of the grammar that binds the answer, empty without one; ``prompt_version`` says how
+    a conversation was made into a prompt.
     """
 
     prompt_tokens: int
@@ -223,6 +224,7 @@ class PromptRendered(Event, frozen=True, kw_only=True):
     date: str
     max_tokens: int
     grammar_hmac: str = ""
+    prompt_version: str = ""
 
 
 class RequestEstimated(Event, frozen=True, kw_only=True):

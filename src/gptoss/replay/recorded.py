@@ -6,6 +6,7 @@ import msgspec
 
 from gptoss.config import Settings
 from gptoss.messages import events as ev
+from gptoss.messages.codec import UNREADABLE
 
 _KINDS = get_type_hints(Settings, include_extras=True)
 _BEFORE = {"policy_version": 1}
@@ -16,7 +17,7 @@ def settings_of(started: ev.NodeStarted) -> tuple[Settings, list[str]]:
     """The settings in force, and what of them could not be read: another version has other settings, a bundle masks."""
     try:
         given: dict[str, Any] = msgspec.json.decode(started.settings, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         return Settings(), [f"the recorded settings cannot be read ({error}); the defaults are taken"]
     values: dict[str, Any] = dict(_BEFORE)
     notes: list[str] = []

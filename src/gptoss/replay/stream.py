@@ -18,7 +18,7 @@ import msgspec
 
 from gptoss.actors.decider import Decider, fold, recorded_form
 from gptoss.errors import JournalError
-from gptoss.messages.codec import decode_command
+from gptoss.messages.codec import UNREADABLE, decode_command
 from gptoss.messages.commands import BeginRequest, Command
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.messages.events import (
@@ -150,7 +150,7 @@ class DeciderStream:
     def _compare_state(self, record: Record, event: SnapshotTaken) -> Iterator[Divergence]:
         try:
             recorded = fold(self.decider, self.state, event)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             yield self._error(record.meta, "state", str(error))
             return
         if self.is_known:

@@ -28,6 +28,7 @@ from typing import NamedTuple, Self, cast
 import msgspec
 
 from gptoss.errors import JournalCorrupt, JournalError
+from gptoss.messages.codec import UNREADABLE
 from gptoss.messages.envelope import Family, Stored
 
 MAGIC = b"GPTOSSJ1"
@@ -121,7 +122,7 @@ class Frame(NamedTuple):
         """
         try:
             return _batch_decoder.decode(self.body)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise JournalCorrupt(f"{self.path}: the frame at offset {self.offset} holds no records: {error}") from None
 
 
@@ -285,7 +286,7 @@ class SegmentScan:
             raise JournalCorrupt(f"{self.path}: the header at offset {len(MAGIC)} fails its checksum")
         try:
             header = _header_decoder.decode(body)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise JournalCorrupt(f"{self.path}: the header at offset {len(MAGIC)} is unreadable: {error}") from None
         if header.version != FORMAT_VERSION:
             raise JournalError(
