@@ -21,6 +21,7 @@ from gptoss.engine.model_folder import check_folder
 from gptoss.engine.port import (
     Cancel,
     Drain,
+    DropSession,
     EngineCommand,
     EngineEvent,
     Load,
@@ -47,7 +48,7 @@ class Core(Protocol):
         """Whether a step would do anything."""
         ...
 
-    def handle(self, command: Submit | Cancel | Drain | Snapshot) -> list[EngineEvent]:
+    def handle(self, command: Submit | Cancel | Drain | DropSession | Snapshot) -> list[EngineEvent]:
         """Take a command between two steps."""
         ...
 
