@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +92,36 @@ def test_tables_name_every_stage_and_code() -> None:
         assert word in text
 
 
-@pytest.mark.parametrize("command", ["mailbox", "http"])
-def test_ctrl_c_tells_what_was_done(command: str) -> None:
-    options = ["--rate", "50", "-n", "100000", "-t", "300"]
-    test = subprocess.Popen(
-        [sys.executable, "-m", "gptoss", "bench", command, *options, "--json"], stdout=subprocess.PIPE, text=True
-    )
-    with test:
-        time.sleep(4.0)  # it tells nobody without a terminal that it has begun
+def interrupted(*args: str, once: Callable[[], bool]) -> None:
+    """Give an endless test Ctrl-C once something is so, and look at what it tells."""
+    command = [sys.executable, "-m", "gptoss", "bench", *args, "--rate", "50", "-n", "100000", "-t", "300", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as test:
+        while not once():
+            assert test.poll() is None
+            time.sleep(0.05)
         test.send_signal(signal.SIGINT)
         text, _ = test.communicate(timeout=20)
     assert test.returncode == 130
     found = json.loads(text)
     assert found["ended"] == "interrupted"
     assert 0 < found["completed"] <= found["began"] < 100_000
+
+
+def test_ctrl_c_tells_what_was_done_on_the_mailboxes(tmp_path: Path) -> None:
+    def has_served() -> bool:
+        return any(b"RequestCompleted" in file.read_bytes() for file in (tmp_path / "journal").glob("*control*"))
+
+    interrupted("mailbox", "--data-dir", str(tmp_path), once=has_served)
+
+
+def test_ctrl_c_tells_what_was_done_over_http() -> None:
+    with own_server(FakeShape()) as server:
+
+        def has_served() -> bool:
+            with urllib.request.urlopen(server.url.replace("/v1", "/stats"), timeout=20) as answer:
+                return json.load(answer)["requests"]["completed"] > 20
+
+        interrupted("http", "--url", server.url, once=has_served)
 
 
 @pytest.mark.parametrize(
