@@ -47,13 +47,14 @@ from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin, Record
 from gptoss.surroundings import BYTES_PER_MB, Surroundings, live_surroundings
+from gptoss.telemetry.carried_counters import counters_carried_into
+from gptoss.telemetry.live_views import LiveViews
 from gptoss.telemetry.logs import LogWriter
-from gptoss.telemetry.metrics import Metrics
-from gptoss.telemetry.projection import Projection
+from gptoss.telemetry.observer import Observer
 from gptoss.telemetry.segment_recovery import record_aborted
 from gptoss.telemetry.segments import SegmentJournal
 from gptoss.telemetry.system_snapshot import without_secrets
-from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
+from gptoss.telemetry.telemetry_actor import COUNTERS_STREAM, CatchUp, TelemetryActor
 
 VERSION = importlib.metadata.version("gptoss")
 PACKAGES = ("aiohttp", "jinja2", "msgspec", "pykka", "tokenizers", "torch", "transformers")
@@ -86,8 +87,14 @@ class ServingSystem:
         self.settings = settings or Settings()
         self.surroundings = surroundings or live_surroundings()
         self.clock: Clock = self.surroundings.clock
-        self.projection = Projection(step_timeout_s=self.settings.step_timeout_s)
-        self.metrics = Metrics()
+        self._observer = Observer()
+        self.views = LiveViews(
+            step_timeout_s=self.settings.step_timeout_s,
+            log=log,
+            spans=self._observer.put if self.settings.otlp_endpoint else None,
+        )
+        self.projection = self.views.projection
+        self.metrics = self.views.metrics
         self.directory = Directory()
         self.deciders = deciders_of(self.settings)
         self.journal: Journal
@@ -97,7 +104,6 @@ class ServingSystem:
         self._drivers: DriverFactory = drivers or _own_process
         self._renderer = renderer
         self._model = model
-        self._log = log
         self._draining = False
         self._failure: str | None = None
         self.escalated: str = ""
@@ -117,7 +123,7 @@ class ServingSystem:
         """Open the journal, prepare the model, start every actor. The engines go on loading after this returns.
 
         Raises:
-            ConfigError, ModelLoadError: the model cannot be served.
+            ConfigError, ModelLoadError: the model cannot be served, or traces cannot be sent as asked.
             JournalError: the data folder cannot be used.
         """
         around = self.surroundings
@@ -134,11 +140,14 @@ class ServingSystem:
         await self.system.start()
         self.system.on_escalated(self._note_escalation)
         try:
+            self._observer.open(around.open_span_export(self.settings), around.open_host(self.settings))
+            carried = await asyncio.to_thread(counters_carried_into, self.journal, self.settings.journal_path)
             self._start_telemetry()
             # From the first record on, the projections miss nothing.
             await self.caught_up()
-            self._announce()
+            self._announce(carried)
             self.system.run_task(self._anchor_clock(), name="clock_anchor")
+            self.system.run_task(self._observer.run(self.journal, self.clock), name="observer")
             model = self._model or await self._prepare_model()
             renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)
             self._start_deciders()
@@ -190,6 +199,7 @@ class ServingSystem:
         if hasattr(self, "gateway") and not self._draining:
             await self.drain(0.0)
         await self.system.stop()
+        await self._observer.close(self.journal)
         self.journal.append(ev.NodeStopped(reason="stopped"), Origin(stream="system", actor="app"))
         await asyncio.to_thread(self.journal.close)
 
@@ -237,7 +247,7 @@ class ServingSystem:
     def _start_telemetry(self) -> None:
         def make() -> TelemetryActor:
             return TelemetryActor(
-                journal=self.journal, projection=self.projection, metrics=self.metrics, log_writer=self._log
+                journal=self.journal, views=self.views, saves_counters=isinstance(self.journal, SegmentJournal)
             )
 
         ref = self.system.spawn(make, name="telemetry", supervisor=self.system.root)
@@ -252,7 +262,7 @@ class ServingSystem:
         elif isinstance(event, ev.EngineLoaded):
             self._context_lengths[event.executor] = event.capabilities.max_model_len
 
-    def _announce(self) -> None:
+    def _announce(self, carried: msgspec.Raw | None) -> None:
         origin = Origin(stream="system", actor="app")
         started = ev.NodeStarted(
             version=VERSION,
@@ -264,6 +274,8 @@ class ServingSystem:
             wall_ns=self.clock.wall_ns(),
         )
         self.journal.append(started, origin)
+        if carried is not None:
+            self.journal.append(ev.CountersCarried(state=carried), Origin(stream=COUNTERS_STREAM, actor="app"))
         if isinstance(self.journal, SegmentJournal):
             record_aborted(self.journal, self.journal.recovery.aborted)
 

@@ -20,7 +20,7 @@ from gptoss.telemetry.bundle_order import BundleOrder
 from gptoss.telemetry.bundle_redact import bundle_key
 from gptoss.telemetry.delays import story
 from gptoss.telemetry.event_tail import EventPage, EventQuery, EventTail
-from gptoss.telemetry.metrics import content_type_for
+from gptoss.telemetry.exposition import content_type_for
 from gptoss.telemetry.recording import LiveRecording
 from gptoss.telemetry.request_records import request_records
 from gptoss.telemetry.system_snapshot import system_snapshot

@@ -21,6 +21,7 @@ from gptoss.messages.answer import AnswerShape, Part, TextPart, content_of, join
 from gptoss.messages.commands import AdmissionNote, CancelReason
 from gptoss.messages.model import FinishReason
 from gptoss.messages.sampling import SamplingParams
+from gptoss.messages.trace_context import NO_TRACE, TraceContext
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,6 +124,9 @@ class Generation:
 
     Iterate over it for the deltas. The iteration ends when the request has; a failed or refused request raises its
     ``GptossError`` there. Leaving early needs ``cancel``.
+
+    Attributes:
+        trace: where the request stands in its caller's trace, or in its own.
     """
 
     def __init__(
@@ -133,10 +137,12 @@ class Generation:
         created_s: int,
         on_cancel: Callable[[CancelReason], object],
         on_notice: Callable[[Notice, float], object],
+        trace: TraceContext = NO_TRACE,
     ) -> None:
         self.request_id = request_id
         self.model = model
         self.created_s = created_s
+        self.trace = trace
         self.max_tokens = 0
         self.prompt_tokens = 0
         self.outcome: Outcome | None = None

@@ -102,6 +102,7 @@ class RequestActor(DeciderActor[RequestState]):
     ) -> None:
         super().__init__(services.lifecycle, services.directory)
         self._id = self.about = request_id
+        self.trace = generation.trace
         self._request = request
         self._generation = generation
         self._services = services

@@ -94,6 +94,15 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "log_format": ("", "Log lines for people or for machines; auto: by terminal."),
         "log_level": ("", "The least severe lines that are written."),
     },
+    "Traces": {
+        "otlp_endpoint": ("URL", "Send traces to this OpenTelemetry collector; also OTEL_EXPORTER_OTLP_ENDPOINT."),
+        "otlp_protocol": ("", "How it is spoken to; grpc needs the extra otlp-grpc."),
+        "otlp_service_name": ("NAME", "What it calls this server; also OTEL_SERVICE_NAME."),
+        "trace_errors": ("", "Keep every trace of a request that the server failed."),
+        "trace_cancelled": ("", "Keep every trace of a request that the server gave up."),
+        "trace_slow_s": ("S", "Keep every trace that took longer."),
+        "trace_ratio": ("SHARE", "Keep this share of all others, 0 to 1."),
+    },
 }
 
 
