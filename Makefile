@@ -52,7 +52,7 @@ check: $(INSTALLED) ## formatting, lint, types, layers, dependencies, spelling, 
 	$(BIN)/python tools/dashboard.py --check
 
 check-deploy: $(INSTALLED) $(DEPLOY)/.installed ## what is in deploy/, with the tools that its readers would use
-	GPTOSS_DEPLOY=$(DEPLOY) $(BIN)/python -m pytest tests/deploy $(ARGS)
+	DEPLOY_TOOLS=$(DEPLOY) $(BIN)/python -m pytest tests/deploy $(ARGS)
 
 fmt: $(INSTALLED) ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A copy of a server's journal and node key that stands by itself, made while the server runs or not:
+# A copy of a server's data folder (journal, node key, uploaded files, stored responses) that stands by itself, made while the
+# server runs or not:
 #
 #   backup.sh /var/lib/gptoss /backups/gptoss-2026-05-01
 #
@@ -28,19 +29,26 @@ umask 077
 scratch="$target.part"
 trap 'rm -rf "$scratch"' EXIT
 
-# Retention may unlink a segment between the listing and the copy; then the next listing is without it.
+parts=("$data/journal")
+for part in "$data/node.key" "$data/files"; do
+    if [[ -e "$part" ]]; then parts+=("$part"); fi
+done
+
+# Retention may unlink a segment, or a client a file, between the listing and the copy; then the next listing is without it.
 for attempt in 1 2 3; do
     rm -rf "$scratch"
     mkdir -p "$scratch"
-    if cp -a --reflink=auto "$data/journal" "$scratch/"; then
+    if cp -a --reflink=auto "${parts[@]}" "$scratch/"; then
         break
     elif [[ $attempt -eq 3 ]]; then
-        echo "backup.sh: the journal could not be copied" >&2
+        echo "backup.sh: $data could not be copied" >&2
         exit 1
     fi
 done
-if [[ -e "$data/node.key" ]]; then
-    cp -a "$data/node.key" "$scratch/"
+if [[ -e "$data/responses.sqlite" ]]; then
+    # A database is copied through itself, or what its log holds would be missing.
+    python3 -c 'import sqlite3, sys; sqlite3.connect(sys.argv[1]).backup(sqlite3.connect(sys.argv[2]))' \
+        "$data/responses.sqlite" "$scratch/responses.sqlite"
 fi
 
 if ! "$gptoss" journal verify --data-dir "$scratch"; then

@@ -1,7 +1,7 @@
 """A server that has seen every kind of end, its metrics as Prometheus gets them, and the tools that check files.
 
-``make check-deploy`` installs the tools and says where they are in ``GPTOSS_DEPLOY``; without that, tests that need one
-are left out.
+``make check-deploy`` installs the tools and says where they are in ``DEPLOY_TOOLS``; without that, tests that need one
+are left out. (Its name has no ``GPTOSS_``: that would be a setting to the servers that tests start.)
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from gptoss.engine.port import ChatMessage, RenderedPrompt
 from gptoss.http.server import RunningServer, serve
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, run_until_idle
 
-TOOLS = os.environ.get("GPTOSS_DEPLOY")
+TOOLS = os.environ.get("DEPLOY_TOOLS")
 MODEL = PreparedModel(folder="", model_name=FAKE_MODEL, source="test", max_model_len=4096)
 UNRENDERABLE = "unrenderable"
 

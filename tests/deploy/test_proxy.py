@@ -52,6 +52,9 @@ async def test_streams_pass_as_they_come_and_nothing_but_the_api_does(
         for inside in ("/metrics", "/admin/requests", "/docs", "/", "/stats", "/v1/../metrics"):
             assert (await outside.get(inside)).status == 404
         assert (await outside.post("/v1/chat/completions", data=io.BytesIO(bytes(3 << 20)))).status == 413
+        form = aiohttp.FormData({"purpose": "batch"})
+        form.add_field("file", io.BytesIO(b'{"custom_id": "1"}\n' * 200_000), filename="large.jsonl")
+        assert (await outside.post("/v1/files", data=form)).status == 200
         loop = asyncio.get_running_loop()
         async with outside.post("/v1/chat/completions", json={**STREAM, "max_tokens": TOKENS}) as stream:
             assert stream.status == 200

@@ -28,7 +28,7 @@ from gptoss.serving_context import make_app
 from gptoss.testing import FakeDriver, FakeEngine, FakeOptions, FakeRenderer, FakeSequence
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-NEEDED = "GPTOSS_NEEDS_BROWSER"
+NEEDED = "NEEDS_BROWSER"
 SWITCHES = [
     "--no-sandbox",
     "--disable-gpu",
