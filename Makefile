@@ -92,9 +92,9 @@ $(CLIENTS)/.installed: $(INSTALLED) tests/clients/python.txt tests/clients/litel
 	@$(NPM) install --prefix $(CLIENTS)/js --silent --no-audit --no-fund
 	@touch $@
 
-$(DEPLOY)/.installed: tests/deploy/requirements.txt tests/deploy/install_promtool.sh
+$(DEPLOY)/.installed: tests/deploy/requirements.txt tests/deploy/install_binaries.sh
 	@echo "==> making $(DEPLOY)"
 	@$(PYTHON) -m venv $(DEPLOY)
 	@$(DEPLOY)/bin/pip --disable-pip-version-check install $(QUIET) -r tests/deploy/requirements.txt
-	@tests/deploy/install_promtool.sh $(DEPLOY)/bin
+	@tests/deploy/install_binaries.sh $(DEPLOY)/bin
 	@touch $@

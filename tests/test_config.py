@@ -101,6 +101,27 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         load_settings(environ={}, file=tmp_path / "missing.toml")
 
 
+def test_opentelemetrys_own_variables_count_and_ours_win() -> None:
+    environ = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318",
+        "OTEL_SERVICE_NAME": "theirs",
+        "GPTOSS_OTLP_SERVICE_NAME": "ours",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "",
+    }
+    layered = load_settings(environ=environ)
+    settings = layered.settings
+    assert (settings.otlp_endpoint, settings.otlp_service_name) == ("http://collector:4318", "ours")
+    assert settings.otlp_protocol == "http/protobuf"
+    assert layered.origins["otlp_endpoint"] == "OTEL_EXPORTER_OTLP_ENDPOINT"
+    assert layered.origins["otlp_service_name"] == "GPTOSS_OTLP_SERVICE_NAME"
+
+
+@pytest.mark.parametrize(("name", "value"), [("ENDPOINT", "collector:4318"), ("PROTOCOL", "http/json")])
+def test_a_bad_value_in_opentelemetrys_variables_is_named(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"^OTEL_EXPORTER_OTLP_{name}: otlp_{name.lower()} is '{value}'"):
+        load_settings(environ={f"OTEL_EXPORTER_OTLP_{name}": value})
+
+
 @pytest.mark.parametrize("text", ["1", "true", "YES", " on "])
 def test_words_for_true(text: str) -> None:
     assert load_settings(environ={"GPTOSS_AUTO_PORT": text}).settings.auto_port is True

@@ -1,4 +1,4 @@
-"""Metrics, ``/stats`` and log lines are functions of the journal: folded again from it alone they are what they were live."""
+"""Metrics, traces, ``/stats`` and log lines are functions of the journal: folded again from it alone they are what they were live."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
@@ -7,6 +7,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
 from gptoss.actors.generation import GenerateRequest, Generation
@@ -18,10 +19,14 @@ from gptoss.errors import GptossError
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.messages.sampling import SamplingParams
+from gptoss.surroundings import live_surroundings
 from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.metrics import Metrics
+from gptoss.telemetry.otlp import SpanCounts, SpanExport
 from gptoss.telemetry.projection import Projection
 from gptoss.telemetry.segments import SegmentReader
+from gptoss.telemetry.spans import Span
+from gptoss.telemetry.traces import Traces
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer
 
 MODEL = PreparedModel(folder="", model_name=FAKE_MODEL, source="test", max_model_len=4096)
@@ -42,9 +47,26 @@ class Views(NamedTuple):
     requests: list[dict[str, Any]]
     errors: list[dict[str, Any]]
     log: str
+    spans: list[Span]
 
 
-def views_of(projection: Projection, metrics: Metrics, log: str, *, boot: str, now_ns: int) -> Views:
+class KeptSpans(SpanExport):
+    """Keeps what would be exported."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def put(self, spans: tuple[Span, ...]) -> None:
+        self.spans += spans
+
+    def take_counts(self) -> SpanCounts:
+        return SpanCounts()
+
+    def close(self, timeout_s: float = 0.0) -> None:
+        """Nothing is left to do."""
+
+
+def views_of(projection: Projection, metrics: Metrics, log: str, spans: list[Span], *, boot: str, now_ns: int) -> Views:
     return Views(
         boot=boot,
         pos=projection.newest_pos,
@@ -57,18 +79,21 @@ def views_of(projection: Projection, metrics: Metrics, log: str, *, boot: str, n
         requests=projection.recent_requests(1000),
         errors=projection.recent_errors(),
         log=log,
+        spans=spans,
     )
 
 
 def recomputed(records: Iterable[Record], live: Views) -> Views:
     projection, metrics, log = Projection(), Metrics(), StringIO()
     writer = LogWriter(log, "json", "debug")
+    spans: list[Span] = []
+    traces = Traces(spans.extend)
     for record in records:
         if record.meta.pos > live.pos:
             break
-        for fold in (projection.fold, metrics.fold, writer.fold):
+        for fold in (projection.fold, metrics.fold, writer.fold, traces.fold):
             fold(record)
-    return views_of(projection, metrics, log.getvalue(), boot=live.boot, now_ns=live.now_ns)
+    return views_of(projection, metrics, log.getvalue(), spans, boot=live.boot, now_ns=live.now_ns)
 
 
 @asynccontextmanager
@@ -81,8 +106,15 @@ async def serving(log: StringIO, **settings: Any) -> AsyncGenerator[ServingSyste
         return made[-1]
 
     writer = LogWriter(log, "json", "debug")
-    values = Settings(devices="cpu", max_queue=6, **settings)
-    async with ServingSystem(values, drivers=drivers, renderer=FakeRenderer(), model=MODEL, log=writer) as system:
+    values = Settings(devices="cpu", max_queue=6, otlp_endpoint="http://collector", trace_ratio=0.5, **settings)
+
+    def keep(_: Settings) -> SpanExport:
+        return KeptSpans()
+
+    around = msgspec.structs.replace(live_surroundings(), open_span_export=keep)
+    async with ServingSystem(
+        values, drivers=drivers, renderer=FakeRenderer(), model=MODEL, log=writer, surroundings=around
+    ) as system:
         await system.ready(10.0)
         yield system
 
@@ -113,8 +145,15 @@ async def eventful(system: ServingSystem, log: StringIO) -> Views:
         while system.gateway.running or any(system.system.mailbox_depths().values()):
             await asyncio.sleep(0.01)
     await system.caught_up()
+    kept = system._observer.spans
+    assert isinstance(kept, KeptSpans)
     return views_of(
-        system.projection, system.metrics, log.getvalue(), boot=system.journal.boot, now_ns=system.system.now_ns()
+        system.projection,
+        system.metrics,
+        log.getvalue(),
+        list(kept.spans),
+        boot=system.journal.boot,
+        now_ns=system.system.now_ns(),
     )
 
 
@@ -128,6 +167,12 @@ def check_eventful(live: Views) -> None:
     assert live.stats["telemetry_missed"] == 0
     assert '"request_rejected"' in live.log
     assert b"vllm:time_to_first_token_seconds_count" in live.metrics
+    assert b"trace_id" in live.openmetrics
+    reasons = {
+        span.attributes["gptoss.sampling.reason"] for span in live.spans if "gen_ai.response.id" in span.attributes
+    }
+    assert {"error", "ratio"} <= reasons
+    assert any(span.links for span in live.spans)
 
 
 async def test_views_are_the_same_from_the_journal_in_memory() -> None:
@@ -160,7 +205,7 @@ async def test_a_record_that_is_missing_is_noticed() -> None:
 
 @pytest.mark.parametrize("end", ["live", "stopped"])
 async def test_the_newest_boot_alone_counts(tmp_path: Path, end: str) -> None:
-    """The records of an older boot in front change nothing: a restarted process counts from zero."""
+    """The records of an older boot in front change nothing: what it counted, the newer boot's own records hold."""
     async with serving(StringIO(), data_dir=str(tmp_path)) as system:
         await use(submit(system, 1), cancel=False)
     log = StringIO()
@@ -175,3 +220,26 @@ async def test_the_newest_boot_alone_counts(tmp_path: Path, end: str) -> None:
         again = recomputed((r for r in everything if r.meta.boot != live.boot or r.meta.pos <= live.pos), live)
         assert again.stats == live.stats
         assert again.metrics == live.metrics
+        assert again.spans[-len(live.spans) :] == live.spans
+
+
+def counted(metrics: bytes) -> dict[str, float]:
+    """Every counter that a restart must not lose, by its line."""
+    lines = (line.rpartition(" ") for line in metrics.decode().splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in lines if "_total" in name or "_count" in name}
+
+
+async def test_a_restart_loses_no_counter(tmp_path: Path) -> None:
+    log = StringIO()
+    async with serving(log, data_dir=str(tmp_path)) as system:
+        before = counted((await eventful(system, log)).metrics)
+    log = StringIO()
+    async with serving(log, data_dir=str(tmp_path)) as system:
+        at_start = counted(system.metrics.render()[0])
+        live = await eventful(system, log)
+        after = counted(live.metrics)
+        again = recomputed(system.journal.read(boot=live.boot), live)
+    assert {name: value for name, value in before.items() if at_start.get(name, 0) < value} == {}
+    success = next(name for name in before if name.startswith("vllm:request_success_total") and '"length"' in name)
+    assert after[success] >= before[success] + 5
+    assert again == live

@@ -36,7 +36,7 @@ from gptoss.actors.request import RequestServices
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
 from gptoss.clock import Clock, IdSource
-from gptoss.config import Settings
+from gptoss.config import PROFILES, Settings
 from gptoss.devices import Device, parse_devices
 from gptoss.engine.model_source import PreparedModel, prepare_in_child
 from gptoss.engine.port import DriverFactory, EngineDriver, Load, Renderer
@@ -47,20 +47,19 @@ from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin, Record
 from gptoss.surroundings import BYTES_PER_MB, Surroundings, live_surroundings
+from gptoss.telemetry.carried_counters import counters_carried_into
+from gptoss.telemetry.live_views import LiveViews
 from gptoss.telemetry.logs import LogWriter
-from gptoss.telemetry.metrics import Metrics
-from gptoss.telemetry.projection import Projection
+from gptoss.telemetry.observer import Observer
 from gptoss.telemetry.segment_recovery import record_aborted
 from gptoss.telemetry.segments import SegmentJournal
 from gptoss.telemetry.system_snapshot import without_secrets
-from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
+from gptoss.telemetry.telemetry_actor import COUNTERS_STREAM, CatchUp, TelemetryActor
 
 VERSION = importlib.metadata.version("gptoss")
 PACKAGES = ("aiohttp", "jinja2", "msgspec", "pykka", "tokenizers", "torch", "transformers")
 CATCH_UP_TIMEOUT_S = 5.0
 CLOCK_ANCHOR_PERIOD_S = 60.0
-# A profile's batch and length; the settings override both.
-PROFILES = {"latency_first": (32, 512), "quality_first": (16, 2048)}
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
 
 
@@ -88,8 +87,14 @@ class ServingSystem:
         self.settings = settings or Settings()
         self.surroundings = surroundings or live_surroundings()
         self.clock: Clock = self.surroundings.clock
-        self.projection = Projection(step_timeout_s=self.settings.step_timeout_s)
-        self.metrics = Metrics()
+        self._observer = Observer()
+        self.views = LiveViews(
+            step_timeout_s=self.settings.step_timeout_s,
+            log=log,
+            spans=self._observer.put if self.settings.otlp_endpoint else None,
+        )
+        self.projection = self.views.projection
+        self.metrics = self.views.metrics
         self.directory = Directory()
         self.deciders = deciders_of(self.settings)
         self.journal: Journal
@@ -99,7 +104,6 @@ class ServingSystem:
         self._drivers: DriverFactory = drivers or _own_process
         self._renderer = renderer
         self._model = model
-        self._log = log
         self._draining = False
         self._failure: str | None = None
         self.escalated: str = ""
@@ -119,7 +123,7 @@ class ServingSystem:
         """Open the journal, prepare the model, start every actor. The engines go on loading after this returns.
 
         Raises:
-            ConfigError, ModelLoadError: the model cannot be served.
+            ConfigError, ModelLoadError: the model cannot be served, or traces cannot be sent as asked.
             JournalError: the data folder cannot be used.
         """
         around = self.surroundings
@@ -136,11 +140,14 @@ class ServingSystem:
         await self.system.start()
         self.system.on_escalated(self._note_escalation)
         try:
+            self._observer.open(around.open_span_export(self.settings), around.open_host(self.settings))
+            carried = await asyncio.to_thread(counters_carried_into, self.journal, self.settings.journal_path)
             self._start_telemetry()
             # From the first record on, the projections miss nothing.
             await self.caught_up()
-            self._announce()
+            self._announce(carried)
             self.system.run_task(self._anchor_clock(), name="clock_anchor")
+            self.system.run_task(self._observer.run(self.journal, self.clock), name="observer")
             model = self._model or await self._prepare_model()
             renderer = self._renderer or await asyncio.to_thread(load_renderer, model.folder)
             self._start_deciders()
@@ -192,6 +199,7 @@ class ServingSystem:
         if hasattr(self, "gateway") and not self._draining:
             await self.drain(0.0)
         await self.system.stop()
+        await self._observer.close(self.journal)
         self.journal.append(ev.NodeStopped(reason="stopped"), Origin(stream="system", actor="app"))
         await asyncio.to_thread(self.journal.close)
 
@@ -239,7 +247,7 @@ class ServingSystem:
     def _start_telemetry(self) -> None:
         def make() -> TelemetryActor:
             return TelemetryActor(
-                journal=self.journal, projection=self.projection, metrics=self.metrics, log_writer=self._log
+                journal=self.journal, views=self.views, saves_counters=isinstance(self.journal, SegmentJournal)
             )
 
         ref = self.system.spawn(make, name="telemetry", supervisor=self.system.root)
@@ -254,7 +262,7 @@ class ServingSystem:
         elif isinstance(event, ev.EngineLoaded):
             self._context_lengths[event.executor] = event.capabilities.max_model_len
 
-    def _announce(self) -> None:
+    def _announce(self, carried: msgspec.Raw | None) -> None:
         origin = Origin(stream="system", actor="app")
         started = ev.NodeStarted(
             version=VERSION,
@@ -266,6 +274,8 @@ class ServingSystem:
             wall_ns=self.clock.wall_ns(),
         )
         self.journal.append(started, origin)
+        if carried is not None:
+            self.journal.append(ev.CountersCarried(state=carried), Origin(stream=COUNTERS_STREAM, actor="app"))
         if isinstance(self.journal, SegmentJournal):
             record_aborted(self.journal, self.journal.recovery.aborted)
 
@@ -308,9 +318,9 @@ class ServingSystem:
         return RequestServices(
             lifecycle=self.deciders.lifecycle,
             directory=self.directory,
-            rendering=Rendering(self.system, renderer),
+            rendering=Rendering(self.system, renderer, version=settings.prompt_version),
             served_model=settings.served_model_name or model.model_name,
-            default_max_tokens=PROFILES[settings.profile][1],
+            default_max_tokens=PROFILES[settings.profile].max_tokens,
             request_timeout_s=settings.request_timeout_s,
             hmac_key=self.node_key,
             keep_content=settings.content != "none",
@@ -338,7 +348,7 @@ class ServingSystem:
             model_name=settings.served_model_name or model.model_name,
             device=device.device,
             dtype=settings.dtype,
-            max_batch_size=settings.max_batch_size or PROFILES[settings.profile][0],
+            max_batch_size=settings.max_batch_size or PROFILES[settings.profile].max_batch_size,
             max_model_len=settings.max_model_len,
             kv_budget_bytes=settings.kv_budget_mb * BYTES_PER_MB,
             prefix_cache_bytes=settings.prefix_cache_mb * BYTES_PER_MB,

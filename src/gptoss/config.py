@@ -8,7 +8,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import msgspec
 import platformdirs
@@ -17,6 +17,12 @@ from msgspec import Meta
 from gptoss.errors import ConfigError
 
 ENV_PREFIX = "GPTOSS_"
+OTEL_VARIABLES = {
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "otlp_endpoint",
+    "OTEL_EXPORTER_OTLP_PROTOCOL": "otlp_protocol",
+    "OTEL_SERVICE_NAME": "otlp_service_name",
+}
+"""OpenTelemetry's own names for settings; one of ours for the same setting wins."""
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -25,6 +31,30 @@ CountOrNone = Annotated[int, Meta(ge=-1, le=1_000_000_000_000)]
 CountOrNever = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+HttpUrl = Annotated[str, Meta(pattern=r"^(https?://[^\s/]+\S*)?$")]
+
+ProfileName: TypeAlias = Literal["latency_first", "quality_first"]
+PromptVersion: TypeAlias = Literal["SYS/v1", "SYS/v2"]
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """Defaults that go together; settings and requests override each of them.
+
+    Attributes:
+        max_batch_size: requests that run at once on each executor.
+        max_tokens: of an answer to a request that names no length.
+        temperature: of a request that names none.
+    """
+
+    max_batch_size: int
+    max_tokens: int
+    temperature: float
+
+
+PROFILES: dict[str, Profile] = {
+    "latency_first": Profile(max_batch_size=32, max_tokens=512, temperature=0.7),
+    "quality_first": Profile(max_batch_size=16, max_tokens=2048, temperature=0.8),
+}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,6 +71,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         quantization: ``int8`` or ``int4`` packs weights, with the CPU kernels; see docs/performance.md for what it costs.
         num_threads: threads of each CPU executor.
         profile: ``latency_first`` or ``quality_first``; sets the defaults for batch, tokens and temperature.
+        prompt_version: ``SYS/v1`` renders conversations as they come; ``SYS/v2`` gives one without a system message its own.
         max_batch_size, max_model_len, kv_budget_mb: limits of each executor.
         kv_layout: ``slots``, contiguous for each request, or ``paged``, from one pool; ``auto`` is slots on a CPU.
         prefix_cache_mb: the part of its KV memory that cached prefixes may take while no request needs it; -1 is none.
@@ -65,6 +96,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         batch_concurrency: items of batches that run at once, behind everything else.
         file_limit_mb: largest uploaded file; ``files_limit_mb`` bounds all files together.
         log_format: ``console``, ``json``, or ``auto`` by terminal.
+        otlp_endpoint: base URL of an OpenTelemetry collector; empty exports no traces. ``otlp_protocol`` is how it is
+            spoken to, ``otlp_service_name`` what it calls this server.
+        trace_errors, trace_cancelled: keep every trace of a request that the server failed, or gave up.
+        trace_slow_s: keep every trace that took longer; ``trace_ratio``: keep this share of all others.
     """
 
     model: str = "demo"
@@ -80,7 +115,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["none", "int8", "int4"] = "none"
     num_threads: CountOrAuto = 0
-    profile: Literal["latency_first", "quality_first"] = "latency_first"
+    profile: ProfileName = "latency_first"
+    prompt_version: PromptVersion = "SYS/v1"
     max_batch_size: CountOrAuto = 0
     max_model_len: CountOrAuto = 0
     kv_budget_mb: CountOrAuto = 0
@@ -116,6 +152,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files_limit_mb: Count = 2048
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp_endpoint: HttpUrl = ""
+    otlp_protocol: Literal["http/protobuf", "grpc"] = "http/protobuf"
+    otlp_service_name: str = "gptoss"
+    trace_errors: bool = True
+    trace_cancelled: bool = True
+    trace_slow_s: Seconds = 10.0
+    trace_ratio: Share = 0.03
 
     @property
     def data_path(self) -> Path:
@@ -143,7 +186,7 @@ class Layered(msgspec.Struct, frozen=True):
 def load_settings(
     flags: Mapping[str, Any] | None = None, *, environ: Mapping[str, str] | None = None, file: Path | None = None
 ) -> Layered:
-    """Merge the layers: flags over environment (``GPTOSS_*``) over the TOML file over defaults.
+    """Merge the layers: flags over environment (``GPTOSS_*``, then ``OTEL_*``) over the TOML file over defaults.
 
     Args:
         flags: values given on the command line, by setting name; None values count as not given.
@@ -157,6 +200,8 @@ def load_settings(
     layers: list[tuple[str, dict[str, Any]]] = []
     if file is not None:
         layers.append((str(file), _read_toml(file)))
+    otel = {name: value for key, name in OTEL_VARIABLES.items() if (value := variables.get(key))}
+    layers.append(("otel", otel))
     prefixed = {key: value for key, value in variables.items() if key.startswith(ENV_PREFIX)}
     layers.append(("environment", {key.removeprefix(ENV_PREFIX).lower(): value for key, value in prefixed.items()}))
     layers.append(("flag", {key: value for key, value in (flags or {}).items() if value is not None}))
@@ -177,6 +222,8 @@ def load_settings(
 def _origin(layer: str, key: str) -> str:
     if layer == "environment":
         return f"{ENV_PREFIX}{key.upper()}"
+    if layer == "otel":
+        return next(variable for variable, name in OTEL_VARIABLES.items() if name == key)
     if layer == "flag":
         return f"--{key.replace('_', '-')}"
     return layer

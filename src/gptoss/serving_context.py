@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gptoss.app import VERSION, ServingSystem
 from gptoss.clock import NS_PER_S
+from gptoss.config import PROFILES
 from gptoss.errors import JournalError, Overloaded, RequestNotFound
 from gptoss.http.context import EventAsk, HttpContext, MadeBundle
 from gptoss.http.routes import make_app as make_http_app
@@ -19,14 +20,13 @@ from gptoss.telemetry.bundle_order import BundleOrder
 from gptoss.telemetry.bundle_redact import bundle_key
 from gptoss.telemetry.delays import story
 from gptoss.telemetry.event_tail import EventPage, EventQuery, EventTail
-from gptoss.telemetry.metrics import content_type_for
+from gptoss.telemetry.exposition import content_type_for
 from gptoss.telemetry.recording import LiveRecording
 from gptoss.telemetry.request_records import request_records
 from gptoss.telemetry.system_snapshot import system_snapshot
 
 FOLLOWERS_MAX = 16
 FOLLOW_EVERY_S = 0.1
-PROFILE_TEMPERATURES = {"latency_first": 0.7, "quality_first": 0.8}
 
 
 class EventPages:
@@ -160,7 +160,7 @@ def http_context(serving: ServingSystem) -> HttpContext:
         open_batches=serving.open_batches,
         data_folder=serving.settings.data_path if serving.settings.journal == "segments" else None,
         ids=serving.surroundings.ids,
-        default_temperature=PROFILE_TEMPERATURES[serving.settings.profile],
+        default_temperature=PROFILES[serving.settings.profile].temperature,
     )
 
 

@@ -9,7 +9,9 @@ from gptoss.actors.dispatcher import Dispatcher, LiveDispatcher
 from gptoss.actors.journal import Journal
 from gptoss.clock import Clock, IdSource, Rng, SystemClock, SystemIds, SystemRng
 from gptoss.config import Settings
+from gptoss.telemetry.host import HostReader
 from gptoss.telemetry.memory_journal import MemoryJournal
+from gptoss.telemetry.otlp import SpanExport, open_span_export
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
 
 BYTES_PER_MB = 1024 * 1024
@@ -21,6 +23,8 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         open_journal: opens the journal that the settings ask for, for a boot of this name.
         dispatcher: chooses which actor goes next, and says whether threaded actors have threads.
+        open_span_export: the way out for traces that the settings ask for, None for none.
+        open_host: reads the machine; None where there is none to read.
     """
 
     clock: Clock
@@ -28,6 +32,8 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     rng: Rng
     dispatcher: Dispatcher
     open_journal: Callable[[Settings, str, Clock], Journal]
+    open_span_export: Callable[[Settings], SpanExport | None] = lambda _: None
+    open_host: Callable[[Settings], HostReader | None] = lambda _: None
 
 
 def live_surroundings() -> Surroundings:
@@ -38,6 +44,8 @@ def live_surroundings() -> Surroundings:
         rng=SystemRng(),
         dispatcher=LiveDispatcher(),
         open_journal=_open_journal,
+        open_span_export=open_span_export,
+        open_host=lambda settings: HostReader(settings.data_path),
     )
 
 

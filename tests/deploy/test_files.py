@@ -263,13 +263,3 @@ def test_yaml_has_no_lint(tool: Tool) -> None:
     folders = ("compose", "grafana", "kubernetes", "otel", "prometheus", "helm/gptoss/ci")
     files = [*(DEPLOY / folder for folder in folders), CHART / "values.yaml", CHART / "Chart.yaml"]
     run(tool("yamllint"), "--strict", "--config-data", rules, *files)
-
-
-def test_the_reverse_proxy_is_one_that_nginx_takes(tool: Tool, tmp_path: Path) -> None:
-    nginx = tool("nginx")
-    text = (DEPLOY / "nginx" / "gptoss.conf").read_text(encoding="utf-8")
-    for old, new in (("443 ssl", "8443"), ("    ssl_certificate ", "    # "), ("    ssl_certificate_key", "    #")):
-        text = text.replace(old, new)
-    whole = f"pid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\nhttp {{\naccess_log off;\n{text}\n}}\n"
-    (tmp_path / "nginx.conf").write_text(whole, encoding="utf-8")
-    run(nginx, "-t", "-e", "stderr", "-p", tmp_path, "-c", tmp_path / "nginx.conf")

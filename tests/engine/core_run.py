@@ -12,6 +12,7 @@ from gptoss.engine.load import LoadedModel
 from gptoss.engine.port import (
     Cancel,
     Drain,
+    DropSession,
     EngineEvent,
     Failed,
     Finished,
@@ -50,7 +51,7 @@ class Run:
         )
         self.events: list[EngineEvent] = []
 
-    def handle(self, *commands: Submit | Cancel | Drain | Snapshot) -> None:
+    def handle(self, *commands: Submit | Cancel | Drain | DropSession | Snapshot) -> None:
         for command in commands:
             self.events += self.core.handle(command)
 

@@ -90,7 +90,8 @@ class FakeGateway:
         task.add_done_callback(self._tasks.discard)
         return generation
 
-    def reject(self, error: GptossError, *, endpoint: str, request_id: str = "") -> str:
+    def reject(self, error: GptossError, *, endpoint: str, request_id: str = "", traceparent: str = "") -> str:
+        del traceparent
         name = self.name_request(request_id)
         self.rejected.append((error.code, endpoint, name))
         return name

@@ -128,7 +128,8 @@ class Chromium:
 
     async def page(self, stage: Stage, path: str = "/", **options: Any) -> Page:
         """A page of the server, loaded."""
-        context = await self._browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        chosen: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}, **options}
+        context = await self._browser.new_context(**chosen)
         self.contexts.append(context)
         await context.add_init_script(_VIOLATIONS)
         page = await context.new_page()
@@ -188,9 +189,11 @@ async def open_stage(chromium: Chromium) -> AsyncIterator[Open]:
         async def start(*, options: FakeOptions = QUICK, driver: Any = None, **settings: Any) -> Stage:
             talk = Talk()
             made = driver or TalkingDriver(talk, options)
-            chosen = Settings(**{"journal": "memory", "devices": "cpu", "served_model_name": "talker", **settings})
+            chosen: dict[str, Any] = {"journal": "memory", "devices": "cpu", "served_model_name": "talker", **settings}
             model = PreparedModel(folder="", model_name="talker", source="test", max_model_len=4096)
-            serving = ServingSystem(chosen, drivers=lambda _: made, renderer=ThinkingRenderer(), model=model)
+            serving = ServingSystem(
+                Settings(**chosen), drivers=lambda _: made, renderer=ThinkingRenderer(), model=model
+            )
             await stack.enter_async_context(serving)
             if driver is None:
                 await serving.ready(10.0)

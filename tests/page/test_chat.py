@@ -2,12 +2,15 @@
 
 import asyncio
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from playwright.async_api import Page, expect
 
 from gptoss.testing import FakeOptions
+
+if TYPE_CHECKING:
+    from page.conftest import Chromium, Open, Stage
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -24,7 +27,12 @@ async def ended(page: Page, count: int = 1) -> None:
     await expect(page.locator(".turn.assistant:not([aria-busy]) .facts .row")).to_have_count(count)
 
 
-async def test_an_answer_streams_as_markdown_with_what_it_took(stage: Any, chromium: Any) -> None:
+async def request_id(page: Page) -> str:
+    """The id below the answer."""
+    return await page.locator(".facts .id").inner_text()
+
+
+async def test_an_answer_streams_as_markdown_with_what_it_took(stage: "Stage", chromium: "Chromium") -> None:
     stage.talk.says = ANSWER
     page = await chromium.page(stage)
     await send(page, "Show me")
@@ -40,12 +48,13 @@ async def test_an_answer_streams_as_markdown_with_what_it_took(stage: Any, chrom
     await expect(facts).to_contain_text("tokens/s")
     await expect(facts).to_contain_text("first after")
     await expect(facts).to_contain_text("0 of 2 prompt tokens cached")
-    request_id = await facts.locator(".id").text_content()
-    assert stage.serving.projection.request(request_id)["state"] == "completed"
+    row = stage.serving.projection.request(await request_id(page))
+    assert row is not None
+    assert row["state"] == "completed"
     await expect(page.locator("#spoken")).to_contain_text("End of the answer.")
 
 
-async def test_text_is_there_before_the_answer_is_whole(stage: Any, chromium: Any) -> None:
+async def test_text_is_there_before_the_answer_is_whole(stage: "Stage", chromium: "Chromium") -> None:
     stage.talk.says = None
     page = await chromium.page(stage)
     await send(page, "Go on")
@@ -55,7 +64,7 @@ async def test_text_is_there_before_the_answer_is_whole(stage: Any, chromium: An
 
 
 @pytest.mark.parametrize("by_key", [False, True], ids=["button", "escape"])
-async def test_stop_cancels_the_request_and_keeps_its_text(stage: Any, chromium: Any, by_key: bool) -> None:
+async def test_stop_cancels_the_request_and_keeps_its_text(stage: "Stage", chromium: "Chromium", by_key: bool) -> None:
     stage.talk.says = None
     page = await chromium.page(stage)
     await send(page, "Go on")
@@ -72,7 +81,7 @@ async def test_stop_cancels_the_request_and_keeps_its_text(stage: Any, chromium:
     await expect(page.get_by_label("Message")).to_be_focused()
 
 
-async def test_thoughts_stand_apart_and_fold(stage: Any, chromium: Any) -> None:
+async def test_thoughts_stand_apart_and_fold(stage: "Stage", chromium: "Chromium") -> None:
     stage.talk.says = "<think> The user greets me. </think> Good morning."
     page = await chromium.page(stage)
     await send(page, "Hello")
@@ -86,7 +95,7 @@ async def test_thoughts_stand_apart_and_fold(stage: Any, chromium: Any) -> None:
     await expect(page.locator(".facts")).to_contain_text("of them thoughts")
 
 
-async def test_earlier_turns_and_settings_go_along(stage: Any, chromium: Any) -> None:
+async def test_earlier_turns_and_settings_go_along(stage: "Stage", chromium: "Chromium") -> None:
     page = await chromium.page(stage)
     bodies: list[Any] = []
     page.on("request", lambda sent: bodies.append(sent.post_data_json) if sent.method == "POST" else None)
@@ -121,7 +130,7 @@ async def test_earlier_turns_and_settings_go_along(stage: Any, chromium: Any) ->
     await expect(page.locator(".turn")).to_have_count(0)
 
 
-async def test_the_last_answer_can_be_asked_for_again(stage: Any, chromium: Any) -> None:
+async def test_the_last_answer_can_be_asked_for_again(stage: "Stage", chromium: "Chromium") -> None:
     page = await chromium.page(stage)
     await send(page, "One")
     await ended(page)
@@ -131,7 +140,7 @@ async def test_the_last_answer_can_be_asked_for_again(stage: Any, chromium: Any)
     await expect(page.locator(".turn.user")).to_have_count(1)
 
 
-async def test_a_refusal_is_told_in_the_servers_words(stage: Any, chromium: Any) -> None:
+async def test_a_refusal_is_told_in_the_servers_words(stage: "Stage", chromium: "Chromium") -> None:
     stage.allowed = ["status of 400"]
     page = await chromium.page(stage)
     await page.get_by_role("button", name="Settings").click()
@@ -144,7 +153,9 @@ async def test_a_refusal_is_told_in_the_servers_words(stage: Any, chromium: Any)
     await expect(trouble).to_contain_text(f"400 · {said['code']}")
 
 
-async def test_too_many_requests_tell_when_to_come_back_and_a_click_comes_back(open_stage: Any, chromium: Any) -> None:
+async def test_too_many_requests_tell_when_to_come_back_and_a_click_comes_back(
+    open_stage: "Open", chromium: "Chromium"
+) -> None:
     stage = await open_stage(options=FakeOptions(step_s=0.004, max_batch_size=1), max_queue=1)
     stage.allowed = ["status of 429"]
     stage.talk.says = None
@@ -173,7 +184,7 @@ ATTACK = (
 )
 
 
-async def test_markup_in_an_answer_and_a_question_stays_text(stage: Any, chromium: Any) -> None:
+async def test_markup_in_an_answer_and_a_question_stays_text(stage: "Stage", chromium: "Chromium") -> None:
     stage.talk.says = f"<think> {ATTACK} </think> {ATTACK}"
     page = await chromium.page(stage)
     asked: list[str] = []
@@ -192,7 +203,7 @@ async def test_markup_in_an_answer_and_a_question_stays_text(stage: Any, chromiu
     assert all(url.startswith(stage.server.url) for url in asked)
 
 
-async def test_names_that_a_server_or_a_client_chose_stay_text(open_stage: Any, chromium: Any) -> None:
+async def test_names_that_a_server_or_a_client_chose_stay_text(open_stage: "Open", chromium: "Chromium") -> None:
     name = "<img src=x onerror=window.pwned=1>"
     stage = await open_stage(served_model_name=name)
     await stage.ask("bad-model", model="<script>window.pwned=1</script>")
@@ -207,27 +218,27 @@ async def test_names_that_a_server_or_a_client_chose_stay_text(open_stage: Any, 
     assert await page.evaluate("window.pwned") is None
 
 
-async def test_an_answer_opens_what_happened_and_gives_its_bundle(stage: Any, chromium: Any) -> None:
+async def test_an_answer_opens_what_happened_and_gives_its_bundle(stage: "Stage", chromium: "Chromium") -> None:
     page = await chromium.page(stage)
     await send(page, "One")
     await ended(page)
-    request_id = await page.locator(".facts .id").text_content()
+    name = await request_id(page)
     await page.get_by_role("button", name="What happened").click()
     dialog = page.get_by_role("dialog")
-    await expect(dialog.locator("h2")).to_have_text(request_id)
+    await expect(dialog.locator("h2")).to_have_text(name)
     for phase in ("rendered", "prefill", "decode", "completed"):
         await expect(dialog.locator(".waterfall th", has_text=re.compile(f"^{phase}$"))).to_be_visible()
     await expect(dialog).to_contain_text("The steps it shared")
     async with page.expect_download() as download:
         await dialog.get_by_role("link", name="Download the bundle").click()
     found = await download.value
-    assert found.suggested_filename == f"gptoss-{request_id}.zip"
+    assert found.suggested_filename == f"gptoss-{name}.zip"
     assert (await found.path()).read_bytes().startswith(b"PK")
     await page.go_back()
     await expect(dialog).to_be_hidden()
 
 
-async def test_a_request_that_waits_in_the_queue_can_be_stopped(open_stage: Any, chromium: Any) -> None:
+async def test_a_request_that_waits_in_the_queue_can_be_stopped(open_stage: "Open", chromium: "Chromium") -> None:
     stage = await open_stage(options=FakeOptions(step_s=0.004, max_batch_size=1))
     stage.talk.says = None
     page = await chromium.page(stage)
@@ -248,7 +259,9 @@ async def test_a_request_that_waits_in_the_queue_can_be_stopped(open_stage: Any,
     assert (mine["state"], mine["outcome"]) == ("cancelled", "client")
 
 
-async def test_an_engine_that_fails_half_way_is_told_with_what_it_said(open_stage: Any, chromium: Any) -> None:
+async def test_an_engine_that_fails_half_way_is_told_with_what_it_said(
+    open_stage: "Open", chromium: "Chromium"
+) -> None:
     stage = await open_stage(options=FakeOptions(step_s=0.01), request_timeout_s=1.0)
     stage.talk.says = None
     page = await chromium.page(stage)
@@ -260,7 +273,7 @@ async def test_an_engine_that_fails_half_way_is_told_with_what_it_said(open_stag
 
 
 async def test_a_connection_that_breaks_is_told_and_the_answer_can_be_asked_for_again(
-    open_stage: Any, chromium: Any
+    open_stage: "Open", chromium: "Chromium"
 ) -> None:
     stage = await open_stage()
     stage.allowed = ["ERR_"]

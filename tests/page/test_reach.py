@@ -1,7 +1,7 @@
 """The page for everybody: by keyboard alone, in the dark, on a narrow screen, without JavaScript, under a prefix."""
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
@@ -9,6 +9,9 @@ from playwright.async_api import Page, expect
 
 from gptoss.http.server import serve
 from gptoss.serving_context import make_app
+
+if TYPE_CHECKING:
+    from page.conftest import Chromium, Stage
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -51,7 +54,7 @@ async def picture(page: Page, pictures: Any, name: str) -> None:
         await page.screenshot(path=pictures / f"{name}.png")
 
 
-async def busy(stage: Any) -> None:
+async def busy(stage: "Stage") -> None:
     """A server that has something to show."""
     stage.talk.says = (
         "<think> Words, as they come. </think> Here are **some** words.\n\n```sh\nls -l\n```\n\n" + "word " * 30
@@ -80,7 +83,7 @@ async def focus_of(page: Page) -> dict[str, Any]:
     )
 
 
-async def test_everything_can_be_done_by_keyboard_and_the_focus_is_seen(stage: Any, chromium: Any) -> None:
+async def test_everything_can_be_done_by_keyboard_and_the_focus_is_seen(stage: "Stage", chromium: "Chromium") -> None:
     page = await chromium.page(stage)
     order: list[str] = []
     for _ in range(10):
@@ -110,7 +113,7 @@ async def test_everything_can_be_done_by_keyboard_and_the_focus_is_seen(stage: A
     assert (await focus_of(page))["name"] == "What happened"
 
 
-async def test_the_server_view_can_be_walked_by_keyboard(stage: Any, chromium: Any) -> None:
+async def test_the_server_view_can_be_walked_by_keyboard(stage: "Stage", chromium: "Chromium") -> None:
     await busy(stage)
     page = await chromium.page(stage, "/#server")
     await expect(page.locator("#requests tr")).to_have_count(9)
@@ -132,7 +135,9 @@ async def test_the_server_view_can_be_walked_by_keyboard(stage: Any, chromium: A
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(1280, 800), (360, 740)], ids=["wide", "phone"])
-async def test_all_text_can_be_read(stage: Any, chromium: Any, pictures: Any, scheme: str, size: Any) -> None:
+async def test_all_text_can_be_read(
+    stage: "Stage", chromium: "Chromium", pictures: Any, scheme: str, size: Any
+) -> None:
     await busy(stage)
     width, height = size
     page = await chromium.page(stage, color_scheme=scheme, viewport={"width": width, "height": height})
@@ -167,13 +172,13 @@ async def test_all_text_can_be_read(stage: Any, chromium: Any, pictures: Any, sc
     assert not seen, "\n".join(seen)
 
 
-async def test_who_wants_no_motion_gets_none(stage: Any, chromium: Any) -> None:
+async def test_who_wants_no_motion_gets_none(stage: "Stage", chromium: "Chromium") -> None:
     page = await chromium.page(stage, reduced_motion="reduce")
     await answered(page)
     assert await page.evaluate("document.getAnimations().length") == 0
 
 
-async def test_without_javascript_the_page_says_how_to_call_the_server(stage: Any, chromium: Any) -> None:
+async def test_without_javascript_the_page_says_how_to_call_the_server(stage: "Stage", chromium: "Chromium") -> None:
     page = await chromium.page(stage, java_script_enabled=False)
     await expect(page.get_by_role("heading", name="Use the API")).to_be_visible()
     await expect(page.locator("pre").first).to_contain_text(f"curl {stage.server.url}/v1/chat/completions")
@@ -182,7 +187,7 @@ async def test_without_javascript_the_page_says_how_to_call_the_server(stage: An
     await expect(page.locator("#status")).to_have_text("ready")
 
 
-async def test_the_page_works_under_an_embedders_prefix(stage: Any, chromium: Any) -> None:
+async def test_the_page_works_under_an_embedders_prefix(stage: "Stage", chromium: "Chromium") -> None:
     parent = web.Application()
     parent.add_subapp("/some/llm", make_app(stage.serving))
     inner, stage.server = stage.server, await serve(parent, "127.0.0.1", 0)

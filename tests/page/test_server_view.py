@@ -4,7 +4,7 @@ import asyncio
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 from playwright.async_api import expect
@@ -14,10 +14,13 @@ from gptoss.http.server import serve
 from gptoss.serving_context import make_app
 from gptoss.testing import FakeDriver, FakeOptions
 
+if TYPE_CHECKING:
+    from page.conftest import Chromium, Open, Stage
+
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def test_the_view_follows_the_server(stage: Any, chromium: Any) -> None:
+async def test_the_view_follows_the_server(stage: "Stage", chromium: "Chromium") -> None:
     page = await chromium.page(stage, "/#server")
     await expect(page.locator("#requests-empty")).to_have_text("No request yet. The first one will stand here.")
     await expect(page.locator("#executors tr")).to_have_count(1)
@@ -37,7 +40,9 @@ async def test_the_view_follows_the_server(stage: Any, chromium: Any) -> None:
     )
 
 
-async def test_a_click_on_a_request_opens_its_waterfall_and_gives_its_bundle(stage: Any, chromium: Any) -> None:
+async def test_a_click_on_a_request_opens_its_waterfall_and_gives_its_bundle(
+    stage: "Stage", chromium: "Chromium"
+) -> None:
     stage.talk.says = "word " * 20
     await asyncio.gather(*(stage.ask(f"night-{n}") for n in range(3)))
     page = await chromium.page(stage, "/#server")
@@ -53,7 +58,7 @@ async def test_a_click_on_a_request_opens_its_waterfall_and_gives_its_bundle(sta
     assert page.url.endswith("#server")
 
 
-async def test_a_story_of_a_request_that_runs_goes_on(stage: Any, chromium: Any) -> None:
+async def test_a_story_of_a_request_that_runs_goes_on(stage: "Stage", chromium: "Chromium") -> None:
     stage.talk.says = None
     running = asyncio.create_task(stage.ask("endless", max_tokens=3000))
     page = await chromium.page(stage, "/#server")
@@ -65,7 +70,7 @@ async def test_a_story_of_a_request_that_runs_goes_on(stage: Any, chromium: Any)
     await running
 
 
-async def test_requests_can_be_filtered(stage: Any, chromium: Any) -> None:
+async def test_requests_can_be_filtered(stage: "Stage", chromium: "Chromium") -> None:
     await stage.ask("fine")
     await stage.ask("wrong", model="nobody")
     page = await chromium.page(stage, "/#server")
@@ -77,13 +82,13 @@ async def test_requests_can_be_filtered(stage: Any, chromium: Any) -> None:
     await expect(page.locator("#requests-empty")).to_have_text("None of the newest requests.")
 
 
-async def test_a_request_that_nobody_knows_is_told_so(stage: Any, chromium: Any) -> None:
+async def test_a_request_that_nobody_knows_is_told_so(stage: "Stage", chromium: "Chromium") -> None:
     stage.allowed = ["status of 404"]
     page = await chromium.page(stage, "/#server/nobody")
     await expect(page.locator("#story .trouble")).to_have_text("no request has the id 'nobody'")
 
 
-async def test_a_hidden_tab_asks_nothing(stage: Any, chromium: Any) -> None:
+async def test_a_hidden_tab_asks_nothing(stage: "Stage", chromium: "Chromium") -> None:
     page = await chromium.page(stage, "/#server")
     asked: list[str] = []
     page.on("request", lambda sent: asked.append(sent.url))
@@ -119,7 +124,7 @@ class SlowDriver(FakeDriver):
         threading.Thread(target=wait, daemon=True).start()
 
 
-async def test_while_the_model_loads_the_page_says_how_far_it_is(open_stage: Any, chromium: Any) -> None:
+async def test_while_the_model_loads_the_page_says_how_far_it_is(open_stage: "Open", chromium: "Chromium") -> None:
     driver = SlowDriver()
     stage = await open_stage(driver=driver)
     page = await chromium.page(stage)
@@ -133,7 +138,7 @@ async def test_while_the_model_loads_the_page_says_how_far_it_is(open_stage: Any
     await expect(page.get_by_label("Message")).to_have_value("Already written")
 
 
-async def test_a_server_that_is_gone_is_told_of_and_so_is_its_return(stage: Any, chromium: Any) -> None:
+async def test_a_server_that_is_gone_is_told_of_and_so_is_its_return(stage: "Stage", chromium: "Chromium") -> None:
     stage.allowed = ["ERR_CONNECTION_REFUSED", "ERR_EMPTY_RESPONSE", "ERR_CONNECTION_RESET"]
     page = await chromium.page(stage, "/#server")
     await expect(page.locator("#executors tr")).to_have_count(1)
@@ -144,3 +149,21 @@ async def test_a_server_that_is_gone_is_told_of_and_so_is_its_return(stage: Any,
     stage.server = await serve(make_app(stage.serving), "127.0.0.1", stage.server.port)
     await expect(page.locator("#status")).to_have_text("ready")
     await expect(page.locator("#banner")).to_be_hidden()
+
+
+async def test_who_delayed_a_request_can_be_looked_at_next(open_stage: "Open", chromium: "Chromium") -> None:
+    stage = await open_stage(options=FakeOptions(step_s=0.004, max_batch_size=1))
+    stage.talk.says = "word " * 60
+    first = asyncio.create_task(stage.ask("first"))
+    while not stage.serving.projection.stats()["running"]:
+        await asyncio.sleep(0.01)
+    await stage.ask("second")
+    await first
+    page = await chromium.page(stage, "/#server/second")
+    dialog = page.get_by_role("dialog")
+    await expect(dialog).to_contain_text("waited in the queue for first")
+    await dialog.get_by_role("link", name="first").click()
+    await expect(dialog.locator("h2")).to_have_text("first")
+    await expect(dialog).to_contain_text("Nothing that cost half a percent of its time.")
+    await page.go_back()
+    await expect(dialog.locator("h2")).to_have_text("second")

@@ -205,3 +205,38 @@ def test_an_effect_that_is_not_there_is_left_out() -> None:
     assert cost.decode_row_ms == pytest.approx(0.0, abs=1e-6)
     assert cost.base_ms == pytest.approx(5.0, rel=1e-3)
     assert StepCosts().learn() is None
+
+
+def test_an_older_recording_shows_what_the_newer_rules_would_have_done() -> None:
+    with BundleReader(bundles_folder() / "shrunk.gptoss.zip") as bundle:
+        same = what_if(bundle, {"max_queue": 511})
+        newer = what_if(bundle, {"policy_version": 2})
+    assert same.first is None
+    assert newer.changes == {"policy_version": (1, 2)}
+    assert newer.first is not None
+    assert newer.first.type == "MemoryRequested"
+    assert {field.field for field in newer.first.fields} >= {"ask.tenant"} or newer.first.fields
+
+
+async def turns(system: ServingSystem) -> None:
+    """Four sessions of two turns each, one after the other."""
+    for turn in range(2):
+        for number in range(4):
+            asked = msgspec.structs.replace(request(4 + 8 * turn, max_tokens=6, seed=number), session_id=f"s{number}")
+            await all_of(system, asked)
+
+
+def test_other_limits_of_sessions_and_pressure_are_tried_on_a_recording() -> None:
+    drivers = fakes(FakeOptions(step_s=0.001, kv_budget_bytes=400, prefix_cache_bytes=400))
+    recording = asyncio.run(record(turns, drivers=drivers))
+    unchanged = what_if(recording, {"session_idle_s": 170.0})
+    assert unchanged.first is None, "nobody was idle for so long"
+    fewer = what_if(recording, {"session_kv_mb": 0})
+    assert fewer.first is not None
+    assert fewer.first.type == "SessionEvicted"
+    sooner = what_if(recording, {"pressure_evict": 0.05})
+    assert sooner.first is not None
+    assert (sooner.first.type, sooner.first.decider) == ("SessionEvicted", "memory")
+    cautious = what_if(recording, {"pressure_queue": 0.01})
+    assert cautious.first is not None
+    assert cautious.first.decider == "admission"

@@ -8,12 +8,15 @@ from gptoss.actors import kernel
 from gptoss.actors.admission import Admission
 from gptoss.actors.admission_state import AdmissionState
 from gptoss.actors.executor import ExecutorActor
+from gptoss.actors.fair_line import FairLine
 from gptoss.actors.inbox import DATA, Inbox, Lane, Letter
 from gptoss.actors.kernel import Kernel
 from gptoss.actors.lifecycle import Lifecycle, RequestState
+from gptoss.actors.memory_guard import MemoryGuard
 from gptoss.actors.memory_state import GuardState
 from gptoss.actors.request import RequestActor
 from gptoss.actors.router import Router, RouterState
+from gptoss.actors.sessions import SessionBook
 from gptoss.actors.system import Timer
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
@@ -253,6 +256,61 @@ def text_in_a_failure() -> Any:
     return mock.patch.object(kernel, "describe", wrong)
 
 
+def tenant_that_is_not_charged() -> Any:
+    """What a tenant is given does not count: one that floods the line gets all of it."""
+
+    def make(_: Any) -> Any:
+        def wrong(self: FairLine, *_: Any) -> FairLine:
+            return self
+
+        return wrong
+
+    return patched(FairLine, "charge", make)
+
+
+def session_given_up_in_use() -> Any:
+    """A session counts as idle although a request of it runs."""
+
+    def make(_: Any) -> Any:
+        def wrong(self: SessionBook, name: str) -> SessionBook:
+            return self
+
+        return wrong
+
+    return patched(SessionBook, "enter", make)
+
+
+def session_that_its_engine_keeps() -> Any:
+    """The engine is not told that a session was given up."""
+
+    def make(tells: Any) -> Any:
+        def wrong(self: MemoryGuard, state: GuardState, event: Event, now_ns: int) -> Any:
+            return [] if isinstance(event, ev.SessionEvicted) else tells(self, state, event, now_ns)
+
+        return wrong
+
+    return patched(MemoryGuard, "tells", make)
+
+
+def session_that_never_ends() -> Any:
+    """Nobody looks for sessions that are idle for too long."""
+    return patched(MemoryGuard, "has_overdue", returns(False))
+
+
+def refused_for_pressure() -> Any:
+    """Who would have to wait under pressure is refused instead."""
+
+    def make(hopeless: Any) -> Any:
+        def wrong(self: Admission, state: AdmissionState, command: cmd.AdmitRequest) -> Any:
+            if command.advice is not None and command.advice.pressure >= 0.9:
+                return self._refuse(state, command, "deadline_exceeded", "memory is short")
+            return hopeless(self, state, command)
+
+        return wrong
+
+    return patched(Admission, "_hopeless", make)
+
+
 PLANTED: dict[str, tuple[Plant, str]] = {
     "a skipped release": (skipped_release, "nothing_is_held_at_rest"),
     "a reordered delivery": (reordered_delivery, "text_is_delivered_whole"),
@@ -272,6 +330,11 @@ PLANTED: dict[str, tuple[Plant, str]] = {
     "an impure decision": (impure_decision, "decisions_replay"),
     "a record that the live view misses": (missed_record, "projections_rebuild"),
     "an unfinished request that recovery forgets": (forgotten_unfinished_request, "log_recovers"),
+    "a tenant that is not charged": (tenant_that_is_not_charged, "tenants_take_turns"),
+    "a session given up in use": (session_given_up_in_use, "sessions_in_use_are_kept"),
+    "a session that its engine keeps": (session_that_its_engine_keeps, "sessions_end"),
+    "a session that never ends": (session_that_never_ends, "sessions_end"),
+    "a refusal for pressure": (refused_for_pressure, "refusals_are_for_a_reason"),
     "a prompt in a failure": (text_in_a_failure, "nothing_leaks_text"),
 }
 """What is planted -> how, and the invariant that must find it."""

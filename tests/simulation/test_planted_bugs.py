@@ -7,7 +7,7 @@ from gptoss.simulation.campaign import verdict_of
 from gptoss.simulation.shrink import Shrinker
 
 SEEDS = 60
-RUNS_MAX = 14
+RUNS_MAX = 24
 FAULTS_MAX = 4
 
 

@@ -10,6 +10,7 @@ from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
 from gptoss.messages.sampling import SamplingParams
+from gptoss.messages.trace_context import NO_TRACE, TraceContext
 
 WALL_START_NS = 1_700_000_000_000_000_000
 MB = 1 << 20
@@ -54,6 +55,7 @@ class Script:
         self.at_ms += after_ms
         seq = self._seqs.get(stream, -1) + 1
         self._seqs[stream] = seq
+        trace = TraceContext.begin("", f"{self.boot} {correlation}") if correlation else NO_TRACE
         meta = Meta(
             node="node",
             boot=self.boot,
@@ -64,8 +66,8 @@ class Script:
             version=type(event).VERSION,
             cause=-1,
             correlation=correlation,
-            trace_id="",
-            span_id="",
+            trace_id=trace.trace_id,
+            span_id=trace.span_id,
             actor=stream,
             incarnation=incarnation,
             mono_ns=self.now_ns,

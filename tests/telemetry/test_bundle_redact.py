@@ -14,7 +14,7 @@ from gptoss.actors.memory_state import GuardRecord
 from gptoss.actors.router import RouterState
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
-from gptoss.messages.codec import EVENT_TYPES
+from gptoss.messages.codec import EVENT_TYPES, encode_command, encode_record
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.bundle import BundleOrder, Maker, make_bundle
 from gptoss.telemetry.bundle_format import CONTENT_LEVELS, ContentLevel, level_of
@@ -141,3 +141,46 @@ def test_text_is_left_out_below_full() -> None:
         "tokens": ["PromptTokens"],
         "full": ["MessagesReceived", "PromptTokens", "AnswerDelivered"],
     }
+
+
+def test_sessions_have_one_pseudonym_everywhere_unless_a_kept_request_is_of_them() -> None:
+    def session(name: str, request_id: str) -> list[Event]:
+        ask = ev.Ask(max_tokens=1, kv_bytes=1, priority=0, deadline_ns=0, shrunk=False, session_id=f"{name}@t")
+        received = ev.RequestReceived(
+            request_id=request_id,
+            endpoint="",
+            model="",
+            stream=False,
+            num_messages=0,
+            priority=0,
+            deadline_ns=0,
+            session_id=name,
+        )
+        reserve = cmd.ReserveMemory(now_ns=0, request_id=request_id, kv_bytes=1, session_id=f"{name}@t")
+        state = msgspec.msgpack.encode(
+            {
+                "grants": {request_id: {"kv_bytes": 1, "executor": "", "session_id": f"{name}@t"}},
+                "sessions": {f"{name}@t": {"kv_bytes": 1}},
+            }
+        )
+        return [
+            received,
+            ev.MemoryRequested(request_id=request_id, ask=ask),
+            ev.CommandConsumed(decider="memory", command=encode_command(reserve)),
+            ev.SnapshotTaken(decider="memory", state=msgspec.Raw(state)),
+            ev.SessionEvicted(
+                session_id=f"{name}@t", executor="cpu", reason="idle", kv_bytes=1, used_ns=0, pressure=0.0
+            ),
+        ]
+
+    events = [*session("theirs", "other"), *session("mine", "kept")]
+    recorded = ListRecording(
+        Record(Meta("n", "b", pos, "s", pos, type(event).__name__, 1, -1, "", "", "", "", 0, pos), event)
+        for pos, event in enumerate(events)
+    )
+    redacted = Redacted(recorded, content="none", keep=frozenset({"kept"}), key=b"k")
+    data = b"".join(encode_record(record) for record in redacted.records())
+    assert b"theirs" not in data
+    assert data.count(b"mine@t") == data.count(b"mine") - 1 == 5
+    found = set(re.findall(rb"(anon_[0-9a-f]{20})@t", data))
+    assert len(found) == 1, "the same name in events, commands and snapshots"

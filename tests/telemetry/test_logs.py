@@ -4,9 +4,11 @@ import io
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import pytest
 
 from gptoss.messages import events as ev
+from gptoss.messages.envelope import Record
 from gptoss.telemetry.logs import Level, LogWriter, log_line
 
 if TYPE_CHECKING:
@@ -75,6 +77,26 @@ def test_a_servers_refusal_is_a_warning(script: "Script") -> None:
     line = log_line(script.request("req_1", rejected))
     assert line is not None
     assert line["level"] == "warning"
+
+
+def test_lines_about_a_request_name_its_trace_whoever_recorded_them(script: "Script") -> None:
+    script.retried("req_1")
+    script.records[:] = [
+        one
+        if isinstance(one.event, ev.RequestReceived)
+        else Record(msgspec.structs.replace(one.meta, trace_id=""), one.event)
+        for one in script.records
+    ]
+    written = {line["event"]: line for line in about("req_1", lines(script))}
+    trace_id = next(one.meta.trace_id for one in script.records if isinstance(one.event, ev.RequestReceived))
+    assert written["executor_faulted"]["trace_id"] == written["request_completed"]["trace_id"] == trace_id
+
+
+def test_spans_that_no_collector_got_are_a_warning_and_others_no_news(script: "Script") -> None:
+    script.add("system", ev.SpansExported(exported=5, refused=0, overflowed=0))
+    script.add("system", ev.SpansExported(exported=0, refused=2, overflowed=1))
+    (line,) = [line for line in lines(script) if line["event"] == "spans_exported"]
+    assert (line["level"], line["refused"], line["overflowed"]) == ("warning", 2, 1)
 
 
 def test_ordinary_records_have_no_line(busy: "Script") -> None:

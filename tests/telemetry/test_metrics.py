@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from gptoss.messages import codec
 from gptoss.messages import events as ev
-from gptoss.telemetry.metrics import CONTENT_TYPE_OPENMETRICS, CONTENT_TYPE_TEXT, Metrics
+from gptoss.telemetry.exposition import CONTENT_TYPE_OPENMETRICS, CONTENT_TYPE_TEXT
+from gptoss.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from telemetry.conftest import Script
@@ -90,7 +91,7 @@ def test_the_older_servers_names_are_kept(busy: "Script") -> None:
     body = fold(busy).render()[0].decode()
     labels = (
         'admission_action="accept",dtype="bfloat16",micro_batches="1",model_id="demo-20b",model_size="20b",'
-        'pp="1",route="single",tp="1"'
+        'pp="1",prompt_version="t",route="single",tp="1"'
     )
     assert f"llm_ttft_ms_count{{{labels}}} 4.0" in body
     assert f"llm_e2e_ms_count{{{labels}}} 2.0" in body
@@ -169,8 +170,8 @@ def test_labels_do_not_grow_with_requests(script: "Script") -> None:
 
 def test_accumulators_are_dropped_at_the_end(busy: "Script") -> None:
     metrics = fold(busy)
-    assert set(metrics._requests.open) == {"req_open"}
-    assert not metrics._requests.finished
+    assert set(metrics._books.requests.open) == {"req_open"}
+    assert not metrics._books.requests.finished
 
 
 def test_every_record_is_counted_by_its_type(busy: "Script") -> None:

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from gptoss.actors.journal import JournalHealth
 from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.messages import codec
 from gptoss.messages import events as ev
+from gptoss.messages.envelope import Record
 from gptoss.telemetry import projection as projection_module
 from gptoss.telemetry.projection import Projection
 
@@ -99,6 +101,53 @@ def test_a_stopped_journal_makes_the_server_not_ready(script: "Script") -> None:
     journal = JournalHealth(ok=False, reason="fsync: EIO", last_pos=9, committed_pos=5, stored_bytes=1)
     readiness = fold(script).readiness(script.now_ns, journal)
     assert (readiness.ready, readiness.reason) == (False, "the journal has stopped: fsync: EIO")
+
+
+def test_a_disk_that_does_not_answer_makes_the_server_not_ready(script: "Script") -> None:
+    journal = JournalHealth(ok=True, reason="", last_pos=9, committed_pos=5, stored_bytes=1, commit_ns=9 * NS_PER_S)
+    projection = fold(script)
+    assert projection.readiness(script.now_ns, journal).ready
+    hangs = msgspec.structs.replace(journal, commit_ns=11 * NS_PER_S)
+    readiness = projection.readiness(script.now_ns, hangs)
+    assert (readiness.ready, readiness.reason) == (False, "the journal's disk has not answered for 11 s")
+
+
+def test_health_says_what_is_switched_on(script: "Script") -> None:
+    health = fold(script).health(script.now_ns)
+    assert (health["cache_enabled"], health["tracing_enabled"], health["observability_enabled"]) == (False, False, True)
+    loaded = next(one for one in script.records if isinstance(one.event, ev.EngineLoaded))
+    assert isinstance(loaded.event, ev.EngineLoaded)
+    can = msgspec.structs.replace(loaded.event.capabilities, prefix_cache_bytes=MB)
+    script.add("executor/cpu", msgspec.structs.replace(loaded.event, capabilities=can))
+    started = script.records[0]
+    assert isinstance(started.event, ev.NodeStarted)
+    settings = '{"otlp_endpoint": "http://collector"}'
+    script.records[0] = Record(started.meta, msgspec.structs.replace(started.event, settings=settings))
+    health = fold(script).health(script.now_ns)
+    assert (health["cache_enabled"], health["tracing_enabled"]) == (True, True)
+
+
+def test_the_newest_reading_of_the_machine_and_dropped_spans_are_in_the_statistics(script: "Script") -> None:
+    assert fold(script).stats()["host"] is None
+    reading = ev.HostObserved(
+        cpu_s=1.0,
+        rss_bytes=2,
+        open_fds=3,
+        num_threads=4,
+        loop_late_ms=0.5,
+        children=(ev.ProcessReading(7, 1.5, 9),),
+        host_cpu_percent=50.0,
+        load_1m=0.5,
+        memory_available_bytes=5,
+        memory_total_bytes=6,
+        disk_free_bytes=7,
+    )
+    script.add("system", reading)
+    script.add("system", ev.SpansExported(exported=5, refused=2, overflowed=1))
+    stats = fold(script).stats()
+    assert stats["host"]["children"] == [{"pid": 7, "cpu_s": 1.5, "rss_bytes": 9}]
+    assert stats["host"]["open_fds"] == 3
+    assert stats["traces"] == {"exported": 5, "dropped": 3}
 
 
 def test_an_executor_that_makes_no_step_while_requests_run_is_not_ready(busy: "Script") -> None:
@@ -218,7 +267,15 @@ def test_routing_admission_and_cache_are_counted(busy: "Script") -> None:
     assert stats["admission"] == {"accept": 4, "queue": 1, "reject": 1}
     assert stats["gpu_routing"]["by_executor"] == {"cpu": {"count": 5, "share": 1.0}}
     assert stats["gpu_routing"]["by_reason"] == {"least_loaded": {"count": 5, "share": 1.0}}
-    assert stats["cache_stats"] == {"prompt_tokens": 36, "cached_tokens": 4, "hit_rate": 0.1111, "bytes": 3 << 20}
+    assert stats["cache_stats"] == {
+        "enabled": False,
+        "hits": 1,
+        "misses": 1,
+        "prompt_tokens": 36,
+        "cached_tokens": 4,
+        "hit_rate": 0.1111,
+        "bytes": 3 << 20,
+    }
     assert stats["faults"] == {"dead_letters": 1, "engine_exits": 1}
 
 

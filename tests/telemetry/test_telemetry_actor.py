@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from gptoss.actors.journal import Journal
@@ -16,9 +17,10 @@ from gptoss.clock import SystemClock, SystemIds, SystemRng
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Origin
 from gptoss.telemetry import telemetry_actor
+from gptoss.telemetry.live_views import LiveViews
 from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.memory_journal import MemoryJournal
-from gptoss.telemetry.metrics import Metrics
+from gptoss.telemetry.metrics import Metrics, SavedMetrics
 from gptoss.telemetry.projection import Projection
 from gptoss.telemetry.telemetry_actor import CatchUp, TelemetryActor
 
@@ -33,21 +35,18 @@ STEP = ev.StepCommitted(
 class Live:
     """A system with nothing but telemetry in it."""
 
-    def __init__(self, system: System, journal: Journal) -> None:
+    def __init__(self, system: System, journal: Journal, *, saves_counters: bool = False) -> None:
         self.system = system
+        self.saves_counters = saves_counters
         self.journal = journal
-        self.projection = Projection()
-        self.metrics = Metrics()
         self.log = io.StringIO()
+        self.views = LiveViews(log=LogWriter(self.log, "json"))
+        self.projection = self.views.projection
+        self.metrics = self.views.metrics
         self.ref: Ref[Any] = system.spawn(self._make, name="telemetry")
 
     def _make(self) -> TelemetryActor:
-        return TelemetryActor(
-            journal=self.journal,
-            projection=self.projection,
-            metrics=self.metrics,
-            log_writer=LogWriter(self.log, "json"),
-        )
+        return TelemetryActor(journal=self.journal, views=self.views, saves_counters=self.saves_counters)
 
     def append(self, event: Event, stream: str = "node", correlation: str = "") -> None:
         self.journal.append(event, Origin(stream=stream, correlation=correlation))
@@ -156,18 +155,38 @@ async def test_what_is_left_at_the_stop_is_folded(live: Live) -> None:
     assert live.steps == 1
 
 
+async def test_what_was_counted_is_saved_every_so_often_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry_actor, "SAVE_RECORDS_MIN", 100)
+    monkeypatch.setattr(telemetry_actor, "SAVED_BYTES_PER_RECORD", 1000)
+    journal = MemoryJournal(node="node", boot="boot1", clock=SystemClock())
+    async with System(name="test", clock=SystemClock(), ids=SystemIds(), rng=SystemRng(), journal=journal) as system:
+        live = Live(system, journal, saves_counters=True)
+        await live.catch_up()
+        for _ in range(3):
+            for _ in range(60):
+                live.append(STEP, "executor/cpu")
+            await live.catch_up()
+    saved = [record.event for record in journal.read() if isinstance(record.event, ev.CountersSaved)]
+    assert len(saved) == 2
+    state = msgspec.msgpack.decode(saved[-1].state, type=SavedMetrics)
+    counts = {labels: values[0] for labels, values, _ in state.families["gptoss_events_total"].rows}
+    assert counts["StepCommitted",] == 180
+    steps = [record.meta.pos for record in journal.read() if record.event is STEP]
+    assert saved[0].pos < steps[-1] <= saved[-1].pos
+
+
 async def test_a_record_that_cannot_be_folded_costs_only_itself(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     await live.catch_up()
     reported: list[dict[str, Any]] = []
     live.system.loop.set_exception_handler(lambda _, context: reported.append(context))
-    fold: Callable[[Any], None] = live.projection.fold
+    fold: Callable[[Any], None] = live.views.fold
 
     def fails_on_dead_letters(record: Any) -> None:
         if isinstance(record.event, ev.DeadLettered):
             raise ValueError("planted")
         fold(record)
 
-    monkeypatch.setattr(live.projection, "fold", fails_on_dead_letters)
+    monkeypatch.setattr(live.views, "fold", fails_on_dead_letters)
     live.append(STEP)
     live.append(ev.DeadLettered(to="a", message_type="m", reason="full"))
     live.append(STEP)

@@ -18,6 +18,7 @@ from gptoss.actors.system import Context
 from gptoss.clock import Clock
 from gptoss.errors import ActorDead, ActorError, GptossError
 from gptoss.messages.envelope import Event, Origin, Record
+from gptoss.messages.trace_context import NO_TRACE
 
 NO_LETTER = Letter(None)
 _urns = itertools.count()
@@ -30,10 +31,12 @@ class SystemActor(pykka.Actor):
         context: system, name, incarnation and own address; set before ``on_start``.
         clock: the system's clock.
         letter: the letter being handled, with its cause, correlation and deadline.
+        trace: the trace that everything it records belongs to, for an actor of a single request.
     """
 
     context: Context
     clock: Clock
+    trace = NO_TRACE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,6 +90,8 @@ class SystemActor(pykka.Actor):
             stream=context.name if stream is None else stream,
             cause=letter.cause if cause is None else cause,
             correlation=letter.correlation if correlation is None else correlation,
+            trace_id=self.trace.trace_id,
+            span_id=self.trace.span_id,
             actor=context.name,
             incarnation=context.incarnation,
         )

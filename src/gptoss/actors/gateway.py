@@ -18,6 +18,7 @@ from gptoss.errors import GptossError, Overloaded, RequestError
 from gptoss.messages.commands import CancelReason, CancelRequest, FirstByteWritten
 from gptoss.messages.envelope import Origin
 from gptoss.messages.events import ClientDisconnected, ClientSlow, RequestReceived, RequestRejected
+from gptoss.messages.trace_context import TraceContext
 
 REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 REQUEST_MAILBOX = MailboxSpec(capacity=100_000)
@@ -43,6 +44,8 @@ class Gateway:
         self._directory = services.directory
         self._choices: dict[str, set[str]] = {}  # name of a call's first choice -> its further ones that run
         self._first_choice: dict[str, str] = {}
+        self._traces: dict[str, TraceContext] = {}
+        self._num_traces = 0
         self._undertaker = system.spawn(
             lambda: _Undertaker(self._forget), name="undertaker", mailbox=REQUEST_MAILBOX, supervisor=system.root
         )
@@ -78,12 +81,14 @@ class Gateway:
         """Start a request. Every refusal and failure comes through the returned ``Generation``."""
         request_id = self.name_request(request.request_id)
         name = request_name(request_id)
+        trace = self._traces[name] = self._begin_trace(request_id, request.traceparent, request.parent_id)
         generation = Generation(
             request_id=request_id,
             model=self.served_model,
             created_s=self._system.clock.wall_ns() // NS_PER_S,
             on_cancel=lambda reason: self._cancel(name, reason),
             on_notice=lambda notice, stalled_ms: self._notice(name, notice, stalled_ms),
+            trace=trace,
         )
         ref = self._system.spawn(
             lambda: RequestActor(request_id, request, generation, self._services),
@@ -98,16 +103,30 @@ class Gateway:
             self._choices.setdefault(first, set()).add(name)
         return generation
 
-    def reject(self, error: GptossError, *, endpoint: str, request_id: str = "") -> str:
+    def reject(self, error: GptossError, *, endpoint: str, request_id: str = "", traceparent: str = "") -> str:
         """Record a request that was refused before it could be submitted, such as malformed JSON.
 
         Returns:
             The id under which the refusal stands in the journal.
         """
         name = self.name_request(request_id)
-        origin = Origin(stream=request_name(name), correlation=name, actor="gateway")
+        trace = self._begin_trace(name, traceparent)
+        origin = Origin(
+            stream=request_name(name),
+            correlation=name,
+            trace_id=trace.trace_id,
+            span_id=trace.span_id,
+            actor="gateway",
+        )
         received = RequestReceived(
-            request_id=name, endpoint=endpoint, model="", stream=False, num_messages=0, priority=0, deadline_ns=0
+            request_id=name,
+            endpoint=endpoint,
+            model="",
+            stream=False,
+            num_messages=0,
+            priority=0,
+            deadline_ns=0,
+            traceparent=traceparent,
         )
         self._system.journal.append(received, origin)
         rejected = RequestRejected(
@@ -119,6 +138,15 @@ class Gateway:
         )
         self._system.journal.append(rejected, origin)
         return name
+
+    def _begin_trace(self, request_id: str, traceparent: str, parent_id: str = "") -> TraceContext:
+        """A call is one trace: its further choices stand under the same span as the first."""
+        first = self._traces.get(request_name(parent_id)) if parent_id else None
+        if first is not None:
+            return first
+        self._num_traces += 1  # clients may use an id again
+        journal = self._system.journal
+        return TraceContext.begin(traceparent, f"{journal.node} {journal.boot} {request_id} {self._num_traces}")
 
     def cancel(self, request_id: str, reason: CancelReason = "client") -> bool:
         """Stop a running request and the further choices of its call; False when no such request runs."""
@@ -154,6 +182,7 @@ class Gateway:
 
     def _forget(self, name: str) -> None:
         self._directory.remove(name)
+        self._traces.pop(name, None)
         first = self._first_choice.pop(name, None)
         if first is not None:
             self._choices[first].discard(name)

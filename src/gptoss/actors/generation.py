@@ -14,12 +14,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from gptoss.config import ProfileName, PromptVersion
 from gptoss.engine.port import ChatMessage, TokenLogprob
 from gptoss.errors import GptossError
 from gptoss.messages.answer import AnswerShape, Part, TextPart, content_of, joined
 from gptoss.messages.commands import AdmissionNote, CancelReason
 from gptoss.messages.model import FinishReason
 from gptoss.messages.sampling import SamplingParams
+from gptoss.messages.trace_context import NO_TRACE, TraceContext
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +43,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
         metadata: the caller's own notes; only their number is recorded.
         prompt_field: the field that the prompt stands in, for errors; empty is what it is called in chat or completions.
         length_field: the field that bounds the answer's length, for errors.
+        profile: whose default length it takes, ``latency_first`` or ``quality_first``; empty is the server's.
+        prompt_version: how the conversation is made into a prompt, see ``rendering``; empty is the server's.
     """
 
     messages: tuple[ChatMessage, ...] = ()
@@ -64,6 +68,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     prompt_field: str = ""
     length_field: str = "max_tokens"
+    profile: ProfileName | Literal[""] = ""
+    prompt_version: PromptVersion | Literal[""] = ""
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +124,9 @@ class Generation:
 
     Iterate over it for the deltas. The iteration ends when the request has; a failed or refused request raises its
     ``GptossError`` there. Leaving early needs ``cancel``.
+
+    Attributes:
+        trace: where the request stands in its caller's trace, or in its own.
     """
 
     def __init__(
@@ -128,10 +137,12 @@ class Generation:
         created_s: int,
         on_cancel: Callable[[CancelReason], object],
         on_notice: Callable[[Notice, float], object],
+        trace: TraceContext = NO_TRACE,
     ) -> None:
         self.request_id = request_id
         self.model = model
         self.created_s = created_s
+        self.trace = trace
         self.max_tokens = 0
         self.prompt_tokens = 0
         self.outcome: Outcome | None = None

@@ -24,6 +24,7 @@ class JournalHealth(msgspec.Struct, frozen=True, kw_only=True):
         last_pos: ``pos`` of the newest control record, -1 when empty.
         committed_pos: ``pos`` of the newest acknowledged control record, -1 when none is.
         stored_bytes: bytes on disk, both families.
+        commit_ns: how long the disk has been at the batch that it is writing now; 0 when it is at none.
     """
 
     ok: bool
@@ -31,6 +32,7 @@ class JournalHealth(msgspec.Struct, frozen=True, kw_only=True):
     last_pos: int
     committed_pos: int
     stored_bytes: int
+    commit_ns: int = 0
 
 
 class Journal(Protocol):

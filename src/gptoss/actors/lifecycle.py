@@ -204,6 +204,7 @@ def _rendered(state: RequestState, command: cmd.PromptReady) -> list[Event]:
             template=command.template,
             date=command.date,
             grammar_hmac=command.grammar_hmac,
+            prompt_version=command.prompt_version,
             max_tokens=wanted if wanted is not None else min(room, state.default_max_tokens),
         )
     ]

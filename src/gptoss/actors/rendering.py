@@ -2,6 +2,13 @@
 
 Templates are bounded in their steps, and tokenizers are linear; the time limit is for whatever those bounds missed. The
 thread of a rendering that runs into it goes on until a bound of its own ends it, but nobody waits for it.
+
+Prompt versions say what is done to a conversation before the model's template or library renders it:
+
+    SYS/v1    nothing: the messages as they came
+    SYS/v2    one without a system message begins with ``SYSTEM_V2``
+
+A version never changes; another wording is another version. The same messages give the same ids under the same version.
 """
 
 import asyncio
@@ -14,12 +21,14 @@ import msgspec
 from gptoss.actors.generation import GenerateRequest
 from gptoss.actors.system import System
 from gptoss.clock import NS_PER_S
+from gptoss.config import PromptVersion
 from gptoss.engine.answer_port import OutputParser
-from gptoss.engine.port import RenderedPrompt, Renderer
+from gptoss.engine.port import ChatMessage, RenderedPrompt, Renderer
 from gptoss.errors import RequestError
 from gptoss.messages.sampling import check_bound_sampling
 
 RENDER_TIMEOUT_S = 10.0
+SYSTEM_V2 = "You are a careful assistant. Answer what was asked, plainly and in order, and say so when you do not know."
 
 T = TypeVar("T")
 
@@ -31,9 +40,17 @@ class Rendering:
         system: whose threads do the work.
         renderer: of the served model.
         timeout_s: how long one call may take.
+        version: of prompts, for requests that name none.
     """
 
-    def __init__(self, system: System, renderer: Renderer, timeout_s: float = RENDER_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        system: System,
+        renderer: Renderer,
+        timeout_s: float = RENDER_TIMEOUT_S,
+        version: PromptVersion = "SYS/v1",
+    ) -> None:
+        self._version: PromptVersion = version
         self._system = system
         self._renderer = renderer
         self._timeout_s = timeout_s
@@ -42,6 +59,10 @@ class Rendering:
     def takes_reasoning_effort(self) -> bool:
         """Whether prompts of the served model depend on ``reasoning_effort``."""
         return self._renderer.takes_reasoning_effort
+
+    def version_of(self, request: GenerateRequest) -> str:
+        """The version of its prompt; empty where no conversation is rendered."""
+        return (request.prompt_version or self._version) if request.prompt is None else ""
 
     def today(self) -> str:
         """The date that prompts may tell, ``YYYY-MM-DD`` in UTC."""
@@ -55,9 +76,10 @@ class Rendering:
         Raises:
             RequestError: it has none, or making it took too long; ``param`` is the field at fault.
         """
+        versioned = with_version(request, self.version_of(request))
 
         def render() -> RenderedPrompt:
-            return _render(self._renderer, request, date, add_generation_prompt=add_generation_prompt)
+            return _render(self._renderer, versioned, date, add_generation_prompt=add_generation_prompt)
 
         return await self._off_loop(render, prompt_param(request))
 
@@ -89,6 +111,14 @@ class Rendering:
                 return await self._system.run_in_thread(work)
         except TimeoutError:
             raise RequestError(f"{param} took longer than {self._timeout_s:g} s to render", param=param) from None
+
+
+def with_version(request: GenerateRequest, version: str) -> GenerateRequest:
+    """The request with what its prompt's version adds to the conversation."""
+    if version != "SYS/v2" or any(message.role == "system" for message in request.messages):
+        return request
+    system = ChatMessage(role="system", content=SYSTEM_V2)
+    return msgspec.structs.replace(request, messages=(system, *request.messages))
 
 
 def prompt_param(request: GenerateRequest) -> str:

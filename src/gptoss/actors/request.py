@@ -24,6 +24,7 @@ from gptoss.actors.lifecycle import Lifecycle, RequestState
 from gptoss.actors.rendering import Rendering, prompt_param
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
+from gptoss.config import PROFILES
 from gptoss.engine.answer_port import OutputParser
 from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
 from gptoss.errors import ActorError, EngineError, GptossError, Overloaded, RequestError, error_from
@@ -101,6 +102,7 @@ class RequestActor(DeciderActor[RequestState]):
     ) -> None:
         super().__init__(services.lifecycle, services.directory)
         self._id = self.about = request_id
+        self.trace = generation.trace
         self._request = request
         self._generation = generation
         self._services = services
@@ -144,7 +146,7 @@ class RequestActor(DeciderActor[RequestState]):
                 num_stop_strings=len(request.sampling.stop),
                 drawn_seed=system.rng.seed63(),
                 max_model_len=self._services.max_model_len(),
-                default_max_tokens=self._services.default_max_tokens,
+                default_max_tokens=self._default_max_tokens(),
                 priority=request.priority,
                 deadline_ns=self._deadline_ns,
                 session_id=request.session_id,
@@ -156,6 +158,10 @@ class RequestActor(DeciderActor[RequestState]):
                 num_metadata=len(request.metadata),
             )
         )
+
+    def _default_max_tokens(self) -> int:
+        profile = self._request.profile
+        return PROFILES[profile].max_tokens if profile else self._services.default_max_tokens
 
     def on_receive(self, message: Command | TokensProduced) -> None:
         """Deliver tokens at once; everything else is a command to the lifecycle."""
@@ -223,6 +229,7 @@ class RequestActor(DeciderActor[RequestState]):
             grammar_hmac=_keyed_hash(self._services.hmac_key, prompt.grammar) if prompt.grammar else "",
             param=prompt_param(request),
             length_param=request.length_field,
+            prompt_version=rendering.version_of(request),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
 

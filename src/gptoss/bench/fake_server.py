@@ -12,6 +12,7 @@ import msgspec
 
 from gptoss.bench.fake_system import FakeShape, fake_system
 from gptoss.http.server import serve
+from gptoss.server import calm_collector
 from gptoss.serving_context import make_app
 
 
@@ -19,6 +20,7 @@ async def main(shape: FakeShape) -> None:
     """Serve until standard input ends."""
     async with fake_system(shape) as (serving, _):
         server = await serve(make_app(serving), "127.0.0.1", 0)
+        calm_collector()
         sys.stdout.write(f"{server.port}\n")
         sys.stdout.flush()
         await asyncio.to_thread(sys.stdin.read)

@@ -23,6 +23,10 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "model": ("MODEL", "The same as the argument."),
         "served_model_name": ("NAME", "The name that clients use; by default derived from the model."),
         "profile": ("NAME", "latency_first or quality_first: defaults for batch size, answer length and temperature."),
+        "prompt_version": (
+            "",
+            "SYS/v2 gives conversations without a system message one; SYS/v1 leaves them as they are.",
+        ),
         "dtype": ("", "Number format of the weights."),
         "quantization": (
             "",
@@ -89,6 +93,15 @@ PANELS: dict[str, dict[str, tuple[str, str]]] = {
     "Logging": {
         "log_format": ("", "Log lines for people or for machines; auto: by terminal."),
         "log_level": ("", "The least severe lines that are written."),
+    },
+    "Traces": {
+        "otlp_endpoint": ("URL", "Send traces to this OpenTelemetry collector; also OTEL_EXPORTER_OTLP_ENDPOINT."),
+        "otlp_protocol": ("", "How it is spoken to; grpc needs the extra otlp-grpc."),
+        "otlp_service_name": ("NAME", "What it calls this server; also OTEL_SERVICE_NAME."),
+        "trace_errors": ("", "Keep every trace of a request that the server failed."),
+        "trace_cancelled": ("", "Keep every trace of a request that the server gave up."),
+        "trace_slow_s": ("S", "Keep every trace that took longer."),
+        "trace_ratio": ("SHARE", "Keep this share of all others, 0 to 1."),
     },
 }
 

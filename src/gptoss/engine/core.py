@@ -20,7 +20,7 @@ from gptoss.clock import Clock
 from gptoss.engine.attention import Chunk
 from gptoss.engine.batch import Batch
 from gptoss.engine.grammar_mask import GrammarMasks
-from gptoss.engine.load import LoadedModel
+from gptoss.engine.load import CHUNK_TOKENS, LoadedModel
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.pace import PrefillPace
 from gptoss.engine.port import (
@@ -52,7 +52,6 @@ from gptoss.messages.model import EngineCapabilities
 from gptoss.messages.plan import Limits, PlannedRow, RowFailure, StepPlan, without
 
 WAITING_MAX = 8192
-CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 BLOCK_TOKENS = 32
 PREFILL_TARGET_MS = 100.0
 """How long prefill may keep those waiting who decode, in each step."""

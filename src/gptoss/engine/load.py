@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, core_model_loading
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gptoss.config import Settings
-from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config, max_model_len_from_config
+from gptoss.engine.memory_model import kv_bytes, kv_layout_from_config, max_model_len_from_config, workspace_bytes
 from gptoss.engine.model_folder import Progress, check_folder, file_sha256, no_progress, read_json
 from gptoss.engine.mxfp4 import count_parameters, weight_forms
 from gptoss.engine.native.build import NativeUnavailableError, open_kernels
@@ -39,6 +39,8 @@ from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # transformers is only partly typed.
 
+CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+"""In how large pieces prompts are computed; a step takes two at most."""
 KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
 """Part of the memory that is free once the weights are in, taken for KV when no budget is set."""
 FLOAT32_SHARE_MAX = 0.25
@@ -77,9 +79,12 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         try:
             layout = kv_layout_from_config(config, dtype_bytes=dtype.itemsize)
             weights = _Weights(folder, config, dtype, device)
+            workspace = _workspace(config, load.max_batch_size, dtype, device)
             kv = KvOptions(
                 is_paged,
-                lambda layout: load.kv_budget_bytes or _kv_budget(layout, load.max_batch_size, max_model_len, device),
+                lambda layout: (
+                    load.kv_budget_bytes or _kv_budget(layout, load.max_batch_size, max_model_len, device, workspace)
+                ),
             )
             choice = choose_runner(lambda: weights.load(progress), layout, device, native, kv)
         except (MemoryError, torch.OutOfMemoryError) as error:
@@ -105,6 +110,7 @@ def load_model(load: Load, progress: Progress) -> LoadedModel:
         eos_token_ids=eos_token_ids(load.folder, tokenizer),
         kv_pages=choice.kv_pages,
         summation=runner.summation if isinstance(runner, NativeRunner) else "auto",
+        workspace_bytes=workspace,
     )
     return LoadedModel(
         runner=runner,
@@ -266,13 +272,23 @@ def _report_weights(progress: Progress) -> Generator[None]:
         module.tqdm = original
 
 
-def _kv_budget(layout: KvLayout, max_batch_size: int, max_model_len: int, device: torch.device) -> int:
+def _workspace(config: dict[str, Any], max_batch_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Of the largest step, as estimated; 0 where a config leaves too much out, which is no reason not to serve it."""
+    tokens = 2 * CHUNK_TOKENS[device.type] + max_batch_size
+    try:
+        return workspace_bytes(config, tokens=tokens, rows=max_batch_size, dtype_bytes=dtype.itemsize)
+    except (ModelLoadError, TypeError, ValueError):
+        return 0
+
+
+def _kv_budget(layout: KvLayout, max_batch_size: int, max_model_len: int, device: torch.device, workspace: int) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading left over
         free, _ = torch.cuda.mem_get_info(device)
     else:
         free = psutil.virtual_memory().available
-    return min(int(KV_SHARE[device.type] * free), max_batch_size * kv_bytes(layout, max_model_len))
+    room = min(int(KV_SHARE[device.type] * free), max(0, free - workspace))
+    return min(room, max_batch_size * kv_bytes(layout, max_model_len))
 
 
 def _fingerprint(folder: Path) -> ModelFingerprint:

@@ -84,6 +84,36 @@ def kv_bytes_per_token(layout: KvLayout) -> int:
     return (layout.full_layers + layout.sliding_layers) * _layer_token_bytes(layout)
 
 
+def workspace_bytes(config: Mapping[str, Any], *, tokens: int, rows: int, dtype_bytes: int) -> int:
+    """Device memory that one step takes beside weights and KV, as an upper estimate.
+
+    The widest moment of a layer: the residual and its norms, queries, keys and values before and after their rotation, the
+    gate, up and product of the MLP (of each expert that a token visits); and at the end the logits, once in the model's
+    type and twice in float32 for the sampler. Layers come one after the other, so their number does not matter.
+
+    Args:
+        config: the parsed ``config.json``.
+        tokens: computed in the step, all requests together.
+        rows: of logits.
+        dtype_bytes: bytes of one activation.
+
+    Raises:
+        ModelLoadError: as ``kv_layout_from_config``.
+    """
+    text = _text_config(config)
+    hidden = _number(text, "hidden_size", "n_embd", "d_model")
+    heads = _number(text, "num_attention_heads", "n_head", "n_heads")
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    head_dim = int(text.get("head_dim") or hidden // heads)
+    inner = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
+    experts = int(text.get("num_experts_per_tok") or text.get("experts_per_token") or 1)
+    per_token = (
+        4 * hidden + 2 * (heads + 2 * kv_heads) * head_dim + experts * (3 * inner + (hidden if experts > 1 else 0))
+    )
+    per_row = _number(text, "vocab_size") * (dtype_bytes + 2 * 4)
+    return tokens * per_token * dtype_bytes + rows * per_row
+
+
 def max_model_len_from_config(config: Mapping[str, Any]) -> int:
     """The context in tokens (prompt plus output) that the model was made for.
 

@@ -15,7 +15,7 @@ from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome
 from gptoss.engine.port import TokenLogprob
 from gptoss.errors import GptossError
 from gptoss.http.choices import Choices, Look, start_choices
-from gptoss.http.context import ADMISSION, CLOSING, CONTEXT, REQUEST_ID
+from gptoss.http.context import ADMISSION, CLOSING, CONTEXT, REQUEST_ID, TRACE
 from gptoss.http.errors import json_response
 from gptoss.http.sse import ClientConnection, SseStream
 from gptoss.messages.answer import Part
@@ -90,6 +90,7 @@ async def answer_call(request: web.Request, call: Call) -> web.StreamResponse:
     context = request.app[CONTEXT]
     generations = start_choices(context.gateway, call.requests)
     request[REQUEST_ID] = generations[0].request_id
+    request[TRACE] = generations[0].trace
     client = ClientConnection(request, context.clock, context.settings.client_stall_s)
     choices = Choices(generations, min(context.timing.poll_s, context.timing.keepalive_s))
     answer = call.answer(generations)

@@ -52,6 +52,8 @@ def generate_request(wire: ChatCompletionRequest, *, default_temperature: float)
         timeout_s=wire.timeout,
         cache_salt=wire.cache_salt or "",
         user=wire.user or "",
+        profile=wire.profile or "",
+        prompt_version=wire.prompt_version or "",
         metadata=wire.metadata or {},
         length_field=written.get("max_tokens", "max_tokens"),
     )

@@ -110,6 +110,7 @@ def _generate_request(wire: CompletionRequest, default_temperature: float) -> Ge
         timeout_s=wire.timeout,
         cache_salt=wire.cache_salt or "",
         user=wire.user or "",
+        profile=wire.profile or "",
     )
 
 

@@ -19,6 +19,7 @@ from gptoss.config import Settings
 from gptoss.errors import GptossError
 from gptoss.messages.batch import Batch
 from gptoss.messages.commands import AdmissionNote, Command
+from gptoss.messages.trace_context import TraceContext
 from gptoss.telemetry.bundle_order import BundleOrder
 
 
@@ -48,7 +49,7 @@ class RequestGateway(Protocol):
         """Start a request; refusals and failures come through the returned ``Generation``."""
         ...
 
-    def reject(self, error: GptossError, *, endpoint: str, request_id: str = "") -> str:
+    def reject(self, error: GptossError, *, endpoint: str, request_id: str = "", traceparent: str = "") -> str:
         """Record a request that was refused before it could be submitted; returns its id."""
         ...
 
@@ -163,3 +164,4 @@ CONTEXT: web.AppKey[HttpContext] = web.AppKey("context", HttpContext)
 ADMISSION: web.RequestKey[AdmissionNote] = web.RequestKey("admission", AdmissionNote)
 """How the call was let in."""
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+TRACE: web.RequestKey[TraceContext] = web.RequestKey("trace", TraceContext)

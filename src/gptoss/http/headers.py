@@ -9,13 +9,13 @@ from aiohttp import web
 
 from gptoss.http.context import CONTEXT, REQUEST_ID
 from gptoss.messages.commands import AdmissionNote
+from gptoss.messages.trace_context import parse_traceparent
 
 ADMISSION_HEADER = "X-Admission"
 CHAT_PREFIX = "chatcmpl-"
 TEXT_PREFIX = "cmpl-"
 RESPONSE_PREFIX = "resp_"
 _NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
-_TRACEPARENT = re.compile(r"(?P<version>[0-9a-f]{2})-(?P<trace>[0-9a-f]{32})-(?P<parent>[0-9a-f]{16})-[0-9a-f]{2}")
 
 
 def wanted_request_id(request: web.Request) -> str:
@@ -29,14 +29,9 @@ def session_id(request: web.Request) -> str:
 
 
 def traceparent(request: web.Request) -> str:
-    """The caller's W3C ``traceparent`` where it is valid, else empty.
-
-    Source: https://www.w3.org/TR/trace-context/#traceparent-header
-    """
-    match = _TRACEPARENT.fullmatch(request.headers.get("traceparent", ""))
-    if match is None or match["version"] == "ff" or not match["trace"].strip("0") or not match["parent"].strip("0"):
-        return ""
-    return match.group()
+    """The caller's W3C ``traceparent`` where it is valid, else empty."""
+    given = request.headers.get("traceparent", "")
+    return given if parse_traceparent(given) else ""
 
 
 def response_request_id(request: web.Request) -> str:

@@ -84,7 +84,9 @@ async def take(request: web.Request, endpoint: str, read: Callable[[web.Request]
             raise NotReady("the server is shutting down and takes no new requests", retry_after_s=5.0)
         return await read(request)
     except GptossError as error:
-        request[REQUEST_ID] = context.gateway.reject(error, endpoint=endpoint, request_id=wanted_request_id(request))
+        request[REQUEST_ID] = context.gateway.reject(
+            error, endpoint=endpoint, request_id=wanted_request_id(request), traceparent=traceparent(request)
+        )
         raise
 
 

@@ -17,10 +17,12 @@ from gptoss.http.batches import BatchBody, BatchList, BatchRequest
 from gptoss.http.completions import CompletionRequest
 from gptoss.http.errors import json_response
 from gptoss.http.files import FileBody, FileDeleted, FileList
+from gptoss.http.headers import ADMISSION_HEADER
 from gptoss.http.models import ModelBody, ModelList
 from gptoss.http.response_schema import ItemList, ResponseBody, ResponseDeleted, ResponsesRequest
 from gptoss.http.schema import ChatCompletionRequest
 from gptoss.http.tokenization import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
+from gptoss.messages.commands import AdmissionNote
 from gptoss.telemetry.bundle_format import CONTENT_LEVELS
 from gptoss.telemetry.bundle_order import LAST_MAX, LIMIT_MB, LIMIT_MB_MAX
 
@@ -29,12 +31,13 @@ _PATH_PARAMETER = re.compile(r"\{(\w+)\}")
 
 
 class ErrorDetails(msgspec.Struct, frozen=True):
-    """What went wrong; ``param`` names the field at fault."""
+    """What went wrong; ``param`` names the field at fault, ``admission`` the numbers of a refusal by admission."""
 
     message: str
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None
     code: str
+    admission: AdmissionNote | msgspec.UnsetType = msgspec.UNSET
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -243,6 +246,15 @@ OPERATIONS: tuple[Operation, ...] = (
 )  # fmt: skip
 
 _EVERYWHERE = {"403": "an Origin that is not this server", "421": "a Host that is not this server"}
+_ADMISSION = {"description": "how the request was let in: decision and numbers", "schema": {"type": "string"}}
+_GENERATING_HEADERS: list[dict[str, Any]] = [
+    {
+        "name": "X-Session-ID",
+        "in": "header",
+        "description": "names the conversation, whose keys and values are kept for its next turn",
+        "schema": {"type": "string", "pattern": r"^[\w.-]{1,128}$"},
+    }
+]
 _REFUSALS = {
     400: "a field cannot be honoured; param names it",
     404: "no such model, request, response, file or batch",
@@ -297,7 +309,7 @@ def _operation(op: Operation, schema_of: dict[Any, Any]) -> dict[str, Any]:
         "operationId": f"{op.method} {op.path}",
         "summary": op.summary,
         "tags": [op.tag],
-        "parameters": in_path + in_query,
+        "parameters": in_path + in_query + (_GENERATING_HEADERS if op.streams else []),
         "responses": _responses(op, schema_of),
     }
     if op.body is not None:
@@ -312,6 +324,8 @@ def _responses(op: Operation, schema_of: dict[Any, Any]) -> dict[str, Any]:
     responses: dict[str, Any] = {}
     if op.answer != "refused":
         responses["200"] = {"description": "as asked", "content": _content(op, schema_of)}
+    if op.streams:
+        responses["200"]["headers"] = {ADMISSION_HEADER: _ADMISSION}
     if op.path == "/health/ready":
         responses["503"] = {"description": "not ready", "content": _content(op, schema_of)}
     responses |= {str(status): {"description": _REFUSALS[status], "content": error} for status in op.refuses}

@@ -66,6 +66,8 @@ def generate_request(
         timeout_s=wire.timeout,
         cache_salt=wire.cache_salt or "",
         user=wire.user or "",
+        profile=wire.profile or "",
+        prompt_version=wire.prompt_version or "",
         metadata=wire.metadata or {},
     )
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from gptoss.config import PromptVersion
 from gptoss.http.answer_schema import TokenLogprobBody
 from gptoss.http.schema import Metadata, ReasoningEffort, SamplingFields, ToolName
 
@@ -88,6 +89,7 @@ class ResponsesRequest(SamplingFields, frozen=True, kw_only=True):
     include: Annotated[list[str], Meta(max_length=16)] | None = None
     top_logprobs: int | None = None
     reasoning: ReasoningOptions | None = None
+    prompt_version: PromptVersion | None = None
     service_tier: str | None = None
 
     text: TextOptions | None = None

@@ -25,7 +25,7 @@ from gptoss.http.batch_runner import BatchRunner
 from gptoss.http.body import MIB
 from gptoss.http.chat import CHAT
 from gptoss.http.completions import COMPLETIONS
-from gptoss.http.context import ADMISSION, BATCHES, CLOSING, CONTEXT, HttpContext
+from gptoss.http.context import ADMISSION, BATCHES, CLOSING, CONTEXT, TRACE, HttpContext
 from gptoss.http.errors import answer_errors
 from gptoss.http.file_store import FILES, FileStore
 from gptoss.http.guard import admit_callers
@@ -100,6 +100,9 @@ def make_app(context: HttpContext) -> web.Application:
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["X-Request-ID"] = response_request_id(request)
+    trace = request.get(TRACE)
+    if trace is not None and trace.trace_id:
+        response.headers["traceparent"] = trace.traceparent
     note = request.get(ADMISSION)
     if note is not None:
         response.headers[ADMISSION_HEADER] = admission_value(note)

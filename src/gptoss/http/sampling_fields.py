@@ -9,6 +9,7 @@ Rules:
 import msgspec
 
 from gptoss.actors.generation import GenerateRequest
+from gptoss.config import PROFILES
 from gptoss.errors import RequestError
 from gptoss.http.schema import GenerationFields, SamplingFields, StreamOptions
 from gptoss.messages.sampling import SamplingParams, check_sampling
@@ -31,7 +32,7 @@ def sampling_params(
 
     Args:
         wire: the decoded body.
-        default_temperature: the profile's temperature, for a request that names none.
+        default_temperature: of the server's profile, for a request that names neither temperature nor profile.
         max_tokens: of the endpoint's own field and default; None is what the context allows.
         logprobs: alternatives to report for each token; None reports nothing.
     """
@@ -53,7 +54,7 @@ def sampling_params(
         "logit_bias": wire.logit_bias,
         "logprobs": logprobs,
     }
-    defaults = SamplingParams(temperature=default_temperature)
+    defaults = SamplingParams(temperature=PROFILES[wire.profile].temperature if wire.profile else default_temperature)
     return msgspec.structs.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from gptoss.config import ProfileName, PromptVersion
+
 ModelName = Annotated[str, Meta(max_length=256)]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -90,6 +92,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Timeout | None = None
     cache_salt: CacheSalt | None = None
     user: UserName | None = None
+    profile: ProfileName | None = None
 
 
 class GenerationFields(SamplingFields, frozen=True, kw_only=True):
@@ -164,6 +167,7 @@ class ChatCompletionRequest(GenerationFields, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     reasoning_effort: ReasoningEffort | None = None
+    prompt_version: PromptVersion | None = None
 
     metadata: Metadata | None = None
     store: bool | None = None

@@ -90,7 +90,6 @@ class BeginRequest(Command, frozen=True, kw_only=True):
     parent_id: str = ""
     user_hmac: str = ""
     num_metadata: int = 0
-    prompt_version: str = ""
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
@@ -108,6 +107,7 @@ class PromptReady(Command, frozen=True, kw_only=True):
     param: str = "messages"
     grammar_hmac: str = ""
     length_param: str = "max_tokens"
+    prompt_version: str = ""
 
 
 class PromptUnusable(Command, frozen=True, kw_only=True):

@@ -122,6 +122,70 @@ class DrainStarted(Event, frozen=True, kw_only=True):
     timeout_s: float
 
 
+class CountersSaved(Event, frozen=True, kw_only=True):
+    """What metrics had counted when the control record ``pos`` of this boot was folded, and what they go on from."""
+
+    pos: int
+    state: msgspec.Raw
+
+
+class CountersCarried(Event, frozen=True, kw_only=True):
+    """What earlier boots counted: the counters of this boot go on from there."""
+
+    state: msgspec.Raw
+
+
+class ProcessReading(msgspec.Struct, frozen=True, array_like=True):
+    """A child process: its processor time since it began, in seconds, and its resident memory."""
+
+    pid: int
+    cpu_s: float
+    rss_bytes: int
+
+
+class GpuReading(msgspec.Struct, frozen=True, array_like=True):
+    """One GPU. ``busy_percent`` is the share of the last moment in which a kernel ran; the rest is 0 where unknown."""
+
+    index: int
+    name: str
+    busy_percent: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    power_w: float = 0.0
+    temperature_c: float = 0.0
+
+
+class HostObserved(Event, frozen=True, kw_only=True):
+    """A reading of this process, its children, the machine and its GPUs.
+
+    ``loop_late_ms`` is how much later than asked the event loop woke up for it.
+    """
+
+    cpu_s: float
+    rss_bytes: int
+    open_fds: int
+    num_threads: int
+    loop_late_ms: float
+    children: tuple[ProcessReading, ...]
+    host_cpu_percent: float
+    load_1m: float
+    memory_available_bytes: int
+    memory_total_bytes: int
+    disk_free_bytes: int
+    gpus: tuple[GpuReading, ...] = ()
+
+
+class SpansExported(Event, frozen=True, kw_only=True):
+    """What became of the spans of kept traces since the last such record.
+
+    ``exported`` reached the collector, ``refused`` did not (it was down, slow or said no), ``overflowed`` found the queue full.
+    """
+
+    exported: int
+    refused: int
+    overflowed: int
+
+
 # ---------------------------------------------------------------- engine process
 
 
@@ -214,7 +278,8 @@ class RequestValidated(Event, frozen=True, kw_only=True):
 class PromptRendered(Event, frozen=True, kw_only=True):
     """The prompt became token ids. ``prompt_hmac`` is their keyed hash, ``date`` what the template saw.
 
-    ``grammar_hmac`` is the keyed hash of the grammar that binds the answer, empty without one.
+    ``grammar_hmac`` is the keyed hash of the grammar that binds the answer, empty without one; ``prompt_version`` says how
+    a conversation was made into a prompt.
     """
 
     prompt_tokens: int
@@ -223,6 +288,7 @@ class PromptRendered(Event, frozen=True, kw_only=True):
     date: str
     max_tokens: int
     grammar_hmac: str = ""
+    prompt_version: str = ""
 
 
 class RequestEstimated(Event, frozen=True, kw_only=True):

@@ -74,6 +74,7 @@ def _with_tenants(rng: SeededRng, shape: Shape, arrivals: tuple[Arrival, ...]) -
         first_is_larger=shape.executors > 1 and rng.happens(0.5),
         prefix_cache_bytes=shape.kv_budget_bytes // 2 if rng.happens(0.6) else 0,
         session_idle_s=rng.pick((0.2, 2.0, 180.0)),
+        heeds_pressure=rng.happens(0.6),
         ageing_s=rng.pick((0.2, CALM_AGEING_S, CALM_AGEING_S)),
     )
     return shape, tuple(msgspec.structs.replace(each, user=rng.pick(tenants)) for each in arrivals)

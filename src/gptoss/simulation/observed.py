@@ -42,6 +42,7 @@ class Observed:
         inboxes: each mailbox that was ever opened, with its owner's name.
         live: what the live projections answered when all was at rest: name of the query -> answer.
         rebuilt: the same queries of projections that were folded from the journal's bytes.
+        now_ns: the time.
         engine_sessions: what each living engine keeps of sessions, in bytes.
         logs: everything that was logged, as text.
         loop_failures: what reached the event loop's exception handler.
@@ -57,6 +58,7 @@ class Observed:
         self.inboxes: list[tuple[str, Inbox]] = []
         self.live: dict[str, Any] = {}
         self.rebuilt: dict[str, Any] = {}
+        self.now_ns = 0
         self.engine_sessions: dict[str, dict[str, int]] = {}
         self.logs = ""
         self.loop_failures: list[str] = []

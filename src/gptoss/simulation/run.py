@@ -174,6 +174,7 @@ class _Run:
         observed.seen = [client.seen for client in world.clients.values()]
         observed.asks = world.asks
         observed.inboxes = world.dispatcher.inboxes
+        observed.now_ns = world.clock.monotonic_ns()
         observed.engine_sessions = {name: device.kept_sessions for name, device in world.devices.items()}
         observed.logs = world.log.getvalue() + self.python_log.getvalue()
         observed.loop_failures = world.loop.failures

@@ -88,6 +88,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         first_is_larger: the first executor has four times the memory of the others.
         prefix_cache_bytes: of each engine; sessions may keep half of it.
         session_idle_s, ageing_s: as the settings.
+        heeds_pressure: whether the levels of pressure are on.
     """
 
     executors: int = 1
@@ -103,6 +104,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_bytes: int = 0
     session_idle_s: float = 180.0
     ageing_s: float = 10.0
+    heeds_pressure: bool = True
 
     def budget_of(self, device: str) -> int:
         """KV bytes of one executor."""

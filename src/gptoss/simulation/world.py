@@ -9,6 +9,8 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from gptoss.actors.future import ReplyFuture
 from gptoss.actors.journal import Journal
 from gptoss.app import ServingSystem
@@ -31,6 +33,7 @@ from gptoss.testing import FAKE_MODEL, FakeRenderer, ManualClock
 
 MAX_MODEL_LEN = 1024
 MS_PER_S = 1000
+PRESSURE_LEVELS = ("pressure_evict", "pressure_shrink", "pressure_queue", "pressure_refuse")
 
 
 class FaultyRenderer(FakeRenderer):
@@ -119,6 +122,8 @@ class World:
             session_idle_s=shape.session_idle_s,
             queue_ageing_s=shape.ageing_s,
         )
+        if not shape.heeds_pressure:
+            self.settings = msgspec.structs.replace(self.settings, **dict.fromkeys(PRESSURE_LEVELS, 0.0))
         self.serving = self._system()
 
     def rng(self, purpose: str) -> SeededRng:

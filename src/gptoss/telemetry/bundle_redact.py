@@ -26,6 +26,7 @@ from gptoss.telemetry.recording import Recording
 
 PSEUDONYM_HEX = 20
 KEY_ID_HEX = 16
+_NOTHING = msgspec.Raw(msgspec.msgpack.encode(None))
 _NAMED_FOR_REQUEST = re.compile(r"((?:actor/)?(?:request|task/render)/)(.+)")
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -183,6 +184,8 @@ class _Names:
             return msgspec.structs.replace(event, command=encode_command(command))
         if isinstance(event, ev.SnapshotTaken):
             return msgspec.structs.replace(event, state=self._state(event.state))
+        if isinstance(event, ev.CountersSaved):
+            return msgspec.structs.replace(event, state=_NOTHING)  # it names everybody who was running
         if isinstance(event, ev.DeadLettered):
             return msgspec.structs.replace(event, to=self._actor(event.to))
         if isinstance(event, ev.ExecutorFaulted) and hidden:

@@ -20,7 +20,15 @@ SCAN_MAX = 50_000
 
 CHATTER: frozenset[str] = frozenset(
     kind.__name__
-    for kind in (ev.CommandConsumed, ev.StepCommitted, ev.SnapshotTaken, ev.MemoryObserved, ev.ClockAnchored)
+    for kind in (
+        ev.CommandConsumed,
+        ev.StepCommitted,
+        ev.SnapshotTaken,
+        ev.MemoryObserved,
+        ev.HostObserved,
+        ev.CountersSaved,
+        ev.ClockAnchored,
+    )
 )
 
 

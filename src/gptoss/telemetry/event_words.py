@@ -100,6 +100,12 @@ def _node(event: ev.NodeStarted) -> str:
     return f"gptoss {event.version}, Python {event.python}, {many(event.cpu_count, 'CPU')}, {event.os}"
 
 
+def _host(event: ev.HostObserved) -> str:
+    memory = f"{size(event.rss_bytes)} resident, {size(event.memory_available_bytes)} left"
+    gpus = "".join(f", GPU {gpu.index} {gpu.busy_percent:.0f}%" for gpu in event.gpus)
+    return f"processors {event.host_cpu_percent:.0f}% busy, {memory}, loop {took(event.loop_late_ms)} late{gpus}"
+
+
 _DESCRIPTIONS: dict[type[Event], Callable[[Any], str]] = {
     ev.StepCommitted: _step,
     ev.CommandConsumed: _command,
@@ -108,4 +114,7 @@ _DESCRIPTIONS: dict[type[Event], Callable[[Any], str]] = {
     ev.EngineLoaded: lambda event: f"{event.capabilities.model_name} in {took(event.load_ms)}, process {event.pid}",
     ev.RunsAborted: lambda event: f"{event.boot}: {many(len(event.request_ids), 'request')} cut off",
     ev.ClockAnchored: lambda _: "",
+    ev.CountersSaved: lambda event: f"at {event.pos}: {many(len(bytes(event.state)), 'byte')}",
+    ev.CountersCarried: lambda event: many(len(bytes(event.state)), "byte"),
+    ev.HostObserved: _host,
 }

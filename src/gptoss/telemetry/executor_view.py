@@ -32,6 +32,7 @@ class ExecutorView:
     stage: str = ""
     progress: float | None = None
     incarnation: int = 0
+    pid: int = 0
     capabilities: EngineCapabilities | None = None
     running: set[str] = field(default_factory=set[str])
     silent_since_ns: int = 0
@@ -44,6 +45,11 @@ class ExecutorView:
     lacking_bytes: int = 0
     memory_used_bytes: int = 0
     memory_total_bytes: int = 0
+
+
+def model_of(view: ExecutorView | None) -> str:
+    """Name of the model that an executor has loaded; empty before that."""
+    return view.capabilities.model_name if view is not None and view.capabilities is not None else ""
 
 
 @dataclass(slots=True)
@@ -99,6 +105,7 @@ def _loaded(book: ExecutorBook, meta: Meta, event: ev.EngineLoaded) -> None:
     view.capabilities, view.kv_budget_bytes = event.capabilities, event.capabilities.kv_budget_bytes
     view.device = view.device or event.capabilities.device
     view.incarnation, view.silent_since_ns = meta.incarnation, meta.mono_ns
+    view.pid = event.pid
 
 
 def _load_failed(book: ExecutorBook, _meta: Meta, event: ev.EngineLoadFailed) -> None:

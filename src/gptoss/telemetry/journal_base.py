@@ -35,7 +35,7 @@ class Sequencer:
         self.boot = boot
         self.open_requests: set[str] = set()
         """Requests that were received and have no terminal event yet."""
-        self._clock = clock
+        self.clock = clock
         self._next_pos: dict[Family, int] = {"control": 0, "content": 0}
         self._live: dict[tuple[Family, str], int] = {}
         self._finished: OrderedDict[tuple[Family, str], int] = OrderedDict()
@@ -66,7 +66,7 @@ class Sequencer:
             origin.span_id,
             origin.actor,
             origin.incarnation,
-            self._clock.monotonic_ns(),
+            self.clock.monotonic_ns(),
         )
         return Record(meta, event)
 

@@ -34,24 +34,31 @@ def log_line(record: Record, request: RequestView | None = None) -> Fields | Non
 
     Args:
         record: any control record.
-        request: the request that it ends, for the durations and token counts of its line.
+        request: the request that it is about, for its trace, and at its end for durations and token counts.
     """
     entry = _LINES.get(type(record.event))
     if entry is None:
         return None
     level, name, fields_of = entry
     event: Any = record.event
-    if isinstance(event, ev.RequestRejected) and event.status >= SERVER_ERROR_STATUS:
-        level = "warning"
-    line: Fields = {"event": name, "level": level}
+    line: Fields = {"event": name, "level": _level(event, level)}
     if request_id := request_id_of(record):
         line["request_id"] = request_id
-    if record.meta.trace_id:
-        line["trace_id"] = record.meta.trace_id
+    if trace_id := record.meta.trace_id or (request.trace_id if request is not None else ""):
+        line["trace_id"] = trace_id
     line |= fields_of(record.meta, event)
     if request is not None and isinstance(event, ev.TERMINAL_EVENTS):
         line |= _life(request)
     return {key: safe_text(value) if isinstance(value, str) else value for key, value in line.items()}
+
+
+def _level(event: Event, usual: Level) -> Level:
+    """What is worse, or better, than most events of its type."""
+    if isinstance(event, ev.RequestRejected) and event.status >= SERVER_ERROR_STATUS:
+        return "warning"
+    if isinstance(event, ev.SpansExported) and not event.refused and not event.overflowed:
+        return "debug"
+    return usual
 
 
 def _life(request: RequestView) -> Fields:
@@ -105,11 +112,19 @@ class LogWriter:
         self._broken = False
 
     def fold(self, record: Record) -> None:
-        """Take one record in and write its line, if it has one."""
+        """Take one record in, and keep account of the requests."""
+        self.take(record, self._requests.fold(record))
+
+    def take(self, record: Record, request: RequestView | None) -> None:
+        """Take one record in and write its line, if it has one.
+
+        Args:
+            record: the record.
+            request: the request that it changed, up to date.
+        """
         if isinstance(record.event, ev.CommandConsumed):
             return
         self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
-        request = self._requests.fold(record)
         if self._broken or (line := log_line(record, request)) is None:
             return
         if LEVELS[line["level"]] < self._lowest or not self._throttle.lets_pass(record, line):
@@ -222,6 +237,7 @@ _LINES: dict[type[Event], tuple[Level, str, Callable[[Meta, Any], Fields]]] = {
     ev.EngineStalled: ("error", "engine_stalled", _fields("executor", "silent_ms")),
     ev.ExecutorFaulted: ("warning", "executor_faulted", _fields("executor", "attempt", "code", "message", "lost")),
     ev.AttemptRetried: ("warning", "attempt_retried", _fields("attempt", "code", "tokens_out")),
+    ev.SpansExported: ("warning", "spans_exported", _fields("exported", "refused", "overflowed")),
     ev.ClientSlow: ("warning", "client_slow", _fields("stalled_ms")),
     ev.RequestCompleted: ("info", "request_completed", _fields("finish_reason")),
     ev.RequestFailed: ("error", "request_failed", _fields("code", "message")),

@@ -1,247 +1,256 @@
-"""Prometheus metrics, folded from the journal: the older server's ``llm_*`` names, vLLM's names and a few of our own.
+"""Prometheus metrics, folded from the journal; ``metric_catalogue`` lists them.
 
-Every label value comes from a bounded set: executors, loaded models, the catalogue of events, codes of the error tree.
-What a client may write (a model name, a session) is never a label. Durations are differences of the records'
-monotonic times. Gauges hold what the newest record said.
+Durations are differences of the records' monotonic times. Gauges show what the newest record said. Counters go on over
+restarts: a boot's ``CountersCarried`` holds what the boots before it counted, so these too follow from the records.
 
-Output is text 0.0.4, or OpenMetrics 1.0.0 where ``Accept`` prefers it. Names are escaped as ``allow-utf-8``: otherwise
-OpenMetrics would rename ``vllm:x`` to ``vllm_x`` and break the dashboards made for vLLM.
+A trace that is kept becomes the newest example (exemplar) of each bucket that its request fell into, once it has ended.
 """
 
+import json
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.openmetrics import exposition as openmetrics
+import msgspec
+from prometheus_client import CollectorRegistry
 
 from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.errors import AbortedByCrash
 from gptoss.messages import events as ev
-from gptoss.messages.envelope import Event, Meta, Record
-from gptoss.telemetry.executor_view import ExecutorBook, ExecutorView
-from gptoss.telemetry.metric_families import Counter, Family, FamilyCollector, Gauge, Histogram, Labels
+from gptoss.messages.envelope import Event, Record
+from gptoss.telemetry.books import Books
+from gptoss.telemetry.executor_view import ExecutorBook, model_of
+from gptoss.telemetry.exposition import content_type_for, exposition
+from gptoss.telemetry.metric_catalogue import PROVIDER, Catalogue, operation_of
+from gptoss.telemetry.metric_families import FamilyCollector, Histogram, Labels, SavedFamily
+from gptoss.telemetry.metric_gauges import Present, put_gauges
 from gptoss.telemetry.request_view import RequestBook, RequestView, is_crash_end
+from gptoss.telemetry.tail_sampling import TailSampling
+from gptoss.telemetry.wall_clock import wall_offset_ns
 
-CONTENT_TYPE_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-CONTENT_TYPE_OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=allow-utf-8"
-
-VLLM = ("model_name", "engine")
-OLDER = ("model_id", "model_size", "dtype", "route", "tp", "pp", "micro_batches", "admission_action")
-
-SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 640)
-ITL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
-MILLISECONDS = (5, 10, 25, 50, 100, 250, 500, 1000, 2000, 4000, 7000, 10_000, 20_000, 30_000, 60_000, 120_000)
-SPEEDS = (1, 2.5, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 400, 800)
-TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+PROMPT_VERSION_CHARS = 16
 
 _MODEL_SIZE = re.compile(r"(?<![a-z0-9])(\d+(?:\.\d+)?[bm])(?![a-z0-9])", re.IGNORECASE)
 
+Observed = list[tuple[Histogram, Labels, float]]
+"""Values, and where they are counted."""
 
-class _Families:
-    """Every family that is exposed, by the name it has in the code."""
 
-    def __init__(self) -> None:
-        # vLLM's names
-        self.running = Gauge("vllm:num_requests_running", "Requests in the engine.", VLLM)
-        self.waiting = Gauge("vllm:num_requests_waiting", "Requests in the admission queue.", VLLM)
-        self.kv_usage = Gauge("vllm:kv_cache_usage_perc", "KV memory in use; 1 is all of the budget.", VLLM)
-        self.prompt_tokens = Counter("vllm:prompt_tokens_total", "Prompt tokens of prefilled requests.", VLLM)
-        self.generation_tokens = Counter("vllm:generation_tokens_total", "Tokens generated.", VLLM)
-        self.prefix_queries = Counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up.", VLLM)
-        self.prefix_hits = Counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the cache.", VLLM)
-        self.preemptions = Counter("vllm:num_preemptions_total", "Running requests sent back in line.", VLLM)
-        self.drafted = Counter("vllm:spec_decode_num_draft_tokens_total", "Tokens guessed.", VLLM)
-        self.accepted = Counter("vllm:spec_decode_num_accepted_tokens_total", "Tokens guessed right.", VLLM)
-        self.success = Counter("vllm:request_success_total", "Requests that ran to an end.", (*VLLM, "finished_reason"))
-        self.ttft = Histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", VLLM, SECONDS)
-        self.itl = Histogram("vllm:inter_token_latency_seconds", "Between two tokens.", VLLM, ITL_SECONDS)
-        self.e2e = Histogram("vllm:e2e_request_latency_seconds", "Arrival to the end.", VLLM, SECONDS)
-        self.queue = Histogram("vllm:request_queue_time_seconds", "Time in the admission queue.", VLLM, SECONDS)
-        self.prefill = Histogram("vllm:request_prefill_time_seconds", "Engine to first token.", VLLM, SECONDS)
-        self.decode = Histogram("vllm:request_decode_time_seconds", "First token to last.", VLLM, SECONDS)
-        self.prompt_size = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", VLLM, TOKENS)
-        self.output_size = Histogram("vllm:request_generation_tokens", "Output tokens of a request.", VLLM, TOKENS)
-        # the older server's names
-        self.ttft_ms = Histogram("llm_ttft_ms", "Arrival to first token, ms.", OLDER, MILLISECONDS)
-        self.e2e_ms = Histogram("llm_e2e_ms", "Arrival to the end, ms.", OLDER, MILLISECONDS)
-        self.speed = Histogram("llm_tokens_per_sec", "Decode speed of a request, tokens/s.", OLDER, SPEEDS)
-        model = ("model_id",)
-        self.prefilled = Counter("llm_prefill_tokens_total", "Prompt tokens computed.", model)
-        self.decoded = Counter("llm_decode_tokens_total", "Tokens generated.", model)
-        self.prefix_hit = Counter("llm_prefix_cache_hit_total", "Requests served from the prefix cache.", ("reason",))
-        self.admission = Counter("llm_admission_total", "Admission decisions.", ("action",))
-        self.kv_in_use = Gauge("kv_bytes_in_use", "KV memory in use.", ("executor",))
-        self.prefix_bytes = Gauge("gptoss_prefix_cache_bytes", "KV memory of cached prefixes.", ("executor",))
-        self.gpu_memory = Gauge("gpu_mem_used_bytes", "Device memory in use.", ("gpu",))
-        # our own
-        self.events = Counter("gptoss_events_total", "Journal records folded.", ("type",))
-        self.missed = Counter("gptoss_telemetry_missed_total", "Records that live telemetry missed (overload).")
-        self.ends = Counter("gptoss_request_ends_total", "Terminal events.", ("state", "outcome"))
-        self.dead_letters = Counter("gptoss_dead_letters_total", "Messages that nobody took.", ("reason",))
-        self.exits = Counter("gptoss_engine_exits_total", "Engine processes lost.", ("executor",))
-        self.step = Histogram("gptoss_step_seconds", "Duration of an engine step.", ("executor",), ITL_SECONDS)
-        self.ready = Gauge("gptoss_executor_ready", "1 while the executor can serve.", ("executor",))
+class SavedMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the metrics of a boot go on from: what was counted, and what was under way."""
 
-    def all(self) -> list[Family]:
-        return list(vars(self).values())
+    boot: str
+    families: dict[str, SavedFamily]
+    requests: RequestBook
+    executors: ExecutorBook
+    queued: set[str]
 
 
 class Metrics:
-    """The metrics of the newest boot's records."""
+    """The metrics up to the newest record.
 
-    def __init__(self) -> None:
+    Args:
+        books: folded by whoever calls ``take``; None keeps own ones, for ``fold``.
+    """
+
+    def __init__(self, books: Books | None = None) -> None:
+        self._books = books or Books()
+        self._handlers: dict[type[Event], Callable[[Any], None]] = {
+            ev.NodeStarted: self._node_started,
+            ev.CountersCarried: self._carried,
+            ev.StepCommitted: self._step,
+            ev.AdmissionDecided: lambda event: self._families.admission.add((event.action,)),
+            ev.DeadLettered: lambda event: self._families.dead_letters.add((event.reason,)),
+            ev.EngineExited: lambda event: self._families.exits.add((event.executor,)),
+            ev.Preempted: lambda event: self._families.preemptions.add(self._vllm(event.executor)),
+            ev.Enqueued: lambda event: self._queued.add(event.request_id),
+            ev.Dequeued: lambda event: self._queued.discard(event.request_id),
+            ev.RequestFailed: self._failed,
+            ev.HostObserved: self._host_observed,
+            ev.SpansExported: self._spans_exported,
+        }
         self._begin_boot("")
 
     def _begin_boot(self, boot: str) -> None:
-        """Counters start at zero with each boot, as a restarted process's do."""
+        """A boot begins at zero, or where ``CountersCarried`` says."""
         self._boot = boot
-        self._requests = RequestBook()
-        self._executors = ExecutorBook()
-        self._families = _Families()
+        self._families = Catalogue()
         self._queued: set[str] = set()
+        self._newest_ns = 0
+        self._host: ev.HostObserved | None = None
+        self._sampling = TailSampling()
+        self._wall_offset_ns = 0
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(FamilyCollector(self._families.all()))
         self._families.missed.add((), 0)
+        self._families.spans_exported.add((), 0)
         self._rendered: dict[str, bytes] = {}
 
     # ------------------------------------------------------------ folding
 
     def fold(self, record: Record) -> None:
-        """Take one record in."""
-        if record.meta.boot != self._boot:
-            self._begin_boot(record.meta.boot)
-        self._rendered.clear()
-        event, meta = record.event, record.meta
+        """Take one record in, and fold the own books."""
+        self.take(record, self._books.fold(record))
+
+    def take(self, record: Record, request: RequestView | None) -> None:
+        """Take one record in.
+
+        Args:
+            record: the record.
+            request: the request that it changed, as the books, which have folded it already, say.
+        """
+        meta = record.meta
+        if meta.boot != self._boot:
+            self._begin_boot(meta.boot)
+        if self._rendered:
+            self._rendered.clear()
+        self._newest_ns = meta.mono_ns
         self._families.events.add((meta.type,))
-        if isinstance(event, ev.CommandConsumed):
+        if type(record.event) is ev.CommandConsumed:
             return
-        if isinstance(event, ev.StepCommitted):
-            self._fold_step(meta, event)  # before the books: it reads when each row's last token came
-        request = self._requests.fold(record)
-        self._executors.fold(record)
-        self._fold_counters(event)
-        self._fold_queue(event)
+        self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
+        handler = self._handlers.get(type(record.event))
+        if handler is not None:
+            handler(record.event)
         if request is not None:
-            self._fold_request(event, request)
+            self._take_request(record.event, request)
 
     def count_missed(self, records: int) -> None:
         """Say that ``records`` records never came here: the one number that no record holds."""
         self._rendered.clear()
         self._families.missed.add((), records)
 
-    def _fold_step(self, meta: Meta, event: ev.StepCommitted) -> None:
+    def _node_started(self, event: ev.NodeStarted) -> None:
+        self._sampling = TailSampling.from_recorded(json.loads(event.settings or "{}"))
+
+    def _carried(self, event: ev.CountersCarried) -> None:
+        self.add(decode_families(event.state))
+
+    def _step(self, event: ev.StepCommitted) -> None:
         families, labels = self._families, self._vllm(event.executor)
-        model = labels[:1]
-        views = self._requests.open
+        open_requests = self._books.requests.open
         produced = prefilled = drafted = accepted = 0
-        gaps: dict[tuple[int, int], int] = {}  # most rows of a step had their last token in the same one before
+        alike: dict[tuple[int, int], int] = {}  # most rows of a step have the same gap: they are counted at once
         for row in event.rows:
-            tokens = row.tokens
             prefilled += row.prefilled
             drafted += row.num_draft
-            if not tokens:
+            if not row.tokens:
                 continue
-            produced += tokens
-            accepted += tokens - 1
-            view = views.get(row.request_id)
-            if view is not None and view.last_token_ns is not None:
-                gap = (view.last_token_ns, tokens)
-                gaps[gap] = gaps.get(gap, 0) + tokens
-        for (last_ns, tokens), times in gaps.items():
-            families.itl.observe(labels, max(0, meta.mono_ns - last_ns) / NS_PER_S / tokens, times)
+            produced += row.tokens
+            accepted += row.tokens - 1
+            view = open_requests.get(row.request_id)
+            if view is not None and view.token_gap_ns is not None:
+                gap = (view.token_gap_ns, row.tokens)
+                alike[gap] = alike.get(gap, 0) + row.tokens
+        for (gap_ns, tokens), times in alike.items():
+            families.itl.observe(labels, gap_ns / NS_PER_S / tokens, times)
         families.generation_tokens.add(labels, produced)
-        families.decoded.add(model, produced)
-        families.prefilled.add(model, prefilled)
+        families.decoded.add(labels[:1], produced)
+        families.prefilled.add(labels[:1], prefilled)
         families.drafted.add(labels, drafted)
         families.accepted.add(labels, accepted)
         families.step.observe((event.executor,), event.duration_ns / NS_PER_S)
 
-    def _fold_counters(self, event: Event) -> None:
+    def _failed(self, event: ev.RequestFailed) -> None:
+        if is_crash_end(event):
+            # A request of the boot before this one, which did not live to count its end.
+            self._families.ends.add(("failed", AbortedByCrash.code))
+
+    def _host_observed(self, event: ev.HostObserved) -> None:
+        self._host = event
+
+    def _spans_exported(self, event: ev.SpansExported) -> None:
         families = self._families
-        if isinstance(event, ev.AdmissionDecided):
-            families.admission.add((event.action,))
-        elif isinstance(event, ev.DeadLettered):
-            families.dead_letters.add((event.reason,))
-        elif isinstance(event, ev.EngineExited):
-            families.exits.add((event.executor,))
-        elif isinstance(event, ev.Preempted):
-            families.preemptions.add(self._vllm(event.executor))
-        elif is_crash_end(event):
-            # A request of the boot before this one, whose counters died with it: its end is counted here or nowhere.
-            families.ends.add(("failed", AbortedByCrash.code))
+        families.spans_exported.add((), event.exported)
+        families.spans_dropped.add(("refused",), event.refused)
+        families.spans_dropped.add(("overflow",), event.overflowed)
 
-    def _fold_queue(self, event: Event) -> None:
-        if isinstance(event, ev.Enqueued):
-            self._queued.add(event.request_id)
-        elif isinstance(event, ev.Dequeued):
-            self._queued.discard(event.request_id)
-
-    def _read_gauges(self) -> None:
-        """Bring the gauges up to date: when somebody looks, since each record may move them for every executor."""
-        families, model_name = self._families, self._model_name
-        if model_name:
-            families.waiting.put((model_name, "all"), len(self._queued))
-        for view in self._executors.views.values():
-            families.ready.put((view.name,), view.state == "ready")
-            if view.capabilities is None:
-                continue  # nothing has ever been loaded there
-            labels = self._vllm(view.name)
-            families.running.put(labels, len(view.running))
-            families.kv_usage.put(labels, view.kv_bytes_in_use / view.kv_budget_bytes if view.kv_budget_bytes else 0)
-            families.kv_in_use.put((view.name,), view.kv_bytes_in_use)
-            families.prefix_bytes.put((view.name,), view.prefix_cache_bytes)
-            if view.memory_used_bytes and not view.device.startswith("cpu"):
-                families.gpu_memory.put((view.device,), view.memory_used_bytes)
-
-    def _fold_request(self, event: Event, request: RequestView) -> None:
-        families, labels = self._families, self._vllm(request.executor)
+    def _take_request(self, event: Event, request: RequestView) -> None:
+        families = self._families
         if isinstance(event, ev.FirstTokenProduced):
-            families.prompt_tokens.add(labels, request.prompt_tokens)
-            _observe_s(families.ttft, labels, request.ttft_ns)
-            _observe_s(families.prefill, labels, request.prefill_ns)
-            families.ttft_ms.observe(self._older(request), (request.ttft_ns or 0) / NS_PER_MS)
+            families.prompt_tokens.add(self._vllm(request.executor), request.prompt_tokens)
+            for histogram, labels, value in self._at_first_token(request):
+                histogram.observe(labels, value)
         if not request.is_over:
             return
         families.ends.add((request.state, request.outcome))
-        if request.accepted_ns is None:
-            return
-        reason = request.outcome if request.state == "completed" and request.outcome != "cancelled" else "abort"
-        if request.state != "failed":
-            families.success.add((*labels, reason))
-        if request.state == "completed":
-            self._fold_completed(labels, request)
+        if request.accepted_ns is not None:
+            self._take_end(request)
 
-    def _fold_completed(self, labels: Labels, request: RequestView) -> None:
-        families, older = self._families, self._older(request)
-        _observe_s(families.e2e, labels, request.e2e_ns)
-        _observe_s(families.queue, labels, request.queued_ns)
-        _observe_s(families.decode, labels, request.decode_ns)
-        families.prompt_size.observe(labels, request.prompt_tokens)
-        families.output_size.observe(labels, request.completion_tokens)
-        families.prefix_queries.add(labels, request.prompt_tokens)
-        families.prefix_hits.add(labels, request.cached_tokens)
-        families.e2e_ms.observe(older, (request.e2e_ns or 0) / NS_PER_MS)
+    def _take_end(self, request: RequestView) -> None:
+        """The end of a request that ran, whatever it was."""
+        families, labels = self._families, self._vllm(request.executor)
+        if request.state != "failed":
+            completed = request.state == "completed" and request.outcome != "cancelled"
+            families.success.add((*labels, request.outcome if completed else "abort"))
+        observed = self._at_end(request)
+        for histogram, at, value in observed:
+            histogram.observe(at, value)
+        if request.state == "completed":
+            families.prompt_size.observe(labels, request.prompt_tokens)
+            families.output_size.observe(labels, request.completion_tokens)
+            families.prefix_queries.add(labels, request.prompt_tokens)
+            families.prefix_hits.add(labels, request.cached_tokens)
+            if request.cached_tokens:
+                families.prefix_hit.add(("prefix",))
+        if self._sampling.keeps(request) is None:
+            return
+        if request.first_token_ns is not None and not request.retries:  # else its labels may be others by now
+            observed += self._at_first_token(request)
+        unix_s = (self._wall_offset_ns + self._newest_ns) / NS_PER_S
+        for histogram, at, value in observed:
+            histogram.exemplify(at, value, trace_id=request.trace_id, unix_s=round(unix_s, 3))
+
+    def _at_first_token(self, request: RequestView) -> Observed:
+        """What the first token of a request says."""
+        families, labels = self._families, self._vllm(request.executor)
+        ttft_ns = request.ttft_ns or 0
+        found: Observed = [
+            (families.ttft, labels, ttft_ns / NS_PER_S),
+            (families.ttft_ms, self._older(request), ttft_ns / NS_PER_MS),
+            (families.gen_ai_first, self._gen_ai(request), ttft_ns / NS_PER_S),
+        ]
+        if request.prefill_ns is not None:
+            found.append((families.prefill, labels, request.prefill_ns / NS_PER_S))
+        return found
+
+    def _at_end(self, request: RequestView) -> Observed:
+        """What the end of a request that ran says: of one that was not served to its end, only how long it took."""
+        families, labels, gen_ai = self._families, self._vllm(request.executor), self._gen_ai(request)
+        e2e_s = (request.e2e_ns or 0) / NS_PER_S
+        error = "" if request.state == "completed" else request.outcome
+        found: Observed = [(families.gen_ai_duration, (*gen_ai, error), e2e_s)]
+        if request.state != "completed":
+            return found
+        found += [
+            (families.e2e, labels, e2e_s),
+            (families.e2e_ms, self._older(request), (request.e2e_ns or 0) / NS_PER_MS),
+            (families.queue, labels, request.queued_ns / NS_PER_S),
+        ]
+        if request.decode_ns is not None:
+            found.append((families.decode, labels, request.decode_ns / NS_PER_S))
         if request.tokens_per_s is not None:
-            families.speed.observe(older, request.tokens_per_s)
-        if request.cached_tokens:
-            families.prefix_hit.add(("prefix",))
+            found.append((families.speed, self._older(request), request.tokens_per_s))
+            found.append((families.gen_ai_each, gen_ai, 1 / request.tokens_per_s))
+        return found
 
     # ------------------------------------------------------------ labels
 
-    @property
-    def _model_name(self) -> str:
-        return next((name for view in self._executors.views.values() if (name := _model_of(view))), "")
-
     def _vllm(self, executor: str) -> Labels:
-        return (_model_of(self._executors.views.get(executor)), executor)
+        return (model_of(self._books.executors.views.get(executor)), executor)
 
     def _older(self, request: RequestView) -> Labels:
-        view = self._executors.views.get(request.executor)
-        model = _model_of(view)
+        view = self._books.executors.views.get(request.executor)
+        model = model_of(view)
         size = _MODEL_SIZE.search(model)
         dtype = view.capabilities.dtype if view is not None and view.capabilities is not None else ""
         route = "multi" if request.action == "route_multi" else "single"
-        return (model, size[1].lower() if size else "", dtype, route, "1", "1", "1", request.action)
+        prompt_version = request.template[:PROMPT_VERSION_CHARS]
+        return (model, size[1].lower() if size else "", dtype, route, "1", "1", "1", prompt_version, request.action)
+
+    def _gen_ai(self, request: RequestView) -> Labels:
+        model = model_of(self._books.executors.views.get(request.executor))
+        return (operation_of(request.endpoint), PROVIDER, model, model)
 
     # ------------------------------------------------------------ output
 
@@ -255,36 +264,45 @@ class Metrics:
         body = self._rendered.get(content_type)
         if body is None:
             # Kept until the next record: many scrapes at once cost one rendering.
-            self._read_gauges()
-            if content_type == CONTENT_TYPE_OPENMETRICS:
-                untyped: Any = openmetrics
-                body = bytes(untyped.generate_latest(self._registry, escaping=openmetrics.ALLOWUTF8))
-            else:
-                body = generate_latest(self._registry, escaping=openmetrics.ALLOWUTF8)
-            self._rendered[content_type] = body
+            put_gauges(self._families, self._books, Present(queued=len(self._queued), host=self._host))
+            body = self._rendered[content_type] = exposition(self._registry, content_type)
         return body, content_type
 
+    # ------------------------------------------------------------ over restarts
 
-def _model_of(view: ExecutorView | None) -> str:
-    return view.capabilities.model_name if view is not None and view.capabilities is not None else ""
+    def saved(self) -> SavedMetrics:
+        """All that a later start needs to go on from here."""
+        counted = {name: family.saved() for name, family in self._families.counting().items()}
+        return SavedMetrics(
+            boot=self._boot,
+            families=counted,
+            requests=RequestBook(open=self._books.requests.open, boot=self._boot),
+            executors=self._books.executors,
+            queued=self._queued,
+        )
+
+    @classmethod
+    def restored(cls, saved: SavedMetrics) -> Self:
+        """Metrics as they were when they were saved; what no counter needs is not there."""
+        metrics = cls(Books(requests=saved.requests, executors=saved.executors))
+        metrics._begin_boot(saved.boot)
+        metrics._queued = saved.queued
+        metrics.add(saved.families)
+        return metrics
+
+    def add(self, families: Mapping[str, SavedFamily]) -> None:
+        """Count further what others counted; families that are not known any more are left out."""
+        for name, family in self._families.counting().items():
+            if name in families:
+                family.add_saved(families[name])
 
 
-def _observe_s(histogram: Histogram, labels: Labels, nanoseconds: int | None) -> None:
-    if nanoseconds is not None:
-        histogram.observe(labels, nanoseconds / NS_PER_S)
+_families_decoder = msgspec.msgpack.Decoder(dict[str, SavedFamily])
 
 
-def content_type_for(accept: str) -> str:
-    """The content type of an exposition for this ``Accept`` header."""
-    return CONTENT_TYPE_OPENMETRICS if _prefers_openmetrics(accept) else CONTENT_TYPE_TEXT
-
-
-def _prefers_openmetrics(accept: str) -> bool:
-    """Whether ``accept`` ranks OpenMetrics at least as high as plain text."""
-    quality = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
-    for part in accept.split(","):
-        media, *parameters = (piece.strip() for piece in part.split(";"))
-        given = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
-        if media in quality and re.fullmatch(r"[01](\.\d{0,3})?", given):
-            quality[media] = max(quality[media], float(given))
-    return 0 < quality["application/openmetrics-text"] >= quality["text/plain"]
+def decode_families(state: msgspec.Raw) -> dict[str, SavedFamily]:
+    """The families inside a ``CountersCarried``; none where they cannot be read, as of a newer version."""
+    try:
+        return _families_decoder.decode(state)
+    except msgspec.DecodeError:
+        return {}

@@ -15,15 +15,17 @@ from gptoss.actors.journal import JournalHealth
 from gptoss.clock import NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
-from gptoss.telemetry.executor_view import ExecutorBook, ExecutorView
+from gptoss.telemetry.books import Books
+from gptoss.telemetry.executor_view import ExecutorView
 from gptoss.telemetry.history import SECONDS_KEPT, History, Levels, as_columns
 from gptoss.telemetry.percentile import nearest_rank
 from gptoss.telemetry.request_view import TERMINAL_STATES, RequestBook, RequestView, request_row
 from gptoss.telemetry.server_view import RATE_WINDOW_S, ServerView
-from gptoss.telemetry.session_view import SessionView
 
 FINISHED_MAX = 1000
 PERCENTILES = (50, 95, 99)
+COMMIT_TIMEOUT_NS = 10 * NS_PER_S
+"""A batch that the disk takes longer for means that nothing new is acknowledged: no progress."""
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,29 +40,42 @@ class Projection:
 
     Args:
         step_timeout_s: an executor with running requests that makes no step for this long makes the server not ready.
+        books: folded by whoever calls ``take``; None keeps own ones, for ``fold``.
     """
 
-    def __init__(self, *, step_timeout_s: float = 60.0) -> None:
+    def __init__(self, *, step_timeout_s: float = 60.0, books: Books | None = None) -> None:
         self._step_timeout_ns = int(step_timeout_s * NS_PER_S)
-        self._requests = RequestBook(finished_max=FINISHED_MAX)
-        self._executors = ExecutorBook()
-        self._sessions = SessionView()
+        self._books = books or Books(requests=RequestBook(finished_max=FINISHED_MAX))
+        self._requests = self._books.requests
+        self._executors = self._books.executors
+        self._sessions = self._books.sessions
         self._server = ServerView()
         self._history = History(self._levels)
 
     def fold(self, record: Record) -> None:
-        """Take one record in; the first record of another boot starts a new picture."""
+        """Take one record in, and fold the own books."""
+        self.turn(record)
+        self.take(record, self._books.fold(record))
+
+    def turn(self, record: Record) -> None:
+        """What has to be done before the books fold a record: a second that is over keeps the levels of its end."""
         if record.meta.boot != self._server.boot:
             self._server = ServerView(boot=record.meta.boot)
             self._history = History(self._levels)
+        if not isinstance(record.event, ev.CommandConsumed):
+            self._history.turn(record.meta.mono_ns)
+
+    def take(self, record: Record, request: RequestView | None) -> None:
+        """Take one record in, after ``turn``; the first record of another boot started a new picture.
+
+        Args:
+            record: the record.
+            request: the request that it changed, as the books, which have folded it already, say.
+        """
         self._server.newest_pos = record.meta.pos
         if isinstance(record.event, ev.CommandConsumed):
             self._server.newest_ns = record.meta.mono_ns
             return  # every other record is one of these, and none shows here
-        self._history.turn(record.meta.mono_ns)
-        self._executors.fold(record)
-        self._sessions.fold(record)
-        request = self._requests.fold(record)
         self._server.fold(record, request)
         self._history.fold(record, request)
 
@@ -88,6 +103,8 @@ class Projection:
             return "draining"
         if self._server.log_degraded or (journal is not None and not journal.ok):
             return f"the journal has stopped: {self._server.log_degraded or (journal.reason if journal else '')}"
+        if journal is not None and journal.commit_ns > COMMIT_TIMEOUT_NS:
+            return f"the journal's disk has not answered for {journal.commit_ns / NS_PER_S:.0f} s"
         if self._server.escalated:
             return f"{self._server.escalated} failed too often and stays down"
         for view in self._executors.views.values():
@@ -109,7 +126,8 @@ class Projection:
             "model": self.model,
             "profile": str(self._server.settings.get("profile", "")),
             "observability_enabled": True,
-            "cache_enabled": self._server.tokens["cached"] > 0,
+            "tracing_enabled": bool(self._server.settings.get("otlp_endpoint")),
+            "cache_enabled": self._cache_enabled(),
             "gpu_routing_enabled": self._routing_enabled(),
             "ready": readiness.ready,
             "reason": readiness.reason,
@@ -145,6 +163,11 @@ class Projection:
         fresh = all(view.state in {"starting", "loading"} and not view.exits for view in views)
         return "starting" if fresh and not self._server.log_degraded and not self._server.escalated else "degraded"
 
+    def _cache_enabled(self) -> bool:
+        """Whether some executor keeps prefixes, rather than whether one was found yet."""
+        loaded = (view.capabilities for view in self._executors.views.values())
+        return any(can is not None and can.prefix_cache_bytes > 0 for can in loaded)
+
     def _routing_enabled(self) -> bool:
         return len(self._executors.views) > 1
 
@@ -179,13 +202,19 @@ class Projection:
                 "by_reason": _shares(self._server.route_reasons, decisions),
             },
             "cache_stats": self._cache_stats(),
+            "traces": dict(sorted(self._server.spans.items())),
+            "host": None if self._server.host is None else _by_name(self._server.host),
             "sessions": self._sessions.counts(),
         }
 
     def _cache_stats(self) -> dict[str, Any]:
         prompt = self._server.tokens["prompt"]
         cached = self._server.tokens["cached"]
+        hits, looked_up = self._server.requests["cache_hits"], self._server.requests["looked_up"]
         return {
+            "enabled": self._cache_enabled(),
+            "hits": hits,
+            "misses": looked_up - hits,
             "prompt_tokens": prompt,
             "cached_tokens": cached,
             "hit_rate": round(cached / prompt, 4) if prompt else 0.0,
@@ -293,6 +322,13 @@ class Projection:
     def _as_dict(self, view: RequestView) -> dict[str, Any]:
         row = request_row(view, boot=self._server.boot, wall_offset_ns=self._server.wall_offset_ns)
         return msgspec.to_builtins(row)
+
+
+def _by_name(value: Any) -> Any:
+    """Structs that are arrays on disk, as objects."""
+    if isinstance(value, msgspec.Struct):
+        return {name: _by_name(getattr(value, name)) for name in value.__struct_fields__}
+    return [_by_name(inner) for inner in value] if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownVariableType]
 
 
 def _share(part: int, whole: int) -> float:

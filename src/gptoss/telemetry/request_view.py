@@ -30,6 +30,7 @@ class RequestView:
 
     Attributes:
         queued_ns: time spent in the admission queue.
+        token_gap_ns: between the two newest steps that produced tokens for it.
         tokens_seen: output tokens that steps have produced so far; ``completion_tokens`` is the terminal event's count.
         outcome: finish reason, error code or cancel reason of the terminal event.
         status: HTTP status of a rejection, else 0.
@@ -49,11 +50,13 @@ class RequestView:
     accepted_ns: int | None = None
     first_token_ns: int | None = None
     last_token_ns: int | None = None
+    token_gap_ns: int | None = None
     ended_ns: int | None = None
     queued_ns: int = 0
     prompt_tokens: int = 0
     max_tokens: int = 0
     cached_tokens: int = 0
+    template: str = ""
     tokens_seen: int = 0
     completion_tokens: int = 0
     action: str = ""
@@ -240,12 +243,14 @@ class RequestBook:
 
     def _steps(self, meta: Meta, event: Event) -> None:
         assert isinstance(event, ev.StepCommitted)
-        find, mono_ns = self.open.get, meta.mono_ns
-        for row in event.rows:
+        find, now_ns = self.open.get, meta.mono_ns
+        for row in event.rows:  # for each token of each request: nothing here is worth a call
             tokens = row.tokens
             if tokens and (view := find(row.request_id)) is not None:
                 view.tokens_seen += tokens
-                view.last_token_ns = mono_ns
+                last_ns = view.last_token_ns
+                view.token_gap_ns = None if last_ns is None else max(0, now_ns - last_ns)
+                view.last_token_ns = now_ns
 
 
 # ---------------------------------------------------------------- one function an event
@@ -258,6 +263,7 @@ def _received(view: RequestView, _meta: Meta, event: ev.RequestReceived) -> None
 
 def _rendered(view: RequestView, _meta: Meta, event: ev.PromptRendered) -> None:
     view.prompt_tokens, view.max_tokens = event.prompt_tokens, event.max_tokens
+    view.template = event.template
 
 
 def _enqueued(view: RequestView, meta: Meta, _event: ev.Enqueued) -> None:
@@ -295,6 +301,10 @@ def _retried(view: RequestView, _meta: Meta, _event: ev.AttemptRetried) -> None:
     view.retries += 1
 
 
+def _noted(_view: RequestView, _meta: Meta, _event: Event) -> None:
+    """Moves nothing in the view; whoever reads it along with the record learns which request it is about."""
+
+
 def _completed(view: RequestView, meta: Meta, event: ev.RequestCompleted) -> None:
     view.state, view.ended_ns, view.outcome = "completed", meta.mono_ns, event.finish_reason
     view.prompt_tokens, view.cached_tokens = event.prompt_tokens, event.cached_tokens
@@ -326,6 +336,8 @@ _HANDLERS: dict[type[Event], Callable[[RequestView, Meta, Any], None]] = {
     ev.ExecutorAccepted: _accepted,
     ev.FirstTokenProduced: _first_token,
     ev.AttemptRetried: _retried,
+    ev.ExecutorFaulted: _noted,
+    ev.ClientSlow: _noted,
     ev.RequestCompleted: _completed,
     ev.RequestFailed: _failed,
     ev.RequestCancelled: _cancelled,

@@ -9,13 +9,14 @@ Rules:
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from gptoss.errors import JournalCorrupt, JournalError
 from gptoss.messages.codec import decode_event
-from gptoss.messages.envelope import Family, Record
+from gptoss.messages.envelope import Family, Record, Stored
 from gptoss.telemetry.journal_base import Query
 from gptoss.telemetry.journal_index import JournalIndex
 from gptoss.telemetry.segment_file import Frame, Header, Segment, SegmentScan, list_segments, walk
@@ -76,6 +77,23 @@ class SegmentReader:
     def first_positions(self, boot: str) -> list[int]:
         """Where the control segments of a boot begin, ascending; a read that begins at one skips those before it."""
         return [header.first_pos for _, header in self._in_scope(Query(boot=boot)) if header is not None]
+
+    def newest(self, boot: str, types: frozenset[str]) -> Record | None:
+        """The last control record of one of these types; frames that cannot hold one are not decoded.
+
+        Raises:
+            JournalCorrupt: bytes inside a segment that had to be read fail their checksum.
+        """
+        wanted = [name.encode() for name in types]
+        for segment, _ in reversed(self._in_scope(Query(boot=boot))):
+            found: Stored | None = None
+            with suppress(FileNotFoundError), SegmentScan(segment.path) as scan:
+                for frame in walk(segment, scan):
+                    if any(name in frame.body for name in wanted):
+                        found = next((one for one in reversed(frame.stored()) if one.meta.type in types), found)
+            if found is not None:
+                return Record(found.meta, decode_event(found))
+        return None
 
     def verify(self) -> list[str]:
         """What is wrong with the segments, one line each: checksums, seals and sha256 are all checked."""

@@ -76,6 +76,8 @@ class SegmentJournal:
         self._reader = reader
         self._logs = logs
         self._sequencer = sequencer
+        self._clock = sequencer.clock
+        self._commit_began_ns: int | None = None
         self._options = options
         self._watchers = Watchers()
         self._lock = threading.RLock()
@@ -151,6 +153,7 @@ class SegmentJournal:
                 last_pos=self._sequencer.next_pos("control") - 1,
                 committed_pos=self._committed_pos["control"],
                 stored_bytes=sum(log.stored_bytes for log in self._logs.values()),
+                commit_ns=0 if self._commit_began_ns is None else self._clock.monotonic_ns() - self._commit_began_ns,
             )
 
     def append(self, event: Event, origin: Origin) -> Record:
@@ -248,6 +251,7 @@ class SegmentJournal:
                 return False
             self._committing, self._queued = self._queued, {family: deque() for family in _FAMILIES}
             self._num_queued = 0
+            self._commit_began_ns = self._clock.monotonic_ns()
             self._in_hurry = False
             self._open_requests = tuple(self._sequencer.open_requests)
             return True
@@ -261,6 +265,7 @@ class SegmentJournal:
             if batch:
                 log.commit(batch, self._open_requests if family == "control" else ())
         with self._lock:
+            self._commit_began_ns = None
             for family in _FAMILIES:
                 self._committed_pos[family] += len(self._committing[family])
                 self._committing[family] = deque()

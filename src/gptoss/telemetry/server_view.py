@@ -15,10 +15,12 @@ from gptoss.telemetry.wall_clock import wall_offset_ns
 SAMPLES_MAX = 1024
 ERRORS_MAX = 100
 RATE_WINDOW_S = 10
+MS_PER_S = 1000
+WINDOWS = ("ttft_ms", "e2e_ms", "queue_ms", "prefill_ms", "decode_ms_per_token", "tokens_per_s")
 
 
 def _windows() -> dict[str, deque[float]]:
-    return {name: deque(maxlen=SAMPLES_MAX) for name in ("ttft_ms", "e2e_ms", "queue_ms", "tokens_per_s")}
+    return {name: deque(maxlen=SAMPLES_MAX) for name in WINDOWS}
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class ServerView:
         missed: records that live folding had to leave out.
         windows: the newest ``SAMPLES_MAX`` values of each latency.
         produced: (second, tokens produced in it) of the last seconds in which there were any, newest last.
+        spans: what became of exported spans; ``host``: the newest reading of the machine.
         errors: the newest ``ERRORS_MAX`` warnings and errors, as log lines.
     """
 
@@ -51,6 +54,8 @@ class ServerView:
     routes: Counter[str] = field(default_factory=Counter[str])
     route_reasons: Counter[str] = field(default_factory=Counter[str])
     faults: Counter[str] = field(default_factory=Counter[str])
+    spans: Counter[str] = field(default_factory=Counter[str])
+    host: ev.HostObserved | None = None
     missed: int = 0
     windows: dict[str, deque[float]] = field(default_factory=_windows)
     produced: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=RATE_WINDOW_S + 1))
@@ -95,6 +100,11 @@ class ServerView:
             self.escalated = event.child
         elif isinstance(event, ev.LogDegraded):
             self.log_degraded = event.reason
+        elif isinstance(event, ev.HostObserved):
+            self.host = event
+        elif isinstance(event, ev.SpansExported):
+            self.spans["exported"] += event.exported
+            self.spans["dropped"] += event.refused + event.overflowed
 
     def _fold_counts(self, record: Record) -> None:
         event = record.event
@@ -117,16 +127,20 @@ class ServerView:
             self.requests["total"] += 1
         elif isinstance(record.event, ev.FirstTokenProduced):
             self._sample("ttft_ms", request.ttft_ns)
+            self._sample("prefill_ms", request.prefill_ns)
         if not request.is_over:
             return
         self.requests[request.state] += 1
         self.tokens["prompt"] += request.prompt_tokens if request.accepted_ns is not None else 0
         self.tokens["cached"] += request.cached_tokens
         if request.state == "completed":
+            self.requests["looked_up"] += 1
+            self.requests["cache_hits"] += request.cached_tokens > 0
             self._sample("e2e_ms", request.e2e_ns)
             self._sample("queue_ms", request.queued_ns)
             if request.tokens_per_s is not None:
                 self.windows["tokens_per_s"].append(request.tokens_per_s)
+                self.windows["decode_ms_per_token"].append(MS_PER_S / request.tokens_per_s)
 
     def _sample(self, name: str, nanoseconds: int | None) -> None:
         if nanoseconds is not None:
@@ -155,6 +169,8 @@ _OF_THE_NODE = frozenset(
         ev.NodeStopped,
         ev.SupervisorEscalated,
         ev.LogDegraded,
+        ev.HostObserved,
+        ev.SpansExported,
     }
 )
 _COUNTED = frozenset(

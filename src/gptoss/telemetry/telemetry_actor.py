@@ -21,11 +21,14 @@ from gptoss.actors.actor import LoopActor
 from gptoss.actors.journal import Journal
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
-from gptoss.telemetry.logs import LogWriter
-from gptoss.telemetry.metrics import Metrics
-from gptoss.telemetry.projection import Projection
+from gptoss.telemetry.live_views import LiveViews
 
 BATCH = 256
+SAVE_RECORDS_MIN = 20_000
+"""A later start has to fold so many records again, at most; a fraction of a second."""
+SAVED_BYTES_PER_RECORD = 8
+"""The larger what is saved, the rarer."""
+COUNTERS_STREAM = "counters"
 PENDING_MAX = 50_000
 PENDING_HARD_MAX = 200_000
 
@@ -37,23 +40,20 @@ class CatchUp(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TelemetryActor(LoopActor):
-    """Folds the journal into the projection, the metrics and the log.
+    """Folds the journal into the live views, and records now and then what the metrics have counted.
 
     Args:
         journal: what to watch.
-        projection: read by its owner on the event loop, as are the metrics.
-        metrics: see ``projection``.
-        log_writer: writes the log lines; None for none.
+        views: read by their owner on the event loop.
+        saves_counters: whether the journal outlives the process, so that a later start can go on from ``CountersSaved``.
     """
 
-    def __init__(
-        self, *, journal: Journal, projection: Projection, metrics: Metrics, log_writer: LogWriter | None = None
-    ) -> None:
+    def __init__(self, *, journal: Journal, views: LiveViews, saves_counters: bool = False) -> None:
         super().__init__()
         self._journal = journal
-        self._projection = projection
-        self._metrics = metrics
-        self._log_writer = log_writer
+        self._views = views
+        self._saves_counters = saves_counters
+        self._records_to_save = SAVE_RECORDS_MIN
         self._home: asyncio.AbstractEventLoop
         self._home_thread = 0
         self._pending: deque[Record] = deque()
@@ -70,16 +70,18 @@ class TelemetryActor(LoopActor):
         self._home = asyncio.get_running_loop()
         self._home_thread = threading.get_ident()
         self._unsubscribe = self._journal.subscribe(self._watch)
-        for record in self._journal.read(boot=self._journal.boot, after=self._projection.newest_pos):
-            self._fold(record)
+        for record in self._journal.read(boot=self._journal.boot, after=self._views.newest_pos):
+            self._views.fold(record)
 
     def on_stop(self) -> None:
-        """Stop watching and fold what is left."""
+        """Stop watching, fold what is left, and save the counters."""
         if self._unsubscribe is not None:
             self._unsubscribe()
         while self._pending:
             self._fold_next()
         self._tell_waiters()
+        if self._saves_counters:
+            self._save_counters()
 
     def on_receive(self, message: CatchUp) -> Awaitable[None] | None:
         """Answer a ``CatchUp``, now or when its time has come."""
@@ -120,6 +122,8 @@ class TelemetryActor(LoopActor):
                 if not self._pending:
                     break
                 self._fold_next()
+            if self._saves_counters and self._records_to_save <= 0:
+                self._save_counters()
         finally:
             self._tell_missed()
             self._tell_waiters()
@@ -130,21 +134,21 @@ class TelemetryActor(LoopActor):
     def _fold_next(self) -> None:
         record = self._pending.popleft()
         self._folded += 1
-        if record.meta.pos > self._projection.newest_pos:  # else on_start has read it already
-            self._fold(record)
+        self._records_to_save -= 1
+        if record.meta.pos > self._views.newest_pos:  # else on_start has read it already
+            self._views.fold(record)
 
-    def _fold(self, record: Record) -> None:
-        self._projection.fold(record)
-        self._metrics.fold(record)
-        if self._log_writer is not None:
-            self._log_writer.fold(record)
+    def _save_counters(self) -> None:
+        state = msgspec.msgpack.encode(self._views.metrics.saved())
+        saved = ev.CountersSaved(pos=self._views.newest_pos, state=msgspec.Raw(state))
+        self.record(saved, stream=COUNTERS_STREAM, correlation="")
+        self._records_to_save = max(SAVE_RECORDS_MIN, len(state) // SAVED_BYTES_PER_RECORD)
 
     def _tell_missed(self) -> None:
         missed = self._missed - self._missed_told
         if missed:
             self._missed_told += missed
-            self._projection.count_missed(missed)
-            self._metrics.count_missed(missed)
+            self._views.count_missed(missed)
 
     def _tell_waiters(self) -> None:
         while self._waiters and self._waiters[0][0] <= self._folded:

@@ -8,7 +8,7 @@ import { Seconds } from "./seconds.js";
 
 const EVERY_MS = 1_000;
 const GONE_EVERY_MS = 2_000;
-const LISTED = 60;
+const LISTED = 40;
 const RATE_S = 10;
 const OPEN = new Set(["received", "queued", "admitted", "running"]);
 const WRONG = new Set(["failed", "rejected"]);
@@ -190,7 +190,10 @@ function drawCharts(charts, columns, { stats, memory, now_unix_s: nowS }) {
     ACTIONS.map(([action]) => columns.admission.map((second) => second[action] ?? 0)),
     endS,
     many(decisions, "decision"),
-    ["queue", "reject"].map((action) => (stats.admission[action] ? `${number(stats.admission[action])} ${action}` : "")).filter(Boolean).join(", "),
+    [["queue", "queued"], ["shrink", "shrunk"], ["reject", "refused"]]
+      .map(([action, word]) => stats.admission[action] && `${number(stats.admission[action])} ${word}`)
+      .filter(Boolean)
+      .join(", "),
   );
 }
 

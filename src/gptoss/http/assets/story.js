@@ -202,7 +202,7 @@ function stepStrip(columns, total) {
   const label = `${many(steps, "step")}, the longest ${took(longest)}, ${company}`;
   return [
     h("h3", {}, "The steps it shared"),
-    h("p", { class: "soft" }, `${label}. Their height is the time they took${most ? ", below is how many others were in them" : ""}.`),
+    h("p", { class: "soft" }, `${label}. Above, how long each took${most ? "; below, how many others were in it" : ""}.`),
     svg("svg", { class: "strip", viewBox: `0 0 ${WIDTH} ${most ? 96 : 64}`, preserveAspectRatio: "none", role: "img", "aria-label": label }, bars),
     h(
       "p",
@@ -216,6 +216,11 @@ function stepStrip(columns, total) {
   ];
 }
 
+/** To another request's story, in the view that is shown. */
+function linkTo(id) {
+  return h("a", { class: "mono", href: `${location.hash.split("/", 1)[0]}/${encodeURIComponent(id)}` }, id);
+}
+
 function delayTable(delays, total) {
   const heading = h("h3", {}, "What delayed it");
   if (!delays.length) return [heading, h("p", { class: "soft" }, "Nothing that cost half a percent of its time.")];
@@ -224,7 +229,7 @@ function delayTable(delays, total) {
     return h(
       "tr",
       {},
-      h("th", { scope: "row" }, `${words} `, h("code", {}, delay.who)),
+      h("th", { scope: "row" }, `${words} `, delay.kind === "restart" ? h("code", {}, delay.who) : linkTo(delay.who)),
       h("td", { class: "n" }, took(delay.took_ms)),
       h("td", { class: "n" }, `${number(delay.share * 100)}%`),
       h("td", { class: "wide" }, bar(delay.start_ms, delay.end_ms, total, kind)),
