@@ -16,6 +16,7 @@ import gptoss
 from gptoss.app import ServingSystem
 from gptoss.config import Settings
 from gptoss.engine.model_source import PreparedModel
+from gptoss.http import batches
 from gptoss.http.batch_runner import PRIORITY
 from gptoss.http.server import serve
 from gptoss.messages import batch_events as bev
@@ -273,3 +274,36 @@ async def test_control_events_of_a_batch_hold_none_of_its_text(tmp_path: Path) -
         control = b"".join(path.read_bytes() for path in (tmp_path / "journal").glob("*control*"))
     assert b"BatchItemFinished" in control
     assert b"canary" not in control
+
+
+async def test_a_batch_whose_time_is_over_ends_and_tells_what_never_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "WINDOW_S", 1)
+    async with serving(options=FakeOptions(step_s=0.005), batch_concurrency=2) as (system, client):
+        made = await order(client, jsonl(chat("a"), *(chat(f"{n}", max_tokens=4000) for n in range(3))))
+        batch = await until(client, made.id)
+        assert (batch.status, counts(batch)) == ("expired", (4, 1, 0))
+        assert batch.expired_at is not None
+        never = await lines_of(client, batch.error_file_id)
+        assert [(line["custom_id"], line["error"]["code"]) for line in never] == [
+            (name, "batch_expired") for name in ("0", "1", "2")
+        ]
+        ends = [record.event for record in system.journal.read() if isinstance(record.event, ev.RequestCancelled)]
+        assert len(ends) == 2, "what ran was stopped"
+
+
+async def test_an_item_waits_while_the_server_is_too_busy_and_fails_only_for_good_reasons() -> None:
+    options = FakeOptions(step_s=0.002, max_batch_size=1)
+    async with serving(options=options, queue_timeout_s=0.2, batch_concurrency=1) as (system, client):
+        wanted = chat("busy", max_tokens=400)["body"]
+        busy = asyncio.ensure_future(client.post("/chat/completions", body=wanted, cast_to=object))
+        async with asyncio.timeout(5):
+            while not any(isinstance(r.event, ev.FirstTokenProduced) for r in system.journal.read()):
+                await asyncio.sleep(0.005)
+        made = await order(client, jsonl(chat("a"), chat("b", max_tokens=100_000)))
+        batch = await until(client, made.id)
+        await busy
+        assert (batch.status, counts(batch)) == ("completed", (2, 1, 1))
+        refusals = [r.event for r in system.journal.read() if isinstance(r.event, ev.RequestRejected)]
+        assert any(event.code == "deadline_exceeded" for event in refusals), "it was sent away before it was served"
+        (refused,) = await lines_of(client, batch.error_file_id)
+        assert refused["response"]["body"]["error"]["code"] == "context_length_exceeded"

@@ -20,7 +20,7 @@ from gptoss.actors.journal import Journal
 from gptoss.actors.ref import Ref
 from gptoss.actors.system import System, Timer
 from gptoss.clock import NS_PER_S
-from gptoss.errors import GptossError, JournalCorrupt
+from gptoss.errors import GptossError, JournalCorrupt, JournalWriteFailed
 from gptoss.messages import batch_commands as cmd
 from gptoss.messages.batch import Batch, BatchFault
 from gptoss.messages.commands import Command
@@ -93,7 +93,8 @@ class BatchDesk:
         """Take up what earlier runs left, and begin. Idempotent.
 
         Raises:
-            JournalError: the log of the earlier runs cannot be read.
+            JournalError: the log cannot be written.
+            OSError: nor can the files of open batches.
         """
         if self._ref is not None:
             return
@@ -110,10 +111,12 @@ class BatchDesk:
 
         Raises:
             ActorError: the actor is gone or too busy.
+            JournalWriteFailed: it was carried out, but is not on disk.
         """
         assert self._ref is not None
         await self._ref.ask(command, timeout_s=ASK_TIMEOUT_S)
-        await self.system.run_in_thread(self.system.journal.flush)
+        if not await self.system.run_in_thread(self.system.journal.flush):
+            raise JournalWriteFailed("the log cannot be written: a restart of the server would not know of this")
 
     def stop_work(self) -> None:
         """Stop everything that runs, for good: the server is about to end, and the next run goes on from here."""

@@ -2,7 +2,7 @@
 
 Rules:
 - Ctrl-C stops an answer and never the program; what had come of it stays part of the conversation. Ctrl-D leaves.
-- Without a terminal at either end there is one question, one plain answer, and errors on standard error.
+- What is piped in is one question. An answer that goes to no terminal is plain text and nothing beside it.
 """
 
 import asyncio
@@ -99,6 +99,8 @@ async def _answer(talk: Talk, text: str, screen: Screen, console: Console) -> No
         console.print("[yellow]stopped[/]\n")
         return
     answer = asking.result()
+    if not console.is_terminal:
+        return
     parts = [f"{answer.completion_tokens} tokens", f"first after {answer.first_s:.2f} s"]
     if answer.tokens_per_s:
         parts.append(f"{answer.tokens_per_s:.1f} tokens/s")

@@ -67,6 +67,7 @@ class BatchRunner:
                 if not batch.is_over:
                     self._files.cut(batch.output_file_id, batch.output_bytes)
                     self._files.cut(batch.error_file_id, batch.error_bytes)
+            self._files.forget_metadata({batch.batch_id for batch in batches})
 
         await asyncio.to_thread(cut)
 
@@ -78,6 +79,8 @@ class BatchRunner:
             faults = await asyncio.to_thread(lines.index, batch.endpoint, model)
         except FileNotFoundError:
             faults = (BatchFault("invalid_input_file", "the input file was deleted", param="input_file_id"),)
+        if faults:
+            del self._lines[batch.batch_id]
         return len(lines), faults
 
     async def run(self, batch: Batch, item: int) -> ItemAnswer:

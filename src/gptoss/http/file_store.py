@@ -2,7 +2,7 @@
 
 Rules:
 - A file is two: its bytes under its id, and ``<id>.json``, which makes it exist. Both are synced before a client is told,
-  so a file that was acknowledged survives a crash; bytes without their note are swept away at the next start.
+  so a file that was acknowledged survives a crash; an upload that never ended is swept away at the next start.
 - Ids are drawn here; nothing that a client writes becomes part of a path.
 - One file and all files together are bounded.
 - Methods block on the disk: call them from a thread. The index of notes is in memory and needs none.
@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import IO, Any
 
@@ -180,6 +180,13 @@ class FileStore:
     def keep_metadata(self, batch_id: str, metadata: dict[str, str]) -> None:
         """Keep a client's notes on a batch: text, which has no place in the control log."""
         self._write_json(batch_id + NOTE_SUFFIX, metadata)
+
+    def forget_metadata(self, kept: Collection[str]) -> None:
+        """Remove the notes on batches that nobody knows any more."""
+        if self._given is not None:
+            for path in self._given.glob(f"batch_*{NOTE_SUFFIX}"):
+                if path.stem not in kept:
+                    path.unlink(missing_ok=True)
 
     def metadata(self, batch_id: str) -> dict[str, str] | None:
         """The client's notes on a batch; None where there are none."""
