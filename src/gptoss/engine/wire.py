@@ -10,7 +10,17 @@ from typing import TypeAlias, TypeVar
 
 import msgspec
 
-from gptoss.engine.port import Cancel, Drain, EngineCommand, EngineEvent, Load, Shutdown, Snapshot, Submit
+from gptoss.engine.port import (
+    Cancel,
+    Drain,
+    DropSession,
+    EngineCommand,
+    EngineEvent,
+    Load,
+    Shutdown,
+    Snapshot,
+    Submit,
+)
 from gptoss.errors import EngineProtocolError
 from gptoss.messages.plan import StepPlan
 
@@ -39,7 +49,7 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     drawn: tuple[int, ...]
 
 
-RankCommand: TypeAlias = Join | RunStep | Submit | Cancel | Drain | Snapshot | Shutdown
+RankCommand: TypeAlias = Join | RunStep | Submit | Cancel | Drain | DropSession | Snapshot | Shutdown
 _rank_decoder: msgspec.msgpack.Decoder[RankCommand] = msgspec.msgpack.Decoder(RankCommand)
 _command_decoder: msgspec.msgpack.Decoder[EngineCommand] = msgspec.msgpack.Decoder(EngineCommand)
 _event_decoder: msgspec.msgpack.Decoder[EngineEvent] = msgspec.msgpack.Decoder(EngineEvent)
