@@ -11,12 +11,7 @@ the command line. Everything it started is gone when the context ends.
 
 import asyncio
 import functools
-import hashlib
-import importlib.metadata
-import os
-import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -33,7 +28,7 @@ from gptoss.actors.memory_guard import MemoryActor
 from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
 from gptoss.actors.system import System
-from gptoss.clock import Clock, IdSource
+from gptoss.clock import Clock
 from gptoss.config import LIVE, PROFILES, Settings, check_live, live_settings
 from gptoss.engine.model_source import PreparedModel, prepare_in_child
 from gptoss.engine.port import DriverFactory, EngineDriver, Renderer
@@ -44,6 +39,7 @@ from gptoss.fleet import Fleet
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Origin, Record
+from gptoss.node import node_key, node_started
 from gptoss.surroundings import Surroundings, live_surroundings
 from gptoss.telemetry.carried_counters import counters_carried_into
 from gptoss.telemetry.live_views import LiveViews
@@ -51,11 +47,8 @@ from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.observer import Observer
 from gptoss.telemetry.segment_recovery import record_aborted
 from gptoss.telemetry.segments import SegmentJournal
-from gptoss.telemetry.system_snapshot import without_secrets
 from gptoss.telemetry.telemetry_actor import COUNTERS_STREAM, CatchUp, TelemetryActor
 
-VERSION = importlib.metadata.version("gptoss")
-PACKAGES = ("aiohttp", "jinja2", "msgspec", "pykka", "tokenizers", "torch", "transformers")
 CATCH_UP_TIMEOUT_S = 5.0
 CLOCK_ANCHOR_PERIOD_S = 60.0
 
@@ -154,7 +147,7 @@ class ServingSystem:
             self.fleet = Fleet(self.system, self.directory, self._drivers, lambda: self.settings)
             await asyncio.to_thread(self.fleet.plan, model)
             self._start_deciders()
-            self.node_key = await asyncio.to_thread(_node_key, self.settings, around.ids)
+            self.node_key = await asyncio.to_thread(node_key, self.settings, around.ids)
             self._services = self._request_services(model, renderer)
             self.gateway = Gateway(self.system, self._services)
             self.fleet.start(model)
@@ -321,16 +314,7 @@ class ServingSystem:
 
     def _announce(self, carried: msgspec.Raw | None) -> None:
         origin = Origin(stream="system", actor="app")
-        started = ev.NodeStarted(
-            version=VERSION,
-            settings=msgspec.json.encode(without_secrets(msgspec.to_builtins(self.settings))).decode(),
-            python=platform.python_version(),
-            packages=_package_versions(),
-            os=platform.platform(),
-            cpu_count=os.cpu_count() or 1,
-            wall_ns=self.clock.wall_ns(),
-        )
-        self.journal.append(started, origin)
+        self.journal.append(node_started(self.settings, self.clock), origin)
         if carried is not None:
             self.journal.append(ev.CountersCarried(state=carried), Origin(stream=COUNTERS_STREAM, actor="app"))
         if isinstance(self.journal, SegmentJournal):
@@ -399,22 +383,5 @@ class ServingSystem:
             await asyncio.sleep(0.02)
 
 
-@functools.cache
-def _package_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
 def _own_process(_: str) -> EngineDriver:
     return ProcessDriver()
-
-
-def _node_key(settings: Settings, ids: IdSource) -> bytes:
-    """The key of this node's prompt hashes; kept beside the journal, so that hashes compare across restarts."""
-    fresh = hashlib.sha256(f"{ids.new_id('key')} {ids.new_id('key')}".encode()).digest()
-    if settings.journal == "memory":
-        return fresh
-    path = Path(settings.data_path) / "node.key"
-    if not path.exists():
-        path.touch(mode=0o600)
-        path.write_bytes(fresh)
-    return path.read_bytes()

@@ -7,13 +7,14 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from gptoss.app import VERSION, ServingSystem
+from gptoss.app import ServingSystem
 from gptoss.clock import NS_PER_S
 from gptoss.config import PROFILES, live_settings
 from gptoss.errors import JournalError, Overloaded, RequestNotFound
 from gptoss.http.context import EventAsk, HttpContext, MadeBundle
 from gptoss.http.routes import make_app as make_http_app
 from gptoss.messages.codec import as_json
+from gptoss.node import VERSION
 from gptoss.telemetry.bundle import Maker, make_bundle
 from gptoss.telemetry.bundle_format import file_name
 from gptoss.telemetry.bundle_order import BundleOrder

@@ -196,5 +196,5 @@ def test_a_full_pool_runs_and_a_request_beyond_it_is_refused(tiny_model: Models)
 
 
 def test_the_cpu_kernels_have_no_pages(tiny_model: Models) -> None:
-    with pytest.raises(ModelLoadError, match="kernels native needs a CPU, bfloat16, KV slots"):
+    with pytest.raises(ModelLoadError, match="kernels native needs one CPU, bfloat16, KV slots"):
         tiny_model("llama32", dtype="bfloat16", kernels="native", kv_layout="paged")

@@ -6,9 +6,9 @@ from planted import PLANTED
 from gptoss.simulation.campaign import verdict_of
 from gptoss.simulation.shrink import Shrinker
 
-SEEDS = 60
+SEEDS = 120
 RUNS_MAX = 24
-FAULTS_MAX = 4
+FAULTS_MAX = 5
 
 
 @pytest.mark.parametrize("bug", PLANTED)

@@ -11,8 +11,6 @@ What the memory guard, admission and the router are told stands in ``Lifecycle.t
 decider: their journal entry is the executor's ``StepCommitted``.
 """
 
-import hashlib
-import hmac
 from collections.abc import Callable
 
 import msgspec
@@ -21,6 +19,7 @@ from gptoss.actors.decider import DeciderActor
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
 from gptoss.actors.lifecycle import Lifecycle, RequestState
+from gptoss.actors.prompt_hashes import keyed_hash, prefix_hashes
 from gptoss.actors.rendering import Rendering, prompt_param
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
@@ -33,8 +32,6 @@ from gptoss.messages import events as ev
 from gptoss.messages.answer import Part, joined
 from gptoss.messages.commands import Command
 from gptoss.messages.sampling import SamplingParams
-
-PREFIX_HEX = 16
 
 
 class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,7 +157,7 @@ class RequestActor(DeciderActor[RequestState]):
                 num_messages=len(request.messages),
                 is_chat=request.prompt is None,
                 parent_id=request.parent_id,
-                user_hmac=_keyed_hash(self._services.hmac_key, request.user) if request.user else "",
+                user_hmac=keyed_hash(self._services.hmac_key, request.user) if request.user else "",
                 num_metadata=len(request.metadata),
                 queue_timeout_s=self._services.queue_timeout_s,
             )
@@ -230,27 +227,18 @@ class RequestActor(DeciderActor[RequestState]):
         ready = cmd.PromptReady(
             now_ns=system.now_ns(),
             prompt_tokens=len(prompt.token_ids),
-            prompt_hmac=_keyed_hash(self._services.hmac_key, prompt.token_ids),
+            prompt_hmac=keyed_hash(self._services.hmac_key, prompt.token_ids),
             template=prompt.template,
             date=date,
-            grammar_hmac=_keyed_hash(self._services.hmac_key, prompt.grammar) if prompt.grammar else "",
+            grammar_hmac=keyed_hash(self._services.hmac_key, prompt.grammar) if prompt.grammar else "",
             param=prompt_param(request),
             length_param=request.length_field,
             prompt_version=rendering.version_of(request),
-            prefix_hmacs=self._prefix_hmacs(prompt.token_ids) if self._services.hashes_prefixes else (),
+            prefix_hmacs=prefix_hashes(self._services.hmac_key, request.cache_salt, prompt.token_ids)
+            if self._services.hashes_prefixes
+            else (),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
-
-    def _prefix_hmacs(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
-        """See ``PromptReady``. Powers of two: two conversations that part somewhere have more than half of that in common."""
-        key, salt = self._services.hmac_key, self._request.cache_salt
-        found: list[str] = []
-        length = cmd.PREFIX_TOKENS
-        while length <= len(token_ids):
-            digest = hmac.new(key, msgspec.msgpack.encode((salt, token_ids[:length])), hashlib.sha256).hexdigest()
-            found.append(digest[:PREFIX_HEX])
-            length *= 2
-        return tuple(found)
 
     def _tell_unusable(self, error: GptossError, cause: int) -> None:
         unusable = cmd.PromptUnusable(
@@ -404,7 +392,3 @@ CANCEL_ERRORS: dict[str, tuple[str, str]] = {
 def _without_text(request: GenerateRequest) -> SamplingParams:
     """Sampling settings as control events may hold them: without the stop strings, which are the user's text."""
     return msgspec.structs.replace(request.sampling, stop=())
-
-
-def _keyed_hash(key: bytes, value: tuple[int, ...] | str) -> str:
-    return hmac.new(key, msgspec.msgpack.encode(value), hashlib.sha256).hexdigest()

@@ -58,6 +58,7 @@ PREFILL_TARGET_MS = 100.0
 """How long prefill may keep those waiting who decode, in each step."""
 MEMORY_FAULTS_MAX = 2
 DRAFT_STREAMS_MAX = 4
+NO_MEMORY = "the device has no memory for this request: {}"
 """With more streams at once a step is no longer bound by reading the weights, and guesses cost what they save."""
 
 CoreCommand: TypeAlias = Submit | Cancel | Drain | DropSession | Snapshot
@@ -209,7 +210,7 @@ class EngineCore:
         if not refused or self._batch.num_running:
             return []
         request_id, message = next(iter(refused.items()))
-        return [self._fail(self._batch.sequences[request_id], _no_memory(message))]
+        return [self._fail(self._batch.sequences[request_id], MemoryExhausted(NO_MEMORY.format(message)))]
 
     def _make_up(self, plan: StepPlan) -> None:
         """Compute what a plan of the log took from a prefix cache that does not have it here."""
@@ -276,7 +277,7 @@ class EngineCore:
         if fault.failure != "memory":
             ends.append(self._fail(sequence, EngineError(f"the model failed on this request: {fault.message}")))
         elif sequence.num_memory_faults >= MEMORY_FAULTS_MAX:
-            ends.append(self._fail(sequence, _no_memory(fault.message)))
+            ends.append(self._fail(sequence, MemoryExhausted(NO_MEMORY.format(fault.message))))
         return _came_of(row, failure=fault.failure, ended=row.request_id not in self._batch.sequences)
 
     def _token_logprob(self, draw: Draw) -> TokenLogprob:
@@ -381,10 +382,6 @@ def _notes(options: CoreOptions, limits: Limits, *, has_cache: bool) -> tuple[st
     if not limits.is_batch_invariant:
         notes.append("not batch-invariant: on this device a token may depend on which requests share its steps")
     return tuple(notes)
-
-
-def _no_memory(message: str) -> MemoryExhausted:
-    return MemoryExhausted(f"the device has no memory for this request: {message}")
 
 
 def _failed(submit: Submit, error: GptossError) -> Failed:

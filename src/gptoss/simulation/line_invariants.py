@@ -36,23 +36,23 @@ def nobody_jumps_the_queue(observed: Observed) -> None:
     """
     waiting: dict[str, _Waiting] = {}
     ageing_ns = observed.settings.queue_ageing_s * NS_PER_S
-    tried: dict[str, int] = {}
+    tried: dict[str, tuple[int, int]] = {}
     for number, record in enumerate(observed.streams.get("admission", [])):
         match record.event:
             case ev.Enqueued(request_id=request_id, ask=ask):
                 rank = (ask.enqueued_ns + ask.priority * ageing_ns, number)
                 waiting.setdefault(request_id, _Waiting(ask.tenant, rank, number)).tried_at = -1
-            case ev.MemoryRequested(request_id=request_id):
-                tried[request_id] = number
+            case ev.MemoryRequested(request_id=request_id, ask=ask):
+                tried[request_id] = (number, ask.priority)
             case ev.Parked(request_id=request_id):
                 waiting[request_id].parked = True
             case ev.Unparked(request_id=request_id):
                 waiting[request_id].parked = False
             case ev.AdmissionDecided(request_id=request_id, action=action) if action in ADMITTED:
                 own = waiting.pop(request_id, None)
-                tenant = record.event.tenant
-                rank = own.rank if own else (float(record.event.at_ns), number)
-                _check_turn(record, _Waiting(tenant, rank, number, tried[request_id]), waiting)
+                tried_at, priority = tried[request_id]
+                rank = own.rank if own else (record.event.at_ns + priority * ageing_ns, number)
+                _check_turn(record, _Waiting(record.event.tenant, rank, number, tried_at), waiting)
             case _:
                 for request_id in _left(record.event):
                     waiting.pop(request_id, None)
@@ -124,14 +124,15 @@ class _Turns:
     def give(self, tenant: str, request_id: str, kv_bytes: int) -> str | None:
         """A tenant is given memory; returns another that waits and got too little."""
         behind: str | None = None
+        own = self._waiting[tenant]
         for other in (name for name, requests in self._waiting.items() if requests and name != tenant):
             pair = (tenant, other)
             self._given[pair] = self._given.get(pair, 0) + kv_bytes
             ahead = self._given[pair] - self._given.get((other, tenant), 0)
-            if request_id in self._waiting[tenant] and ahead > 2 * self._largest:
+            if request_id in own and ahead > 2 * self._largest:
                 behind = other or "nobody"
-        self._waiting[tenant].discard(request_id)
-        if not self._waiting[tenant]:
+        own.discard(request_id)
+        if not own:
             self._forget(tenant)
         return behind
 
@@ -148,6 +149,8 @@ def refusals_are_for_a_reason(observed: Observed) -> None:
     max_queue = observed.settings.max_queue
     for record in observed.streams.get("admission", []):
         event = record.event
+        if isinstance(event, ev.ConfigChanged):
+            max_queue = int(event.settings["max_queue"])
         if not isinstance(event, ev.AdmissionDecided) or event.action != "reject" or event.code == "not_ready":
             continue
         is_right = {

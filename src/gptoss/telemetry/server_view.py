@@ -176,6 +176,7 @@ _OF_THE_NODE = frozenset(
     {
         ev.NodeStarted,
         ev.ClockAnchored,
+        ev.ConfigChanged,
         ev.DrainStarted,
         ev.AdmissionClosed,
         ev.NodeStopped,
@@ -186,6 +187,15 @@ _OF_THE_NODE = frozenset(
     }
 )
 _COUNTED = frozenset(
-    {ev.AdmissionDecided, ev.RouteDecided, ev.DeadLettered, ev.EngineExited, ev.ActorRestarted, ev.RequestFailed}
+    {
+        ev.AdmissionDecided,
+        ev.RouteDecided,
+        ev.DeadLettered,
+        ev.EngineExited,
+        ev.EngineStalled,
+        ev.EngineSickened,
+        ev.ActorRestarted,
+        ev.RequestFailed,
+    }
 )
 _OF_REQUESTS = frozenset({ev.RequestReceived, ev.FirstTokenProduced, *ev.TERMINAL_EVENTS})

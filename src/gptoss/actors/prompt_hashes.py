@@ -1,0 +1,29 @@
+"""Keyed hashes of prompts: they say which are the same, to whoever has the key, and nothing else."""
+
+import hashlib
+import hmac
+
+import msgspec
+
+from gptoss.messages.commands import PREFIX_TOKENS
+
+PREFIX_HEX = 16
+
+
+def keyed_hash(key: bytes, value: tuple[int, ...] | str) -> str:
+    """Hex of the hash of token ids or text."""
+    return hmac.new(key, msgspec.msgpack.encode(value), hashlib.sha256).hexdigest()
+
+
+def prefix_hashes(key: bytes, salt: str, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+    """Hashes of ever longer beginnings, see ``PromptReady``.
+
+    Powers of two: two conversations that part somewhere have more than half of that in common.
+    """
+    found: list[str] = []
+    length = PREFIX_TOKENS
+    while length <= len(token_ids):
+        digest = hmac.new(key, msgspec.msgpack.encode((salt, token_ids[:length])), hashlib.sha256).hexdigest()
+        found.append(digest[:PREFIX_HEX])
+        length *= 2
+    return tuple(found)
