@@ -21,6 +21,7 @@ from gptoss.actors.decider import DeciderActor
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
 from gptoss.actors.lifecycle import Lifecycle, RequestState
+from gptoss.actors.prefixes import prefix_hmacs
 from gptoss.actors.rendering import Rendering, prompt_param
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
@@ -33,8 +34,6 @@ from gptoss.messages import events as ev
 from gptoss.messages.answer import Part, joined
 from gptoss.messages.commands import Command
 from gptoss.messages.sampling import SamplingParams
-
-PREFIX_HEX = 16
 
 
 class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,8 +209,8 @@ class RequestActor(DeciderActor[RequestState]):
         self.context.system.run_task(self._render_off_loop(self.event_pos), name=f"render/{self._id}")
 
     async def _render_off_loop(self, cause: int) -> None:
-        system, request = self.context.system, self._request
-        rendering = self._services.rendering
+        system, request, services = self.context.system, self._request, self._services
+        rendering = services.rendering
         date = rendering.today()
         try:
             self._prompt = prompt = await rendering.prompt(request, date=date)
@@ -237,20 +236,11 @@ class RequestActor(DeciderActor[RequestState]):
             param=prompt_param(request),
             length_param=request.length_field,
             prompt_version=rendering.version_of(request),
-            prefix_hmacs=self._prefix_hmacs(prompt.token_ids) if self._services.hashes_prefixes else (),
+            prefix_hmacs=prefix_hmacs(services.hmac_key, request.cache_salt, prompt.token_ids)
+            if services.hashes_prefixes
+            else (),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)
-
-    def _prefix_hmacs(self, token_ids: tuple[int, ...]) -> tuple[str, ...]:
-        """See ``PromptReady``. Powers of two: two conversations that part somewhere have more than half of that in common."""
-        key, salt = self._services.hmac_key, self._request.cache_salt
-        found: list[str] = []
-        length = cmd.PREFIX_TOKENS
-        while length <= len(token_ids):
-            digest = hmac.new(key, msgspec.msgpack.encode((salt, token_ids[:length])), hashlib.sha256).hexdigest()
-            found.append(digest[:PREFIX_HEX])
-            length *= 2
-        return tuple(found)
 
     def _tell_unusable(self, error: GptossError, cause: int) -> None:
         unusable = cmd.PromptUnusable(

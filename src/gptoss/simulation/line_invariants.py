@@ -36,14 +36,14 @@ def nobody_jumps_the_queue(observed: Observed) -> None:
     """
     waiting: dict[str, _Waiting] = {}
     ageing_ns = observed.settings.queue_ageing_s * NS_PER_S
-    tried: dict[str, int] = {}
+    tried: dict[str, tuple[int, int]] = {}
     for number, record in enumerate(observed.streams.get("admission", [])):
         match record.event:
             case ev.Enqueued(request_id=request_id, ask=ask):
                 rank = (ask.enqueued_ns + ask.priority * ageing_ns, number)
                 waiting.setdefault(request_id, _Waiting(ask.tenant, rank, number)).tried_at = -1
-            case ev.MemoryRequested(request_id=request_id):
-                tried[request_id] = number
+            case ev.MemoryRequested(request_id=request_id, ask=ask):
+                tried[request_id] = (number, ask.priority)
             case ev.Parked(request_id=request_id):
                 waiting[request_id].parked = True
             case ev.Unparked(request_id=request_id):
@@ -51,8 +51,9 @@ def nobody_jumps_the_queue(observed: Observed) -> None:
             case ev.AdmissionDecided(request_id=request_id, action=action) if action in ADMITTED:
                 own = waiting.pop(request_id, None)
                 tenant = record.event.tenant
-                rank = own.rank if own else (float(record.event.at_ns), number)
-                _check_turn(record, _Waiting(tenant, rank, number, tried[request_id]), waiting)
+                tried_at, priority = tried[request_id]
+                rank = own.rank if own else (record.event.at_ns + priority * ageing_ns, number)
+                _check_turn(record, _Waiting(tenant, rank, number, tried_at), waiting)
             case _:
                 for request_id in _left(record.event):
                     waiting.pop(request_id, None)
@@ -148,6 +149,8 @@ def refusals_are_for_a_reason(observed: Observed) -> None:
     max_queue = observed.settings.max_queue
     for record in observed.streams.get("admission", []):
         event = record.event
+        if isinstance(event, ev.ConfigChanged):
+            max_queue = int(event.settings["max_queue"])
         if not isinstance(event, ev.AdmissionDecided) or event.action != "reject" or event.code == "not_ready":
             continue
         is_right = {

@@ -181,11 +181,21 @@ _OF_THE_NODE = frozenset(
         ev.NodeStopped,
         ev.SupervisorEscalated,
         ev.LogDegraded,
+        ev.ConfigChanged,
         ev.HostObserved,
         ev.SpansExported,
     }
 )
 _COUNTED = frozenset(
-    {ev.AdmissionDecided, ev.RouteDecided, ev.DeadLettered, ev.EngineExited, ev.ActorRestarted, ev.RequestFailed}
+    {
+        ev.AdmissionDecided,
+        ev.RouteDecided,
+        ev.DeadLettered,
+        ev.EngineExited,
+        ev.EngineStalled,
+        ev.EngineSickened,
+        ev.ActorRestarted,
+        ev.RequestFailed,
+    }
 )
 _OF_REQUESTS = frozenset({ev.RequestReceived, ev.FirstTokenProduced, *ev.TERMINAL_EVENTS})
