@@ -20,7 +20,7 @@ from gptoss.actors.admission_actor import AdmissionActor
 from gptoss.actors.batch_actor import BatchDesk, BatchWork
 from gptoss.actors.decider import DeciderActor, Remake
 from gptoss.actors.deciders import decider_with, deciders_of
-from gptoss.actors.directory import DECIDER_NAMES, Directory
+from gptoss.actors.directory import Directory
 from gptoss.actors.gateway import Gateway
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.actors.journal import Journal
@@ -29,7 +29,7 @@ from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestServices
 from gptoss.actors.system import System
 from gptoss.clock import Clock
-from gptoss.config import LIVE, PROFILES, Settings, check_live, live_settings
+from gptoss.config import PROFILES, Settings, check_live, live_settings, needing_restart
 from gptoss.engine.model_source import PreparedModel, prepare_in_child
 from gptoss.engine.port import DriverFactory, EngineDriver, Renderer
 from gptoss.engine.process import ProcessDriver
@@ -222,22 +222,11 @@ class ServingSystem:
         return self._batch_desk
 
     def restart_executor(self, executor: str, *, origin: str = "embedder") -> bool:
-        """Replace an executor's engine: its requests end or go on elsewhere, nobody is refused for it.
-
-        Returns:
-            False when there is no executor of this name.
-        """
+        """Replace an executor's engine without refusing anybody; False when there is no executor of this name."""
         return self.fleet.restart(executor, origin=origin)
 
     def change_settings(self, changes: Mapping[str, Any], *, origin: str = "embedder") -> tuple[str, ...]:
-        """Change settings of the running server; all of them or none.
-
-        Args:
-            changes: by name.
-            origin: who asked for it, for the record.
-
-        Returns:
-            the names of those that are others than before.
+        """Change settings of the running server, all or none; returns the names of those that are others than before.
 
         Raises:
             ConfigError: a setting is unknown, needs a restart, or has a bad value; the message names it.
@@ -245,16 +234,8 @@ class ServingSystem:
         return self._apply(check_live(changes, origin), origin)
 
     def reload_settings(self, settings: Settings, *, origin: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Take what can change from settings that were read anew.
-
-        Returns:
-            the names of those that have changed, and of those that differ but need a restart.
-        """
-        refused = tuple(
-            name
-            for name in Settings.__struct_fields__
-            if name not in LIVE and getattr(settings, name) != getattr(self.settings, name)
-        )
+        """Take what can change from settings read anew. Returns what has changed, and what needs a restart to."""
+        refused = needing_restart(self.settings, settings)
         return self._apply(live_settings(settings), origin, refused), refused
 
     def _apply(self, values: Mapping[str, Any], origin: str, refused: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -262,16 +243,14 @@ class ServingSystem:
         if not changed and not refused:
             return ()
         self.settings = msgspec.structs.replace(self.settings, **{name: values[name] for name in changed})
-        settings = live_settings(self.settings)
-        event = ev.ConfigChanged(settings=settings, changed=changed, origin=origin, refused=refused)
+        values = live_settings(self.settings)
+        event = ev.ConfigChanged(settings=values, changed=changed, origin=origin, refused=refused)
         cause = self.journal.append(event, Origin(stream="system", actor="app")).meta.pos
         if changed:
             self._services.request_timeout_s = self.settings.request_timeout_s
             self._services.queue_timeout_s = self.settings.queue_timeout_s
-            change = cmd.ChangeSettings(now_ns=self.system.now_ns(), settings=settings, changed=changed, origin=origin)
-            for name in DECIDER_NAMES:
-                self.directory.tell(name, change, cause=cause)
-            self.fleet.tune()
+            change = cmd.ChangeSettings(now_ns=self.system.now_ns(), settings=values, changed=changed, origin=origin)
+            self.fleet.tune(change, cause)
         return changed
 
     @property

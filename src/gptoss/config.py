@@ -259,6 +259,12 @@ def live_settings(settings: Settings) -> dict[str, bool | int | float | str]:
     return {name: getattr(settings, name) for name in LIVE}
 
 
+def needing_restart(before: Settings, after: Settings) -> tuple[str, ...]:
+    """The settings that differ and cannot change while the server runs."""
+    names = (name for name in Settings.__struct_fields__ if name not in LIVE)
+    return tuple(name for name in names if getattr(before, name) != getattr(after, name))
+
+
 def check_live(changes: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Changes to a running server, checked.
 

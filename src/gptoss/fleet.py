@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from gptoss.actors.directory import Directory, executor_name
+from gptoss.actors.directory import DECIDER_NAMES, Directory, executor_name
 from gptoss.actors.executor import ExecutorActor, ExecutorConfig, RestartExecutor, TuneExecutor
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
@@ -13,6 +13,7 @@ from gptoss.config import PROFILES, Settings
 from gptoss.devices import Device, gpu_memory_bytes, parse_devices, weights_fit_one
 from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import DriverFactory, Load
+from gptoss.messages.commands import ChangeSettings
 from gptoss.surroundings import BYTES_PER_MB
 
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
@@ -56,8 +57,10 @@ class Fleet:
         order = RestartExecutor(origin=origin, timeout_s=self._settings().drain_timeout_s)
         return self._directory.tell(executor_name(executor), order)
 
-    def tune(self) -> None:
-        """Tell every executor the settings in force."""
+    def tune(self, change: ChangeSettings, cause: int) -> None:
+        """Tell every decider and every executor of settings that have changed; ``cause`` is the record that says so."""
+        for name in DECIDER_NAMES:
+            self._directory.tell(name, change, cause=cause)
         order = TuneExecutor(step_timeout_s=self._settings().step_timeout_s)
         for device in self.devices:
             self._directory.tell(executor_name(device.executor), order)

@@ -257,6 +257,7 @@ class MemoryGuard:
             free_bytes=command.free_bytes if self._is_current else -1,
             lacking_bytes=lacking,
             session_bytes=state.book.kept_on(command.executor),
+            devices=command.devices,
         )
         if not self._is_current:
             return [observed]

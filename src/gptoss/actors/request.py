@@ -207,8 +207,8 @@ class RequestActor(DeciderActor[RequestState]):
         self.context.system.run_task(self._render_off_loop(self.event_pos), name=f"render/{self._id}")
 
     async def _render_off_loop(self, cause: int) -> None:
-        system, request = self.context.system, self._request
-        rendering = self._services.rendering
+        system, request, services = self.context.system, self._request, self._services
+        rendering = services.rendering
         date = rendering.today()
         try:
             self._prompt = prompt = await rendering.prompt(request, date=date)
@@ -234,8 +234,8 @@ class RequestActor(DeciderActor[RequestState]):
             param=prompt_param(request),
             length_param=request.length_field,
             prompt_version=rendering.version_of(request),
-            prefix_hmacs=prefix_hashes(self._services.hmac_key, request.cache_salt, prompt.token_ids)
-            if self._services.hashes_prefixes
+            prefix_hmacs=prefix_hashes(services.hmac_key, request.cache_salt, prompt.token_ids)
+            if services.hashes_prefixes
             else (),
         )
         self.context.ref.tell(ready, cause=cause, correlation=self._id)

@@ -199,12 +199,12 @@ class Router:
         """Why the request should run on several devices; empty if it need not."""
         if all(not candidate.multi_device for candidate in candidates):
             return ""
-        if route.multi_device:
-            return "admission"
         if 0 < self.policy.multi_prompt_len < route.prompt_tokens:
             return "large_prompt"
         if 0 < self.policy.multi_kv_bytes < route.kv_bytes:
             return "large_kv"
+        if route.multi_device:
+            return "admission"
         singles = [candidate for candidate in candidates if not candidate.multi_device]
         bound = sum(candidate.kv_bytes_bound for candidate in singles)
         budget = bound + sum(candidate.kv_bytes_free for candidate in singles)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from gptoss.clock import Clock
 from gptoss.engine.attention import Chunk
 from gptoss.engine.batch import Batch
-from gptoss.engine.device_memory import readings
+from gptoss.engine.device_memory import memory_of
 from gptoss.engine.grammar_mask import GrammarMasks
 from gptoss.engine.load import CHUNK_TOKENS, LoadedModel
 from gptoss.engine.memory_model import kv_bytes
@@ -353,18 +353,15 @@ class EngineCore:
 
     def _status(self, nonce: int) -> EngineStatus:
         geometry = self._runner.geometry
-        devices = readings(geometry.devices if geometry else (self._device,))
+        memory = memory_of(geometry.devices if geometry else (self._device,))
         return EngineStatus(
             nonce=nonce,
             step=self._num_steps,
             waiting=self._batch.num_waiting,
             running=self._batch.num_running,
             kv_bytes_in_use=self._batch.kv_bytes_in_use,
-            memory_bytes=sum(each.used_bytes for each in devices),
-            device_memory_total_bytes=sum(each.total_bytes for each in devices),
-            free_bytes=sum(each.free_bytes for each in devices),
             prefix_cache_bytes=self._batch.cache_bytes,
-            devices=devices if len(devices) > 1 else (),
+            **memory,
         )
 
 

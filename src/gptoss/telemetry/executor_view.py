@@ -27,6 +27,7 @@ class ExecutorView:
         restarts: of those that were wanted, how many are over.
         suspect: the router avoids it because it should have made progress by now.
         devices: memory of each, where it has several.
+        is_loaded: its engine has joined the router; is_leaving: that engine has exited, and the router is about to say so.
     """
 
     name: str
@@ -43,6 +44,8 @@ class ExecutorView:
     exits: int = 0
     restarts: int = 0
     suspect: bool = False
+    is_loaded: bool = False
+    is_leaving: bool = False
     devices: tuple[DeviceMemory, ...] = ()
     reason: str = ""
     kv_budget_bytes: int = 0
@@ -112,6 +115,7 @@ def _loaded(book: ExecutorBook, meta: Meta, event: ev.EngineLoaded) -> None:
     view.device = view.device or event.capabilities.device
     view.incarnation, view.silent_since_ns = meta.incarnation, meta.mono_ns
     view.pid = event.pid
+    view.is_loaded = True
 
 
 def _load_failed(book: ExecutorBook, _meta: Meta, event: ev.EngineLoadFailed) -> None:
@@ -128,6 +132,7 @@ def _exited(book: ExecutorBook, _meta: Meta, event: ev.EngineExited) -> None:
     else:
         view.exits += 1
     view.suspect = False
+    view.is_loaded, view.is_leaving = False, view.is_loaded
     view.running.clear()
     view.kv_bytes_in_use = view.prefix_cache_bytes = 0
     view.progress = None
@@ -135,7 +140,9 @@ def _exited(book: ExecutorBook, _meta: Meta, event: ev.EngineExited) -> None:
 
 def _left(book: ExecutorBook, _meta: Meta, event: ev.ExecutorLeft) -> None:
     view = book.of(event.executor)
-    if view.state in {"ready", "draining"}:
+    if view.is_leaving:  # of the engine before; the next may have loaded by now
+        view.is_leaving = False
+    elif view.state in {"ready", "draining"}:
         view.state, view.reason = "restarting", event.reason
 
 

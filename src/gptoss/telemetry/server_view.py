@@ -182,6 +182,7 @@ _OF_THE_NODE = frozenset(
         ev.NodeStopped,
         ev.SupervisorEscalated,
         ev.LogDegraded,
+        ev.ConfigChanged,
         ev.HostObserved,
         ev.SpansExported,
     }
