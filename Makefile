@@ -31,9 +31,10 @@ install: $(INSTALLED) ## make .venv with the package and its tools
 run: $(INSTALLED) ## serve the demo model, or what ARGS says, on http://127.0.0.1:8000
 	$(BIN)/gptoss serve $(ARGS)
 
-# One thread for each process: the models in the tests are tiny, and on a busy machine threads only wait for each other.
+# A process for each core, and one thread for each process: the models in the tests are tiny, and on a busy machine threads
+# only wait for each other.
 test: $(INSTALLED) ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 simulate: $(INSTALLED) ## run the system under a thousand seeded schedules and faults, or what ARGS says
 	$(BIN)/gptoss simulate $(ARGS)
