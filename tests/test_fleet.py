@@ -134,7 +134,7 @@ async def test_a_long_prompt_goes_to_the_executor_over_several_devices() -> None
         await tokens(system.submit(request("short")))
         await tokens(system.submit(request(long)))
         chosen = [(each.executor, each.reason) for each in events(system, ev.RouteDecided)]
-        assert chosen == [("cuda:0", "least_loaded"), ("cuda:1+cuda:2", "admission")]
+        assert chosen == [("cuda:0", "least_loaded"), ("cuda:1+cuda:2", "large_prompt")]
         await system.caught_up()
         assert system.projection.stats()["gpu_routing"]["by_kind"]["multi_gpu"] == {"count": 1, "share": 0.5}
         await same(system)
