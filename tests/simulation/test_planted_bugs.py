@@ -7,7 +7,7 @@ from gptoss.simulation.campaign import verdict_of
 from gptoss.simulation.shrink import Shrinker
 
 SEEDS = 120
-RUNS_MAX = 24
+RUNS_MAX = 40
 FAULTS_MAX = 5
 
 
