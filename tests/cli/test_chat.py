@@ -278,7 +278,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._own, text.encode())
 
-    def until(self, is_there: Callable[[str], bool], seconds: float = 20.0) -> None:
+    def until(self, is_there: Callable[[str], bool], seconds: float = 60.0) -> None:
         """Read until something is on the screen."""
         end = time.monotonic() + seconds
         while not is_there(self.seen):
@@ -299,6 +299,7 @@ class Terminal:
         os.close(self._own)
 
 
+@pytest.mark.timeout(240)
 async def test_a_person_at_a_terminal_stops_an_answer_and_goes_on(env: dict[str, str]) -> None:
     def person(url: str) -> int:
         terminal = Terminal(["--url", url, "--max-tokens", "2000"], env)

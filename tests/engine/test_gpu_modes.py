@@ -1,5 +1,6 @@
 """A whole request through the server, HTTP to engine processes and back, for each way of using two devices."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PROMPT = "Two devices, one answer: " * 4
 
 
-async def answer(folder: str, data: Path, **settings: Any) -> tuple[str, dict[str, Any], ServingSystem]:
+async def answer(
+    folder: str, data: Path, *, engines: int = 1, **settings: Any
+) -> tuple[str, dict[str, Any], ServingSystem]:
     values: dict[str, Any] = {"model": folder, "journal": "memory", "dtype": "float32", "num_threads": 1, **settings}
     serving = ServingSystem(Settings(data_dir=str(data), cache_dir=str(data), **values))
     async with serving:
         await serving.ready(240.0)
+        async with asyncio.timeout(60.0):
+            while len(loaded_of(serving)) < engines:
+                await asyncio.sleep(0.02)
         async with TestClient(TestServer(gptoss.make_app(serving))) as client:
             body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0, "logprobs": 1, "ignore_eos": True}
             reply = await client.post("/v1/completions", json=body)
@@ -41,7 +47,7 @@ async def test_single_pipeline_and_tensor_give_the_same_answer(
     tiny_folder: Callable[[str], str], tmp_path: Path
 ) -> None:
     folder = tiny_folder("llama")
-    single, _, alone = await answer(folder, tmp_path, devices="cpu:2", gpu_mode="single", kernels="torch")
+    single, _, alone = await answer(folder, tmp_path, devices="cpu:2", gpu_mode="single", kernels="torch", engines=2)
     assert sorted(loaded_of(alone)) == ["cpu:0", "cpu:1"]
     for mode in ("pipeline", "tensor"):
         found, memory, serving = await answer(folder, tmp_path, devices="cpu:2", gpu_mode=mode)
