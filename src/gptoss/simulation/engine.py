@@ -99,8 +99,8 @@ class SimulatedDriver:
 
     @property
     def kept_sessions(self) -> dict[str, int]:
-        """What the engine keeps of sessions, in bytes."""
-        return {} if self._is_gone else dict(self._engine.sessions)
+        """What the engine keeps of sessions, in bytes; nothing of one that hangs, which is not told any more."""
+        return {} if self._is_gone or self._hangs else dict(self._engine.sessions)
 
     # ---- faults
 
