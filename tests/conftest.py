@@ -3,12 +3,16 @@
 import asyncio
 import os
 import shutil
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
+import gptoss
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.app import ServingSystem
 from gptoss.config import Settings
@@ -32,6 +36,36 @@ def demo_cache() -> Path:
 def demo_folder(demo_cache: Path) -> str:
     """The prepared folder of the demo model in bfloat16."""
     return prepare_in_child("demo", cache_dir=demo_cache, dtype="auto", progress=no_progress).folder
+
+
+@pytest.fixture
+def options() -> FakeOptions:
+    """Of the fake engine of ``system``."""
+    return FakeOptions(step_s=0.001)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """Of ``system``."""
+    return Settings(journal="memory", devices="cpu")
+
+
+@pytest.fixture
+async def system(options: FakeOptions, settings: Settings) -> AsyncIterator[ServingSystem]:
+    """A whole system over a fake engine."""
+    model = PreparedModel(folder="", model_name=FAKE_MODEL, source="test", max_model_len=4096)
+    async with ServingSystem(
+        settings, drivers=lambda _: FakeDriver(options), renderer=FakeRenderer(), model=model
+    ) as serving:
+        await serving.ready(10.0)
+        yield serving
+
+
+@pytest.fixture
+async def client(system: ServingSystem) -> AsyncIterator[TestClient[Any, Any]]:
+    """A client of ``system`` over HTTP."""
+    async with TestClient(TestServer(gptoss.make_app(system))) as made:
+        yield made
 
 
 CANARY = "canary-7f3a"

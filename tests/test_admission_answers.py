@@ -1,49 +1,20 @@
 """Admission as clients meet it: headers, error bodies, sessions, and what a load far above a small budget does."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient, TestServer
 
 import gptoss
 from gptoss.app import ServingSystem
 from gptoss.config import Settings
-from gptoss.engine.model_source import PreparedModel
 from gptoss.errors import QueueFull
 from gptoss.messages import events as ev
 from gptoss.simulation.watched import ReservationsWithinBudget
-from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, run_until_idle
+from gptoss.testing import FakeOptions, run_until_idle
 
-MODEL = PreparedModel(folder="", model_name=FAKE_MODEL, source="test", max_model_len=4096)
 MESSAGES = [{"role": "user", "content": "one two three"}]
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture
-def options() -> FakeOptions:
-    return FakeOptions(step_s=0.001)
-
-
-@pytest.fixture
-def settings() -> Settings:
-    return Settings(journal="memory", devices="cpu")
-
-
-@pytest.fixture
-async def system(options: FakeOptions, settings: Settings) -> AsyncIterator[ServingSystem]:
-    async with ServingSystem(
-        settings, drivers=lambda _: FakeDriver(options), renderer=FakeRenderer(), model=MODEL
-    ) as serving:
-        await serving.ready(10.0)
-        yield serving
-
-
-@pytest.fixture
-async def client(system: ServingSystem) -> AsyncIterator[TestClient[Any, Any]]:
-    async with TestClient(TestServer(gptoss.make_app(system))) as made:
-        yield made
 
 
 async def post(client: Any, *, session: str = "", **fields: Any) -> tuple[int, Any, dict[str, str]]:

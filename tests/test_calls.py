@@ -1,7 +1,6 @@
 """Calls through HTTP into the whole actor system, over a fake engine: what the journal says of them."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -20,27 +19,6 @@ from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer, fa
 
 MODEL = PreparedModel(folder="", model_name=FAKE_MODEL, source="test", max_model_len=4096)
 MESSAGES = [{"role": "user", "content": "one two three"}]
-
-
-@pytest.fixture
-def options() -> FakeOptions:
-    return FakeOptions(step_s=0.001)
-
-
-@pytest.fixture
-async def system(options: FakeOptions) -> AsyncIterator[ServingSystem]:
-    settings = Settings(journal="memory", devices="cpu")
-    async with ServingSystem(
-        settings, drivers=lambda _: FakeDriver(options), renderer=FakeRenderer(), model=MODEL
-    ) as serving:
-        await serving.ready(10.0)
-        yield serving
-
-
-@pytest.fixture
-async def client(system: ServingSystem) -> AsyncIterator[TestClient[Any, Any]]:
-    async with TestClient(TestServer(gptoss.make_app(system))) as made:
-        yield made
 
 
 async def post(client: TestClient[Any, Any], path: str, **fields: Any) -> tuple[int, Any]:

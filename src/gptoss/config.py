@@ -18,6 +18,8 @@ from msgspec import Meta
 from gptoss.errors import ConfigError
 
 ENV_PREFIX = "GPTOSS_"
+BYTES_PER_MB = 1024 * 1024
+"""Of the settings whose names end in ``_mb``."""
 OTEL_VARIABLES = {
     "OTEL_EXPORTER_OTLP_ENDPOINT": "otlp_endpoint",
     "OTEL_EXPORTER_OTLP_PROTOCOL": "otlp_protocol",

@@ -9,12 +9,11 @@ from gptoss.actors.directory import DECIDER_NAMES, Directory, executor_name
 from gptoss.actors.executor import ExecutorActor, ExecutorConfig, RestartExecutor, TuneExecutor
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
-from gptoss.config import PROFILES, Settings
+from gptoss.config import BYTES_PER_MB, PROFILES, Settings
 from gptoss.devices import Device, gpu_memory_bytes, parse_devices, weights_fit_one
 from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import DriverFactory, Load
 from gptoss.messages.commands import ChangeSettings
-from gptoss.surroundings import BYTES_PER_MB
 
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
 

@@ -8,13 +8,11 @@ import msgspec
 from gptoss.actors.dispatcher import Dispatcher, LiveDispatcher
 from gptoss.actors.journal import Journal
 from gptoss.clock import Clock, IdSource, Rng, SystemClock, SystemIds, SystemRng
-from gptoss.config import Settings
+from gptoss.config import BYTES_PER_MB, Settings
 from gptoss.telemetry.host import HostReader
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.otlp import SpanExport, open_span_export
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
-
-BYTES_PER_MB = 1024 * 1024
 
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_engine import tiny_capabilities
 
 from gptoss.actors.memory_guard import MemoryGuard
 from gptoss.actors.memory_state import GuardState
@@ -9,27 +10,12 @@ from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.commands import Command
 from gptoss.messages.envelope import Event
-from gptoss.messages.model import EngineCapabilities, KvLayout
 
 GUARD = MemoryGuard()
-LAYOUT = KvLayout(full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=1, dtype_bytes=1)
 
 
 def pool(executor: str, budget: int) -> cmd.SetMemoryPool:
-    capabilities = EngineCapabilities(
-        model_name="m",
-        architecture="a",
-        vocab_size=10,
-        max_model_len=100,
-        max_batch_size=4,
-        kv_budget_bytes=budget,
-        kv_layout=LAYOUT,
-        weights_bytes=0,
-        device="cpu",
-        dtype="float32",
-        num_threads=1,
-        eos_token_ids=(0,),
-    )
+    capabilities = tiny_capabilities(kv_budget_bytes=budget)
     return cmd.SetMemoryPool(now_ns=0, executor=executor, capabilities=capabilities)
 
 

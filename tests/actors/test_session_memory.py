@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tiny_engine import tiny_capabilities
 
 from gptoss.actors.memory_guard import SESSIONS_SHARE, GuardPolicy, MemoryGuard
 from gptoss.actors.memory_state import GuardState
@@ -13,9 +14,7 @@ from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.commands import Command
 from gptoss.messages.envelope import Event
-from gptoss.messages.model import EngineCapabilities, KvLayout
 
-LAYOUT = KvLayout(full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=1, dtype_bytes=1)
 POLICY = GuardPolicy(
     version=2,
     levels=PressureLevels(evict=0.7),
@@ -38,22 +37,10 @@ def run(*commands: Command, state: GuardState | None = None, guard: MemoryGuard 
 
 
 def pool(executor: str = "cuda:0", budget: int = 200, **more: Any) -> cmd.SetMemoryPool:
-    capabilities = EngineCapabilities(
-        model_name="m",
-        architecture="a",
-        vocab_size=10,
-        max_model_len=100,
-        max_batch_size=4,
-        kv_budget_bytes=budget,
-        kv_layout=LAYOUT,
-        weights_bytes=0,
-        device="cpu",
-        dtype="float32",
-        num_threads=1,
-        eos_token_ids=(0,),
-        prefix_cache_bytes=budget,
+    fields = {"prefix_cache_bytes": budget, **more}
+    return cmd.SetMemoryPool(
+        now_ns=0, executor=executor, capabilities=tiny_capabilities(kv_budget_bytes=budget, **fields)
     )
-    return cmd.SetMemoryPool(now_ns=0, executor=executor, capabilities=msgspec.structs.replace(capabilities, **more))
 
 
 def turn(session: str, size: int = 20, *, at_s: float = 0.0, on: str = "cuda:0", request: str = "") -> list[Command]:

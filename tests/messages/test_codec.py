@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_engine import tiny_capabilities
 
 from gptoss.errors import JournalError
 from gptoss.messages import batch_commands, codec, commands
@@ -24,7 +25,7 @@ from gptoss.messages.codec import (
 from gptoss.messages.commands import AdmitRequest, Command, WithdrawRequest
 from gptoss.messages.envelope import Event, Meta, Record, Stored
 from gptoss.messages.events import CommandConsumed, EngineLoaded, RequestRouted, StepTokens
-from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
+from gptoss.messages.model import KvLayout, ModelFingerprint
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
@@ -207,19 +208,8 @@ def test_json_opens_commands_and_nested_structs() -> None:
     layout = KvLayout(full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=4, dtype_bytes=2)
     loaded = EngineLoaded(
         executor="cpu:0",
-        capabilities=EngineCapabilities(
-            model_name="m",
-            architecture="a",
-            vocab_size=10,
-            max_model_len=10,
-            max_batch_size=1,
-            kv_budget_bytes=1,
-            kv_layout=layout,
-            weights_bytes=1,
-            device="cpu",
-            dtype="float32",
-            num_threads=1,
-            eos_token_ids=(2,),
+        capabilities=tiny_capabilities(
+            max_model_len=10, max_batch_size=1, kv_budget_bytes=1, kv_layout=layout, weights_bytes=1, eos_token_ids=(2,)
         ),
         fingerprint=ModelFingerprint(weights="w", tokenizer="t", chat_template="c", config="c"),
         load_ms=1.5,

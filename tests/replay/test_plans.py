@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 from scenarios import bundles_folder
+from tiny_engine import tiny_capabilities
 
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
-from gptoss.messages.model import EngineCapabilities, KvLayout, ModelFingerprint
+from gptoss.messages.model import ModelFingerprint
 from gptoss.messages.plan import Limits, PlannedRow, Start
 from gptoss.replay.plans import ExecutorLog
 from gptoss.replay.verify import verify
@@ -17,20 +18,8 @@ from gptoss.telemetry.recording import ListRecording
 
 EXECUTOR = "executor/cpu:0"
 LIMITS = Limits(max_batch_size=2, chunk_tokens=8, is_row_invariant=True)
-CAPABILITIES = EngineCapabilities(
-    model_name="m",
-    architecture="A",
-    vocab_size=10,
-    max_model_len=64,
-    max_batch_size=2,
-    kv_budget_bytes=1000,
-    kv_layout=KvLayout(full_layers=1, sliding_layers=0, sliding_window=0, kv_heads=1, head_dim=1, dtype_bytes=1),
-    weights_bytes=0,
-    device="cpu",
-    dtype="float32",
-    num_threads=1,
-    eos_token_ids=(0,),
-    limits=LIMITS,
+CAPABILITIES = tiny_capabilities(
+    architecture="A", max_model_len=64, max_batch_size=2, kv_budget_bytes=1000, limits=LIMITS
 )
 
 

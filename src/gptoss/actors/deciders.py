@@ -14,10 +14,8 @@ from gptoss.actors.memory_guard import GuardPolicy, MemoryGuard
 from gptoss.actors.pressure import PressureLevels
 from gptoss.actors.router import Router, RouterPolicy
 from gptoss.clock import NS_PER_S
-from gptoss.config import Settings, with_changes
+from gptoss.config import BYTES_PER_MB, Settings, with_changes
 from gptoss.messages.commands import SettingValue
-
-BYTES_PER_MB = 1024 * 1024
 
 
 class Deciders(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,8 +10,8 @@ from gptoss.messages.commands import PREFIX_TOKENS
 PREFIX_HEX = 16
 
 
-def keyed_hash(key: bytes, value: tuple[int, ...] | str) -> str:
-    """Hex of the hash of token ids or text."""
+def keyed_hash(key: bytes, value: object) -> str:
+    """Hex of the hash of token ids, of text, or of a tuple of such."""
     return hmac.new(key, msgspec.msgpack.encode(value), hashlib.sha256).hexdigest()
 
 
@@ -23,7 +23,6 @@ def prefix_hashes(key: bytes, salt: str, token_ids: tuple[int, ...]) -> tuple[st
     found: list[str] = []
     length = PREFIX_TOKENS
     while length <= len(token_ids):
-        digest = hmac.new(key, msgspec.msgpack.encode((salt, token_ids[:length])), hashlib.sha256).hexdigest()
-        found.append(digest[:PREFIX_HEX])
+        found.append(keyed_hash(key, (salt, token_ids[:length]))[:PREFIX_HEX])
         length *= 2
     return tuple(found)

@@ -180,7 +180,10 @@ class Router:
         return events
 
     def _choose(self, state: RouterState, request_id: str, route: Route, now_ns: int) -> RouteDecided:
-        candidates = tuple(_candidate(state, name, request_id, route, now_ns) for name in sorted(state.executors))
+        bound = _bound(state, request_id)
+        candidates = tuple(
+            _candidate(state, name, bound.get(name, (0, 0)), route, now_ns) for name in sorted(state.executors)
+        )
         wish = self._wish(candidates, route)
         executor, reason = _best(candidates, route, wish)
         return RouteDecided(
@@ -251,10 +254,19 @@ def _reason(best: RouteCandidate, wish: str, *, is_only: bool) -> str:
     return "only_one" if is_only else "least_loaded"
 
 
-def _candidate(state: RouterState, name: str, request_id: str, route: Route, now_ns: int) -> RouteCandidate:
+def _bound(state: RouterState, request_id: str) -> dict[str, tuple[int, int]]:
+    """By executor, how many requests other than this one run there, and their KV bytes."""
+    found: dict[str, tuple[int, int]] = {}
+    for other, route in state.routes.items():
+        if other != request_id:
+            running, kv_bytes = found.get(route.executor, (0, 0))
+            found[route.executor] = (running + 1, kv_bytes + route.kv_bytes)
+    return found
+
+
+def _candidate(state: RouterState, name: str, bound: tuple[int, int], route: Route, now_ns: int) -> RouteCandidate:
     view = state.executors[name]
-    bound = [r.kv_bytes for k, r in state.routes.items() if r.executor == name and k != request_id]
-    kv_bound = sum(bound)
+    running, kv_bound = bound
     kv_share = kv_bound / view.kv_budget_bytes if view.kv_budget_bytes else 1.0
     cached = _cached_tokens(state, name, route)
     session = bool(route.session_id) and state.sessions.get(route.session_id) == name
@@ -262,11 +274,11 @@ def _candidate(state: RouterState, name: str, request_id: str, route: Route, now
     worth = PREFIX_WORTH * cached / max(1, route.prompt_tokens) if cached else SESSION_WORTH * session
     return RouteCandidate(
         executor=name,
-        running=len(bound),
+        running=running,
         slots=view.slots,
         kv_bytes_bound=kv_bound,
         kv_bytes_free=view.kv_budget_bytes - kv_bound,
-        score=round(len(bound) / max(1, view.slots) + kv_share + FAULT_COST * faults - worth, 6),
+        score=round(running / max(1, view.slots) + kv_share + FAULT_COST * faults - worth, 6),
         multi_device=view.multi_device,
         cached_tokens=cached,
         session=session,

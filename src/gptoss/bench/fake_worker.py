@@ -15,7 +15,13 @@ import time
 
 from gptoss.clock import Clock, SystemClock
 from gptoss.engine.loop import COMMANDS_MAX, run
-from gptoss.engine.port import Cancel, Drain, DropSession, EngineCommand, EngineEvent, Load, Shutdown, Snapshot, Submit
+from gptoss.engine.port import (
+    CoreCommand,
+    EngineCommand,
+    EngineEvent,
+    Load,
+    Shutdown,
+)
 from gptoss.engine.wire import FrameReader, write_frame
 from gptoss.fake_engine import FakeEngine, FakeOptions
 
@@ -34,7 +40,7 @@ class _PacedCore:
         """See ``engine.loop.Core``."""
         return self._engine.has_work
 
-    def handle(self, command: Submit | Cancel | Drain | DropSession | Snapshot) -> list[EngineEvent]:
+    def handle(self, command: CoreCommand) -> list[EngineEvent]:
         """See ``engine.loop.Core``."""
         return self._engine.handle(command)
 

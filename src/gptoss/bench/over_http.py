@@ -8,7 +8,6 @@ Rules:
 
 import asyncio
 import contextlib
-import ipaddress
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +25,7 @@ from gptoss.bench.fleet import processor_s
 from gptoss.bench.load import Arrival, Load
 from gptoss.clock import NS_PER_MS, NS_PER_S, SeededRng, SystemClock
 from gptoss.errors import ConfigError, GptossError
+from gptoss.http.guard import is_loopback
 
 REQUEST_TIMEOUT_S = 600.0
 STOP_WAIT_S = 10.0
@@ -238,17 +238,8 @@ def check_url(url: str, *, allow_remote: bool) -> None:
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(f"the URL is {url!r}; give one such as http://127.0.0.1:8000/v1")
-    if not allow_remote and not _is_loopback(parts.hostname):
+    if not allow_remote and not is_loopback(parts.hostname):
         raise ConfigError(f"{parts.hostname} is not this machine; pass --allow-remote if you may load that server")
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Server(msgspec.Struct, frozen=True):

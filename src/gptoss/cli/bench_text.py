@@ -18,12 +18,7 @@ def mailbox_text(report: MailboxReport, console: Console) -> None:
         f"{_how(report.load)}; {_count(shape.executors, 'executor')} of {_count(shape.slots, 'slot')}, "
         f"steps of {shape.step_ms:g} ms, journal: {shape.journal}"
     )
-    console.print(_ended(report.ended, report.began, report.wall_s))
-    console.print()
-    table = _two_columns()
-    table.add_row("requests/s", f"{report.requests_per_s:,.1f}")
-    table.add_row("tokens/s", f"{report.tokens_per_s:,.1f}")
-    table.add_row("completed", f"{report.completed:,}")
+    table = _totals(report, console)
     _add_counts(table, "refused", report.refused)
     _add_counts(table, "failed", report.failed)
     _add_counts(table, "", {"cancelled": report.cancelled, "unfinished": report.unfinished})
@@ -43,12 +38,7 @@ def mailbox_text(report: MailboxReport, console: Console) -> None:
 def http_text(report: HttpReport, console: Console) -> None:
     """Print what came of a load over HTTP."""
     console.print(f"{_how(report.load)}; {report.model} at {report.url}")
-    console.print(_ended(report.ended, report.began, report.wall_s))
-    console.print()
-    table = _two_columns()
-    table.add_row("requests/s", f"{report.requests_per_s:,.1f}")
-    table.add_row("tokens/s", f"{report.tokens_per_s:,.1f}")
-    table.add_row("completed", f"{report.completed:,}")
+    table = _totals(report, console)
     _add_counts(table, "error", report.errors)
     _add_counts(table, "", {"unfinished": report.unfinished})
     table.add_row("tokens a chunk", f"{report.tokens / max(1, report.chunks):.2f}")
@@ -78,18 +68,20 @@ def _span(span: Span) -> str:
     return str(span.low) if span.low == span.high else f"{span.low} to {span.high}"
 
 
-def _ended(ended: str, began: int, wall_s: float) -> str:
-    return f"{began:,} requests in {wall_s:,.2f} s; ended by: {ended}"
-
-
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _two_columns() -> Table:
+def _totals(report: MailboxReport | HttpReport, console: Console) -> Table:
+    """Print how it ended; a table that begins with what both kinds of test have, to be gone on with."""
+    console.print(f"{report.began:,} requests in {report.wall_s:,.2f} s; ended by: {report.ended}")
+    console.print()
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(justify="right")
+    table.add_row("requests/s", f"{report.requests_per_s:,.1f}")
+    table.add_row("tokens/s", f"{report.tokens_per_s:,.1f}")
+    table.add_row("completed", f"{report.completed:,}")
     return table
 
 

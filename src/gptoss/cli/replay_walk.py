@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from gptoss.errors import ConfigError, ReplayError
-from gptoss.replay.diff import plain, summary
+from gptoss.messages.codec import by_name
+from gptoss.replay.diff import summary
 from gptoss.replay.report import print_line, print_moment
 from gptoss.replay.walk import Walk
 from gptoss.telemetry.recording import Recording
@@ -88,7 +89,7 @@ class _Screen:
     def _show(self, actor: str) -> None:
         moment = self._place.moment(actor)
         if self._as_json:
-            click.echo(msgspec.json.encode(plain(moment)))
+            click.echo(msgspec.json.encode(by_name(moment)))
         else:
             print_moment(moment, self._console)
 

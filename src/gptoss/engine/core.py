@@ -10,7 +10,7 @@ Rules:
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import torch
@@ -26,6 +26,7 @@ from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.pace import PrefillPace
 from gptoss.engine.port import (
     Cancel,
+    CoreCommand,
     Drain,
     Drained,
     DropSession,
@@ -58,10 +59,8 @@ PREFILL_TARGET_MS = 100.0
 """How long prefill may keep those waiting who decode, in each step."""
 MEMORY_FAULTS_MAX = 2
 DRAFT_STREAMS_MAX = 4
-NO_MEMORY = "the device has no memory for this request: {}"
 """With more streams at once a step is no longer bound by reading the weights, and guesses cost what they save."""
-
-CoreCommand: TypeAlias = Submit | Cancel | Drain | DropSession | Snapshot
+NO_MEMORY = "the device has no memory for this request: {}"
 
 
 class CoreOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,9 +20,7 @@ import psutil
 from gptoss.clock import NS_PER_MS, Clock
 from gptoss.engine.model_folder import check_folder
 from gptoss.engine.port import (
-    Cancel,
-    Drain,
-    DropSession,
+    CoreCommand,
     EngineCommand,
     EngineEvent,
     EngineStatus,
@@ -31,8 +29,6 @@ from gptoss.engine.port import (
     LoadFailed,
     LoadProgressed,
     Shutdown,
-    Snapshot,
-    Submit,
 )
 from gptoss.errors import EngineProtocolError, GptossError, ModelLoadError
 
@@ -51,7 +47,7 @@ class Core(Protocol):
         """Whether a step would do anything."""
         ...
 
-    def handle(self, command: Submit | Cancel | Drain | DropSession | Snapshot) -> list[EngineEvent]:
+    def handle(self, command: CoreCommand) -> list[EngineEvent]:
         """Take a command between two steps."""
         ...
 

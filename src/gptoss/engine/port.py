@@ -127,7 +127,9 @@ class Shutdown(_Wire, frozen=True, kw_only=True):
     """Release the device and exit."""
 
 
-EngineCommand: TypeAlias = Load | Submit | Cancel | Drain | DropSession | Snapshot | Shutdown
+CoreCommand: TypeAlias = Submit | Cancel | Drain | DropSession | Snapshot
+"""What a loaded engine takes between two steps."""
+EngineCommand: TypeAlias = Load | CoreCommand | Shutdown
 
 
 # ---------------------------------------------------------------- events

@@ -25,16 +25,12 @@ import msgspec
 
 from gptoss.config import put_environment
 from gptoss.engine.port import (
-    Cancel,
-    Drain,
-    DropSession,
+    CoreCommand,
     EngineEvent,
     EngineStatus,
     Load,
     Shutdown,
-    Snapshot,
     StepDone,
-    Submit,
 )
 from gptoss.engine.wire import FrameReader, Join, RankCommand, RunStep, write_frame
 from gptoss.messages.model import DeviceMemory
@@ -107,7 +103,7 @@ class Ranks:
             self._spawn(Join(load=self._load, rank=rank, size=len(devices), folder=self._folder.name))
         join_group(Join(load=self._load, rank=0, size=len(devices), folder=self._folder.name))
 
-    def tell(self, command: Submit | Cancel | Drain | DropSession | Snapshot) -> None:
+    def tell(self, command: CoreCommand) -> None:
         """Pass on a command, before rank 0 takes it."""
         self._send(command)
 

@@ -11,15 +11,11 @@ from typing import TypeAlias, TypeVar
 import msgspec
 
 from gptoss.engine.port import (
-    Cancel,
-    Drain,
-    DropSession,
+    CoreCommand,
     EngineCommand,
     EngineEvent,
     Load,
     Shutdown,
-    Snapshot,
-    Submit,
 )
 from gptoss.errors import EngineProtocolError
 from gptoss.messages.plan import StepPlan
@@ -49,7 +45,7 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     drawn: tuple[int, ...]
 
 
-RankCommand: TypeAlias = Join | RunStep | Submit | Cancel | Drain | DropSession | Snapshot | Shutdown
+RankCommand: TypeAlias = Join | RunStep | CoreCommand | Shutdown
 _rank_decoder: msgspec.msgpack.Decoder[RankCommand] = msgspec.msgpack.Decoder(RankCommand)
 _command_decoder: msgspec.msgpack.Decoder[EngineCommand] = msgspec.msgpack.Decoder(EngineCommand)
 _event_decoder: msgspec.msgpack.Decoder[EngineEvent] = msgspec.msgpack.Decoder(EngineEvent)

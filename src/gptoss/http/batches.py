@@ -12,7 +12,7 @@ from gptoss.http.batch_runner import ENDPOINTS
 from gptoss.http.context import BATCHES, CONTEXT
 from gptoss.http.decode import BodyDecoder
 from gptoss.http.errors import json_response
-from gptoss.http.file_store import FILES
+from gptoss.http.file_store import FILES, new_file_id
 from gptoss.http.intake import read_wire
 from gptoss.http.paging import page_of
 from gptoss.http.schema import Metadata
@@ -120,8 +120,8 @@ async def create(request: web.Request) -> web.StreamResponse:
         batch_id=batch_id,
         endpoint=wire.endpoint,
         input_file_id=note.id,
-        output_file_id=context.ids.new_id("file").replace("_", "-", 1),
-        error_file_id=context.ids.new_id("file").replace("_", "-", 1),
+        output_file_id=new_file_id(context.ids),
+        error_file_id=new_file_id(context.ids),
     )
     await desk.order(order)
     return json_response(await _body(request, desk.batches[batch_id]))
@@ -147,12 +147,9 @@ async def cancel(request: web.Request) -> web.StreamResponse:
 async def list_batches(request: web.Request) -> web.StreamResponse:
     """``GET /v1/batches?limit=N&after=ID``: newest first."""
     known = list(request.app[BATCHES].batches.values())
-    page, has_more = page_of(
-        request.query, known, lambda batch: batch.batch_id, limit_max=LIST_MAX, limit_default=LIST_DEFAULT
-    )
-    bodies = [await _body(request, batch) for batch in page]
-    first, last = (bodies[0].id, bodies[-1].id) if bodies else (None, None)
-    return json_response(BatchList(data=bodies, first_id=first, last_id=last, has_more=has_more))
+    page = page_of(request.query, known, lambda batch: batch.batch_id, limit_max=LIST_MAX, limit_default=LIST_DEFAULT)
+    bodies = [await _body(request, batch) for batch in page.entries]
+    return json_response(BatchList(data=bodies, first_id=page.first_id, last_id=page.last_id, has_more=page.has_more))
 
 
 def _refuse(wire: BatchRequest) -> None:

@@ -20,8 +20,10 @@ from typing import IO, Any
 import msgspec
 from aiohttp import web
 
+from gptoss.clock import IdSource
 from gptoss.errors import BodyTooLarge, FileUnknown
 from gptoss.messages.codec import UNREADABLE
+from gptoss.telemetry.segment_writer import sync_folder
 
 FILES_MAX = 10_000
 NOTE_SUFFIX = ".json"
@@ -147,7 +149,7 @@ class FileStore:
         path = self.path(file_id)
         path.with_name(path.name + NOTE_SUFFIX).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        self._sync_folder()
+        sync_folder(self._folder)
 
     # ---- what batches write
 
@@ -218,14 +220,12 @@ class FileStore:
             file.flush()
             os.fsync(file.fileno())
         part.rename(target)
-        self._sync_folder()
+        sync_folder(self._folder)
 
-    def _sync_folder(self) -> None:
-        fd = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+
+def new_file_id(ids: IdSource) -> str:
+    """An id as OpenAI's files have them."""
+    return ids.new_id("file").replace("_", "-", 1)
 
 
 FILES: web.AppKey[FileStore] = web.AppKey("files", FileStore)

@@ -13,7 +13,7 @@ from gptoss.errors import BodyTimeout, NotReady, RequestError, UnsupportedMedia
 from gptoss.http.body import MIB
 from gptoss.http.context import BATCHES, CONTEXT
 from gptoss.http.errors import json_response
-from gptoss.http.file_store import FILES, FileNote, FileStore
+from gptoss.http.file_store import FILES, FileNote, FileStore, new_file_id
 from gptoss.http.paging import page_of
 
 PURPOSE = "batch"
@@ -65,7 +65,7 @@ async def upload(request: web.Request) -> web.StreamResponse:
         raise UnsupportedMedia(f"Content-Type is {request.content_type!a}; it must be multipart/form-data")
     if (request.content_length or 0) > store.file_bytes_max + MIB:
         store.check_room(request.content_length or 0)
-    file_id = context.ids.new_id("file").replace("_", "-", 1)
+    file_id = new_file_id(context.ids)
     with store.part(file_id) as part:
         form = _Form(request, part, store)
         try:
@@ -90,10 +90,9 @@ async def list_files(request: web.Request) -> web.StreamResponse:
     """``GET /v1/files?purpose=P&limit=N&order=asc|desc&after=ID``."""
     purpose = request.query.get("purpose")
     notes = [note for note in request.app[FILES].notes if purpose in (None, note.purpose)]
-    page, has_more = page_of(request.query, notes, lambda note: note.id, limit_max=LIST_MAX, limit_default=LIST_MAX)
-    bodies = [_body(note) for note in page]
-    first, last = (bodies[0].id, bodies[-1].id) if bodies else (None, None)
-    return json_response(FileList(data=bodies, first_id=first, last_id=last, has_more=has_more))
+    page = page_of(request.query, notes, lambda note: note.id, limit_max=LIST_MAX, limit_default=LIST_MAX)
+    bodies = [_body(note) for note in page.entries]
+    return json_response(FileList(data=bodies, first_id=page.first_id, last_id=page.last_id, has_more=page.has_more))
 
 
 async def retrieve(request: web.Request) -> web.StreamResponse:

@@ -22,7 +22,7 @@ _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 def default_hosts(settings: Settings) -> frozenset[str]:
     """Names that ``Host`` may hold: this machine's for a loopback bind, any (empty) for a public one."""
-    return LOCAL_NAMES | {settings.host.lower()} if _is_loopback(settings.host) else frozenset()
+    return LOCAL_NAMES | {settings.host.lower()} if is_loopback(settings.host) else frozenset()
 
 
 @web.middleware
@@ -41,7 +41,8 @@ async def admit_callers(request: web.Request, handler: Handler) -> web.StreamRes
     return await handler(request)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own; a name that is neither is not."""
     if host == "localhost":
         return True
     try:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from gptoss.errors import RequestError
 
@@ -10,10 +10,19 @@ _COUNT = re.compile(r"[0-9]{1,5}", re.ASCII)
 _T = TypeVar("_T")
 
 
+class Page(NamedTuple, Generic[_T]):
+    """A page of a list, with the ids of its first and last entry, and whether there is more behind it."""
+
+    entries: list[_T]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 def page_of(
     query: Mapping[str, str], found: Sequence[_T], id_of: Callable[[_T], str], *, limit_max: int, limit_default: int
-) -> tuple[list[_T], bool]:
-    """What a list's query asks for, newest first unless it says otherwise, and whether there is more.
+) -> Page[_T]:
+    """What a list's query asks for, newest first unless it says otherwise.
 
     Args:
         query: of the URL.
@@ -38,4 +47,6 @@ def page_of(
         if start is None:
             raise RequestError(f"after is {after[:128]!a}, which is not in this list", param="after")
         ordered = ordered[start:]
-    return ordered[: int(written)], len(ordered) > int(written)
+    entries = ordered[: int(written)]
+    first, last = (id_of(entries[0]), id_of(entries[-1])) if entries else (None, None)
+    return Page(entries, first, last, len(ordered) > int(written))

@@ -65,11 +65,8 @@ async def delete(request: web.Request) -> web.StreamResponse:
 async def input_items(request: web.Request) -> web.StreamResponse:
     """``GET /v1/responses/{response_id}/input_items?limit=N&order=asc|desc&after=ID``."""
     items = _stored(request).items
-    page, has_more = page_of(
-        request.query, items, lambda item: item.id, limit_max=ITEMS_MAX, limit_default=ITEMS_DEFAULT
-    )
-    first, last = (page[0].id, page[-1].id) if page else (None, None)
-    return json_response(ItemList("list", page, first, last, has_more))
+    page = page_of(request.query, items, lambda item: item.id, limit_max=ITEMS_MAX, limit_default=ITEMS_DEFAULT)
+    return json_response(ItemList("list", page.entries, page.first_id, page.last_id, page.has_more))
 
 
 async def _call_of(wire: ResponsesRequest, caller: Caller) -> Call:

@@ -114,3 +114,14 @@ def as_json(record: Record) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return msgspec.msgpack.decode(value) if isinstance(value, msgspec.Raw) else msgspec.to_builtins(value)
+
+
+def by_name(value: Any) -> Any:
+    """JSON types; structs by field name, also those that are arrays on disk."""
+    if isinstance(value, msgspec.Struct):
+        return {name: by_name(getattr(value, name)) for name in value.__struct_fields__}
+    if isinstance(value, tuple | list):
+        return [by_name(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, dict):
+        return {str(key): by_name(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return msgspec.to_builtins(value)

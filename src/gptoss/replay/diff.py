@@ -6,7 +6,7 @@ from typing import Any, cast
 import msgspec
 
 from gptoss.errors import JournalError
-from gptoss.messages.codec import decode_command
+from gptoss.messages.codec import by_name, decode_command
 from gptoss.messages.commands import Command
 from gptoss.messages.envelope import Event, Record
 from gptoss.messages.events import CommandConsumed, SnapshotTaken, StepCommitted
@@ -42,7 +42,7 @@ def plan_divergence(record: Record, step: StepCommitted, parts: Mapping[str, tup
         command=f"step {step.step}",
         command_pos=meta.pos,
         fields=tuple(
-            FieldDiff(field=name, recorded=plain(old), replayed=plain(new)) for name, (old, new) in parts.items()
+            FieldDiff(field=name, recorded=by_name(old), replayed=by_name(new)) for name, (old, new) in parts.items()
         ),
     )
 
@@ -91,20 +91,9 @@ def _differences(path: str, recorded: Any, replayed: Any) -> Iterator[FieldDiff]
     elif isinstance(recorded, tuple) and isinstance(replayed, tuple) and len(recorded) == len(replayed):  # pyright: ignore[reportUnknownArgumentType]
         pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(recorded, replayed, strict=True))]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
     if not pairs:
-        yield FieldDiff(field=path, recorded=plain(recorded), replayed=plain(replayed))
+        yield FieldDiff(field=path, recorded=by_name(recorded), replayed=by_name(replayed))
     for inner, old, new in pairs:
         yield from _differences(inner, old, new)
-
-
-def plain(value: Any) -> Any:
-    """JSON types; structs by field name, also those that are arrays on disk."""
-    if isinstance(value, msgspec.Struct):
-        return {name: plain(getattr(value, name)) for name in value.__struct_fields__}
-    if isinstance(value, tuple | list):
-        return [plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
-    if isinstance(value, dict):
-        return {str(key): plain(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    return msgspec.to_builtins(value)
 
 
 def _named(event: Any) -> Any:

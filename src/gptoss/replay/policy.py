@@ -17,7 +17,7 @@ from gptoss.actors.deciders import Deciders, decider_with, deciders_of
 from gptoss.actors.memory_state import GuardState
 from gptoss.actors.router import RouterState
 from gptoss.clock import NS_PER_S
-from gptoss.config import Settings
+from gptoss.config import BYTES_PER_MB, Settings
 from gptoss.engine.scheduler import SchedulerState
 from gptoss.errors import ConfigError
 from gptoss.messages import commands as cmd
@@ -41,7 +41,6 @@ TRIABLE = (
     "session_idle_s",
     "policy_version",
 )
-BYTES_PER_MB = 1024 * 1024
 
 replace = msgspec.structs.replace
 

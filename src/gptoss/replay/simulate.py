@@ -19,6 +19,7 @@ from gptoss.actors.admission_actor import DEADLINE_PERIOD_S
 from gptoss.actors.directory import REQUEST_PREFIX, executor_name, request_name
 from gptoss.actors.memory_guard import SESSION_PERIOD_S
 from gptoss.clock import NS_PER_S
+from gptoss.config import BYTES_PER_MB
 from gptoss.engine.memory_model import kv_bytes, tokens_within
 from gptoss.engine.scheduler import schedule
 from gptoss.messages import commands as cmd
@@ -28,7 +29,7 @@ from gptoss.messages.envelope import Event
 from gptoss.messages.model import EngineCapabilities
 from gptoss.messages.plan import Limits, StepPlan
 from gptoss.replay.plans import ExecutorLog
-from gptoss.replay.policy import BYTES_PER_MB, Policy
+from gptoss.replay.policy import Policy
 from gptoss.replay.step_cost import StepCost
 
 DEADLINE_WAIT_NS = int(DEADLINE_PERIOD_S / 2 * NS_PER_S)

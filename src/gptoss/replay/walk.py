@@ -15,9 +15,9 @@ import msgspec
 from gptoss.actors.decider import recorded_form
 from gptoss.errors import ReplayError
 from gptoss.messages import events as ev
-from gptoss.messages.codec import decode_command
+from gptoss.messages.codec import by_name, decode_command
 from gptoss.messages.envelope import Record
-from gptoss.replay.diff import link, message_text, plain
+from gptoss.replay.diff import link, message_text
 from gptoss.replay.plans import ExecutorLog
 from gptoss.replay.result import Link
 from gptoss.replay.verify import Verifier
@@ -122,7 +122,7 @@ class Walk:
     def _state(self, actor: str) -> tuple[Any, bool]:
         stream = self._verifier.streams.get(actor)
         if stream is not None:
-            return plain(recorded_form(stream.decider, stream.state)), stream.is_known
+            return by_name(recorded_form(stream.decider, stream.state)), stream.is_known
         log = self._verifier.executors.get(actor)
         if log is not None:
             return executor_state(log), log.is_known

@@ -145,8 +145,7 @@ class _Names:
         session_id, at, tenant = name.partition("@")
         if not session_id or session_id in self._sessions:
             return name
-        digest = hmac.new(self._key, b"session " + session_id.encode(), hashlib.sha256).hexdigest()
-        return f"anon_{digest[:PSEUDONYM_HEX]}{at}{tenant}"
+        return f"{self._pseudonym('session', session_id)}{at}{tenant}"
 
     def of(self, request_id: str) -> str:
         """The name under which a request stands."""
@@ -154,9 +153,12 @@ class _Names:
             return request_id
         name = self._known.get(request_id)
         if name is None:
-            digest = hmac.new(self._key, b"request " + request_id.encode(), hashlib.sha256).hexdigest()
-            name = self._known[request_id] = f"anon_{digest[:PSEUDONYM_HEX]}"
+            name = self._known[request_id] = self._pseudonym("request", request_id)
         return name
+
+    def _pseudonym(self, kind: str, name: str) -> str:
+        digest = hmac.new(self._key, f"{kind} {name}".encode(), hashlib.sha256).hexdigest()
+        return f"anon_{digest[:PSEUDONYM_HEX]}"
 
     def rename(self, record: Record) -> Record:
         """The record with every id replaced."""

@@ -14,6 +14,7 @@ import msgspec
 from gptoss.actors.journal import JournalHealth
 from gptoss.clock import NS_PER_S
 from gptoss.messages import events as ev
+from gptoss.messages.codec import by_name
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.books import Books
 from gptoss.telemetry.executor_view import ExecutorView
@@ -208,7 +209,7 @@ class Projection:
             },
             "cache_stats": self._cache_stats(),
             "traces": dict(sorted(self._server.spans.items())),
-            "host": None if self._server.host is None else _by_name(self._server.host),
+            "host": None if self._server.host is None else by_name(self._server.host),
             "sessions": self._sessions.counts(),
         }
 
@@ -327,13 +328,6 @@ class Projection:
     def _as_dict(self, view: RequestView) -> dict[str, Any]:
         row = request_row(view, boot=self._server.boot, wall_offset_ns=self._server.wall_offset_ns)
         return msgspec.to_builtins(row)
-
-
-def _by_name(value: Any) -> Any:
-    """Structs that are arrays on disk, as objects."""
-    if isinstance(value, msgspec.Struct):
-        return {name: _by_name(getattr(value, name)) for name in value.__struct_fields__}
-    return [_by_name(inner) for inner in value] if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownVariableType]
 
 
 def _share(part: int, whole: int) -> float:

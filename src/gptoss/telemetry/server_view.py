@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.messages import events as ev
-from gptoss.messages.envelope import Record
+from gptoss.messages.envelope import Event, Record
 from gptoss.telemetry.logs import LEVELS, log_line
 from gptoss.telemetry.request_view import RequestView, is_crash_end
 from gptoss.telemetry.wall_clock import wall_offset_ns
@@ -75,10 +76,9 @@ class ServerView:
         if isinstance(event, ev.StepCommitted):
             self._fold_step(record.meta.mono_ns, event)
             return
-        if kind in _OF_THE_NODE:
-            self._fold_node(record)
-        elif kind in _COUNTED:
-            self._fold_counts(record)
+        handler = _HANDLERS.get(kind)
+        if handler is not None:
+            handler(self, record, event)
         if request is not None and kind in _OF_REQUESTS:
             self._fold_request(record, request)
         line = log_line(record, request)
@@ -89,50 +89,6 @@ class ServerView:
         """Tokens produced in the ``RATE_WINDOW_S`` seconds up to ``end_ns``, per second."""
         last = end_ns // NS_PER_S
         return sum(tokens for second, tokens in self.produced if last - RATE_WINDOW_S < second <= last) / RATE_WINDOW_S
-
-    def _fold_node(self, record: Record) -> None:
-        event = record.event
-        self.wall_offset_ns = wall_offset_ns(record, self.wall_offset_ns)
-        if isinstance(event, ev.NodeStarted):
-            self.node, self.started_ns = event, record.meta.mono_ns
-            self.settings = json.loads(event.settings or "{}")
-        elif isinstance(event, ev.ConfigChanged) and record.meta.stream == "system":
-            self.live = event.settings
-        elif isinstance(event, ev.DrainStarted | ev.AdmissionClosed | ev.NodeStopped):
-            self.draining = True
-        elif isinstance(event, ev.SupervisorEscalated):
-            self.escalated = event.child
-        elif isinstance(event, ev.LogDegraded):
-            self.log_degraded = event.reason
-        elif isinstance(event, ev.HostObserved):
-            self.host = event
-        elif isinstance(event, ev.SpansExported):
-            self.spans["exported"] += event.exported
-            self.spans["dropped"] += event.refused + event.overflowed
-
-    def _fold_counts(self, record: Record) -> None:
-        event = record.event
-        if isinstance(event, ev.AdmissionDecided):
-            self.admission[event.action] += 1
-        elif isinstance(event, ev.RouteDecided):
-            self.routes[event.executor or "none"] += 1
-            self.route_reasons[event.reason] += 1
-            chosen = next((each for each in event.candidates if each.executor == event.executor), None)
-            if chosen is not None:
-                self.route_kinds["multi_gpu" if chosen.multi_device else "single_gpu"] += 1
-                self.route_kinds["affinity"] += bool(chosen.cached_tokens or chosen.session)
-        elif isinstance(event, ev.DeadLettered):
-            self.faults["dead_letters"] += 1
-        elif isinstance(event, ev.EngineExited):
-            self.faults["engine_restarts" if event.planned else "engine_exits"] += 1
-        elif isinstance(event, ev.EngineStalled):
-            self.faults["engine_stalls"] += 1
-        elif isinstance(event, ev.EngineSickened):
-            self.faults["engines_sick"] += 1
-        elif isinstance(event, ev.ActorRestarted):
-            self.faults["actor_restarts"] += 1
-        elif is_crash_end(event):
-            self.faults["aborted_by_crash"] += 1
 
     def _fold_request(self, record: Record, request: RequestView) -> None:
         if isinstance(record.event, ev.RequestReceived):
@@ -171,32 +127,93 @@ class ServerView:
         self.produced.append((second, tokens))
 
 
+# ---------------------------------------------------------------- one function an event
+
+
+def _started(view: ServerView, record: Record, event: ev.NodeStarted) -> None:
+    _anchored(view, record, event)
+    view.node, view.started_ns = event, record.meta.mono_ns
+    view.settings = json.loads(event.settings or "{}")
+
+
+def _anchored(view: ServerView, record: Record, _: Event) -> None:
+    view.wall_offset_ns = wall_offset_ns(record, view.wall_offset_ns)
+
+
+def _configured(view: ServerView, record: Record, event: ev.ConfigChanged) -> None:
+    if record.meta.stream == "system":  # each decider's stream has it too
+        view.live = event.settings
+
+
+def _drains(view: ServerView, _: Record, _event: Event) -> None:
+    view.draining = True
+
+
+def _escalated(view: ServerView, _: Record, event: ev.SupervisorEscalated) -> None:
+    view.escalated = event.child
+
+
+def _degraded(view: ServerView, _: Record, event: ev.LogDegraded) -> None:
+    view.log_degraded = event.reason
+
+
+def _host_observed(view: ServerView, _: Record, event: ev.HostObserved) -> None:
+    view.host = event
+
+
+def _spans_exported(view: ServerView, _: Record, event: ev.SpansExported) -> None:
+    view.spans["exported"] += event.exported
+    view.spans["dropped"] += event.refused + event.overflowed
+
+
+def _admitted(view: ServerView, _: Record, event: ev.AdmissionDecided) -> None:
+    view.admission[event.action] += 1
+
+
+def _routed(view: ServerView, _: Record, event: ev.RouteDecided) -> None:
+    view.routes[event.executor or "none"] += 1
+    view.route_reasons[event.reason] += 1
+    chosen = next((each for each in event.candidates if each.executor == event.executor), None)
+    if chosen is not None:
+        view.route_kinds["multi_gpu" if chosen.multi_device else "single_gpu"] += 1
+        view.route_kinds["affinity"] += bool(chosen.cached_tokens or chosen.session)
+
+
+def _exited(view: ServerView, _: Record, event: ev.EngineExited) -> None:
+    view.faults["engine_restarts" if event.planned else "engine_exits"] += 1
+
+
+def _failed(view: ServerView, _: Record, event: ev.RequestFailed) -> None:
+    if is_crash_end(event):
+        view.faults["aborted_by_crash"] += 1
+
+
+def _counts(fault: str) -> Callable[[ServerView, Record, Event], None]:
+    def count(view: ServerView, _: Record, _event: Event) -> None:
+        view.faults[fault] += 1
+
+    return count
+
+
 # Most records concern none of these, and one look tells.
-_OF_THE_NODE = frozenset(
-    {
-        ev.NodeStarted,
-        ev.ClockAnchored,
-        ev.ConfigChanged,
-        ev.DrainStarted,
-        ev.AdmissionClosed,
-        ev.NodeStopped,
-        ev.SupervisorEscalated,
-        ev.LogDegraded,
-        ev.ConfigChanged,
-        ev.HostObserved,
-        ev.SpansExported,
-    }
-)
-_COUNTED = frozenset(
-    {
-        ev.AdmissionDecided,
-        ev.RouteDecided,
-        ev.DeadLettered,
-        ev.EngineExited,
-        ev.EngineStalled,
-        ev.EngineSickened,
-        ev.ActorRestarted,
-        ev.RequestFailed,
-    }
-)
+_HANDLERS: dict[type[Event], Callable[[ServerView, Record, Any], None]] = {
+    ev.NodeStarted: _started,
+    ev.ClockAnchored: _anchored,
+    ev.ConfigChanged: _configured,
+    ev.DrainStarted: _drains,
+    ev.AdmissionClosed: _drains,
+    ev.NodeStopped: _drains,
+    ev.SupervisorEscalated: _escalated,
+    ev.LogDegraded: _degraded,
+    ev.HostObserved: _host_observed,
+    ev.SpansExported: _spans_exported,
+    ev.AdmissionDecided: _admitted,
+    ev.RouteDecided: _routed,
+    ev.EngineExited: _exited,
+    ev.RequestFailed: _failed,
+    ev.DeadLettered: _counts("dead_letters"),
+    ev.EngineStalled: _counts("engine_stalls"),
+    ev.EngineSickened: _counts("engines_sick"),
+    ev.ActorRestarted: _counts("actor_restarts"),
+}
 _OF_REQUESTS = frozenset({ev.RequestReceived, ev.FirstTokenProduced, *ev.TERMINAL_EVENTS})
