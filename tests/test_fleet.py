@@ -251,6 +251,62 @@ async def test_a_new_engine_that_cannot_load_is_an_ordinary_loss() -> None:
         assert await tokens(system.submit(request())) == expected(3, 5)
 
 
+# ---------------------------------------------------------------- the end
+
+
+class Ending(FakeDriver):
+    """Knows how it ended."""
+
+    def __init__(self) -> None:
+        super().__init__(FakeOptions(step_s=STEP_S))
+        self.ends: list[port.EngineExited] = []
+        self.kills = 0
+
+    def start(self, load: port.Load, sink: Callable[[port.EngineEvent], None]) -> None:
+        def hear(event: port.EngineEvent) -> None:
+            if isinstance(event, port.EngineExited):
+                self.ends.append(event)
+            sink(event)
+
+        super().start(load, hear)
+
+    def kill(self) -> None:
+        self.kills += not self.ends
+        super().kill()
+
+
+async def test_a_system_that_stops_lets_its_engines_end_in_peace() -> None:
+    made: list[Ending] = []
+
+    def make() -> Ending:
+        made.append(Ending())
+        return made[-1]
+
+    async with serving(make) as (system, _):
+        assert await tokens(system.submit(request())) == expected(3, 5)
+    assert [[end.reason for end in driver.ends] for driver in made] == [["shut down"]] * 2
+    assert [driver.kills for driver in made] == [0, 0]
+    assert events(system, ev.EngineExited) == []
+
+
+async def test_an_engine_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf(Ending):
+        def send(self, command: port.EngineCommand) -> None:
+            if not isinstance(command, port.Shutdown):
+                super().send(command)
+
+    monkeypatch.setattr("gptoss.actors.executor.STOP_TIMEOUT_S", 0.05)
+    made: list[Deaf] = []
+
+    def make() -> Deaf:
+        made.append(Deaf())
+        return made[-1]
+
+    async with serving(make, devices="cpu") as (system, _):
+        assert await tokens(system.submit(request())) == expected(3, 5)
+    assert [end.reason for end in made[0].ends] == ["killed"]
+
+
 # ---------------------------------------------------------------- settings
 
 

@@ -195,6 +195,8 @@ class ServingSystem:
         """End every request, every actor, every engine; idempotent."""
         if hasattr(self, "gateway") and not self._draining:
             await self.drain(0.0)
+        if hasattr(self, "fleet"):
+            await self.fleet.stop()
         await self.system.stop()
         await self._observer.close(self.journal)
         self.journal.append(ev.NodeStopped(reason="stopped"), Origin(stream="system", actor="app"))
@@ -342,7 +344,12 @@ class ServingSystem:
         return RequestServices(
             lifecycle=self.deciders.lifecycle,
             directory=self.directory,
-            rendering=Rendering(self.system, renderer, version=settings.prompt_version),
+            rendering=Rendering(
+                self.system,
+                renderer,
+                version=settings.prompt_version,
+                on_loop=self.surroundings.renders_on_loop,
+            ),
             served_model=settings.served_model_name or model.model_name,
             default_max_tokens=PROFILES[settings.profile].max_tokens,
             request_timeout_s=settings.request_timeout_s,

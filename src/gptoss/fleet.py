@@ -1,18 +1,21 @@
 """The executors of a system: made from its settings, restarted when an operator wants it, tuned when settings change."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from gptoss.actors.directory import DECIDER_NAMES, Directory, executor_name
-from gptoss.actors.executor import ExecutorActor, ExecutorConfig, RestartExecutor, TuneExecutor
+from gptoss.actors.executor import ExecutorActor, ExecutorConfig
+from gptoss.actors.executor_orders import STOP_TIMEOUT_S, RestartExecutor, StopEngine, TuneExecutor
 from gptoss.actors.supervisor import Supervision
 from gptoss.actors.system import System
 from gptoss.config import BYTES_PER_MB, PROFILES, Settings
 from gptoss.devices import Device, gpu_memory_bytes, parse_devices, weights_fit_one
 from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import DriverFactory, Load
+from gptoss.errors import ActorError
 from gptoss.messages.commands import ChangeSettings
 
 EXECUTOR_SUPERVISION = Supervision(max_restarts=5, within_s=120.0, backoff_s=0.2, backoff_max_s=10.0)
@@ -50,6 +53,14 @@ class Fleet:
             make = functools.partial(self._make, model, device)
             name = executor_name(device.executor)
             self._directory.add(name, self._system.spawn(make, name=name, supervisor=supervisor))
+
+    async def stop(self) -> None:
+        """Have every engine end in peace, or be killed; returns once they are gone."""
+        refs = [self._directory.get(executor_name(device.executor)) for device in self.devices]
+        asks = [ref.ask(StopEngine(), timeout_s=2 * STOP_TIMEOUT_S) for ref in refs if ref is not None]
+        for ask in asks:
+            with contextlib.suppress(ActorError):  # its executor is gone, and the engine with it
+                await ask
 
     def restart(self, executor: str, *, origin: str) -> bool:
         """Replace an executor's engine, without refusing anybody; False when there is no such executor."""

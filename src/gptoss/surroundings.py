@@ -21,6 +21,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         open_journal: opens the journal that the settings ask for, for a boot of this name.
         dispatcher: chooses which actor goes next, and says whether threaded actors have threads.
+        renders_on_loop: whether short prompts may be rendered on the event loop, see ``rendering``.
         open_span_export: the way out for traces that the settings ask for, None for none.
         open_host: reads the machine; None where there is none to read.
     """
@@ -30,6 +31,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     rng: Rng
     dispatcher: Dispatcher
     open_journal: Callable[[Settings, str, Clock], Journal]
+    renders_on_loop: bool = True
     open_span_export: Callable[[Settings], SpanExport | None] = lambda _: None
     open_host: Callable[[Settings], HostReader | None] = lambda _: None
 

@@ -139,10 +139,6 @@ class FakeDriver:
         self._killed.set()
         self._commands.put(None)
 
-    def join(self, timeout_s: float) -> bool:
-        """See ``engine.port.EngineDriver``."""
-        return self._gone.wait(timeout_s)
-
     def _make_engine(self, load: port.Load) -> FakeEngine:
         return FakeEngine(load, self.options)
 

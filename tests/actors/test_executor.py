@@ -58,10 +58,8 @@ class ScriptedDriver:
     def send(self, command: port.EngineCommand) -> None:
         self.sent.append(command)
 
-    def kill(self) -> None: ...
-
-    def join(self, timeout_s: float) -> bool:
-        return timeout_s > 0
+    def kill(self) -> None:
+        self.sent.append(port.Shutdown())
 
 
 async def test_a_step_is_written_down_with_its_whole_plan(system: System, journal: Journal, until: Until) -> None:

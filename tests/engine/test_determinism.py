@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import pytest
 from core_run import Run, submit
+from engine_loop import on_loop
 from streams import SETTINGS, TOKENS, Stream, has_each, joined, rest_of, strangers, streams, targets
 
 from gptoss.engine.core import CoreOptions
@@ -186,7 +187,7 @@ class Engine:
         self.events: list[EngineEvent] = []
         self.driver = ProcessDriver()
         self._queue: queue.Queue[EngineEvent] = queue.Queue()
-        self.driver.start(load, self._queue.put)
+        on_loop(self.driver.start, load, self._queue.put)
         self.until(lambda event: isinstance(event, Loaded))
 
     def until(self, is_enough: Callable[[EngineEvent], bool]) -> None:
@@ -215,7 +216,6 @@ class Engine:
     def kill(self) -> None:
         self.driver.kill()
         self.until(lambda event: isinstance(event, EngineExited))
-        assert self.driver.join(WAIT_S)
 
 
 def killed_and_resumed(load: Load, requests: list[Submit], others: list[Submit], steps: int) -> dict[str, Stream]:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from core_run import run, submit
+from engine_loop import on_loop
 from rank_logits import logits_of
 
 from gptoss.engine import port
@@ -125,7 +126,7 @@ def served(
 ) -> tuple[dict[str, list[int]], "queue.Queue[port.EngineEvent]"]:
     """The tokens of some requests that run together."""
     news: queue.Queue[port.EngineEvent] = queue.Queue()
-    driver.start(load, news.put)
+    on_loop(driver.start, load, news.put)
     while not isinstance(event := news.get(timeout=150), port.Loaded):
         assert isinstance(event, port.LoadProgressed), event
     for number in range(count):

@@ -45,6 +45,7 @@ class Threads:
     """As much of a system as rendering needs."""
 
     clock = SystemClock()
+    now_ns = clock.monotonic_ns
     run_in_thread = staticmethod(asyncio.to_thread)
 
 

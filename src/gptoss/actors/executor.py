@@ -1,15 +1,17 @@
 """An executor: the actor that owns one engine and turns its answers into events and deliveries.
 
-It runs on its own thread. The engine's driver calls its sink from yet another thread, which only tells this actor, so
-everything below happens one message at a time. An engine that exits takes its executor down with it: the requests in
-flight are told that they were lost (and go on elsewhere), then the supervisor starts the executor anew, with a new
-engine process.
+It runs on the event loop, like all who take part in a request, and nothing here waits. The engine's driver calls its sink
+from wherever it hears the engine, which only tells this actor. An engine that exits takes its executor down with it: the
+requests in flight are told that they were lost (and go on elsewhere), then the supervisor starts the executor anew, with a
+new engine process.
 
 An engine can also be replaced because somebody wants it, and then nobody is refused:
 
     serving -> RestartExecutor -> draining: chosen for nobody new; its place in the queue stays
             -> nobody in flight, or ``timeout_s`` over -> stopping: told to shut down; who is left goes on elsewhere
             -> it has exited -> a new engine loads -> serving
+
+When the whole system stops, ``StopEngine`` comes first: the engine is told to shut down, and whoever asked hears when it has.
 """
 
 from collections.abc import Callable
@@ -17,10 +19,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from gptoss.actors.actor import ThreadedActor
+from gptoss.actors.actor import LoopActor
+from gptoss.actors.deliveries import CancelInEngine, TokensProduced
 from gptoss.actors.directory import Directory, request_name
 from gptoss.actors.engine_watch import EngineWatch
-from gptoss.actors.request import CancelInEngine, TokensProduced
+from gptoss.actors.executor_orders import STOP_TIMEOUT_S, RestartExecutor, StopEngine, TuneExecutor
+from gptoss.actors.future import ReplyFuture
 from gptoss.actors.standing import Standing
 from gptoss.actors.step_record import committed_step
 from gptoss.clock import NS_PER_S
@@ -32,7 +36,6 @@ from gptoss.messages.envelope import NO_CAUSE
 from gptoss.messages.plan import Preemption
 
 PROBE_PERIOD_S = 1.0
-STOP_TIMEOUT_S = 5.0
 # Memory readings that differ by less than this say nothing new and are not recorded.
 MEMORY_GRAIN_BYTES = 16 * 1024 * 1024
 # What others leave free on a host changes all the time.
@@ -41,19 +44,6 @@ FREE_GRAIN_BYTES = 256 * 1024 * 1024
 
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """To itself, on a clock: is the engine alive, and how much memory does it use?"""
-
-
-class RestartExecutor(msgspec.Struct, frozen=True, kw_only=True):
-    """Replace the engine by a new one. Those in flight may go on for ``timeout_s`` seconds."""
-
-    origin: str
-    timeout_s: float
-
-
-class TuneExecutor(msgspec.Struct, frozen=True, kw_only=True):
-    """See ``ExecutorConfig.step_timeout_s``."""
-
-    step_timeout_s: float
 
 
 class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,7 +67,7 @@ class _InFlight:
         """Position of the last record that concerns it: what its end is a consequence of."""
 
 
-class ExecutorActor(ThreadedActor):
+class ExecutorActor(LoopActor):
     """Drives one engine."""
 
     def __init__(self, config: ExecutorConfig, drivers: port.DriverFactory, directory: Directory) -> None:
@@ -90,8 +80,9 @@ class ExecutorActor(ThreadedActor):
         self._in_flight: dict[str, _InFlight] = {}
         self._watch = EngineWatch(config.step_timeout_s)
         self._standing = Standing(self._name, directory, self._now)
-        self._restart: Literal["", "draining", "stopping"] = ""
+        self._restart: Literal["", "draining", "stopping", "leaving"] = ""
         self._restart_by_ns = 0
+        self._leaver: ReplyFuture[None] | None = None
         self._nonce = 0
         self._observed: tuple[int, int, int] = (0, 0, -1)
         self._is_deaf = False
@@ -110,6 +101,7 @@ class ExecutorActor(ThreadedActor):
             port.EngineExited: self._engine_exited,
             Probe: self._probe,
             RestartExecutor: self._begin_restart,
+            StopEngine: self._stop_engine,
             TuneExecutor: self._tune,
         }
 
@@ -127,14 +119,11 @@ class ExecutorActor(ThreadedActor):
         self._driver.start(load, self._hear)
 
     def on_stop(self) -> None:
-        """Let the engine release its device, or end it."""
+        """No engine may live on without its actor. One that was to end in peace has got ``StopEngine`` before."""
         self._probes.cancel()
         self._is_deaf = True
         self._standing.leave("stopped")
-        self._driver.send(port.Shutdown())
-        if not self._driver.join(STOP_TIMEOUT_S):
-            self._driver.kill()
-            self._driver.join(STOP_TIMEOUT_S)
+        self._driver.kill()
 
     def on_failure(self, *_: object) -> None:
         """After a crash of this actor, no engine may live on without it."""
@@ -195,7 +184,7 @@ class ExecutorActor(ThreadedActor):
         )
         pos = self.record(accepted, correlation=submit.request_id).meta.pos
         flight = self._in_flight[submit.request_id] = _InFlight(submit.attempt, len(submit.output_token_ids), pos)
-        if self._restart == "stopping":
+        if self._restart in ("stopping", "leaving"):
             del self._in_flight[submit.request_id]
             self._report_fault(submit.request_id, flight, EngineLost.code, "the engine is being replaced", lost=True)
             return
@@ -309,6 +298,10 @@ class ExecutorActor(ThreadedActor):
         self._directory.tell("memory", observe)
 
     def _engine_exited(self, news: port.EngineExited) -> None:
+        if self._leaver is not None:
+            self._lose_all(EngineLost.code, "the engine was shut down")
+            self._leaver.resolve(None)
+            return
         in_flight = len(self._in_flight)
         is_planned = self._restart == "stopping"
         exited = ev.EngineExited(
@@ -327,7 +320,7 @@ class ExecutorActor(ThreadedActor):
         self._driver = self._drivers(self._config.load.device)
         self._start_engine()
 
-    # ---- a wanted restart
+    # ---- a wanted restart, or the end
 
     def _begin_restart(self, wanted: RestartExecutor) -> None:
         if self._restart or self._standing.capabilities is None:
@@ -347,8 +340,16 @@ class ExecutorActor(ThreadedActor):
             self._restart = "stopping"
             self._restart_by_ns = self._now() + int(STOP_TIMEOUT_S * NS_PER_S)
             self._driver.send(port.Shutdown())
-        elif self._restart == "stopping" and is_late:
+        elif self._restart in ("stopping", "leaving") and is_late:
             self._driver.kill()
+
+    def _stop_engine(self, _: StopEngine) -> None:
+        self._leaver = self.defer()
+        self._restart = "leaving"
+        self._restart_by_ns = self._now() + int(STOP_TIMEOUT_S * NS_PER_S)
+        self._driver.send(port.Shutdown())
+        if self._standing.capabilities is None:
+            self._driver.kill()  # one that loads listens to nobody, and has nothing to give back
 
     # ---- parts
 

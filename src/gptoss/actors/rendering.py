@@ -1,7 +1,12 @@
-"""Prompts as token ids, and tokens as text, off the event loop and within a time limit.
+"""Prompts as token ids, and tokens as text, within a time limit.
 
 Templates are bounded in their steps, and tokenizers are linear; the time limit is for whatever those bounds missed. The
 thread of a rendering that runs into it goes on until a bound of its own ends it, but nobody waits for it.
+
+Rendering happens on a thread, since a long prompt or a bad template would hold up everybody's tokens. A short prompt without tools
+or a grammar is rendered on the event loop (``is_quick``): there and back costs more than the work. Whether this model's
+template is fit for that is found out: the first is rendered on a thread, and whenever one took longer than ``QUICK_NS``, the
+next ``SLOW_PENALTY`` are again.
 
 Prompt versions say what is done to a conversation before the model's template or library renders it:
 
@@ -25,10 +30,17 @@ from gptoss.config import PromptVersion
 from gptoss.engine.answer_port import OutputParser
 from gptoss.engine.port import ChatMessage, RenderedPrompt, Renderer
 from gptoss.errors import RequestError
+from gptoss.messages.answer import AnswerShape
 from gptoss.messages.sampling import check_bound_sampling
 
 RENDER_TIMEOUT_S = 10.0
+QUICK_CHARS = 2_000
+QUICK_MESSAGES = 20
+QUICK_NS = 5_000_000
+SLOW_PENALTY = 100
 SYSTEM_V2 = "You are a careful assistant. Answer what was asked, plainly and in order, and say so when you do not know."
+
+PLAIN = AnswerShape()
 
 T = TypeVar("T")
 
@@ -41,6 +53,7 @@ class Rendering:
         renderer: of the served model.
         timeout_s: how long one call may take.
         version: of prompts, for requests that name none.
+        on_loop: whether short prompts may be rendered on the event loop.
     """
 
     def __init__(
@@ -49,7 +62,12 @@ class Rendering:
         renderer: Renderer,
         timeout_s: float = RENDER_TIMEOUT_S,
         version: PromptVersion = "SYS/v1",
+        *,
+        on_loop: bool = True,
     ) -> None:
+        self._on_loop = on_loop
+        self._to_prove = 1
+        """So many short prompts are to be rendered on a thread before one may be on the loop."""
         self._version: PromptVersion = version
         self._system = system
         self._renderer = renderer
@@ -76,12 +94,25 @@ class Rendering:
         Raises:
             RequestError: it has none, or making it took too long; ``param`` is the field at fault.
         """
-        versioned = with_version(request, self.version_of(request))
 
         def render() -> RenderedPrompt:
-            return _render(self._renderer, versioned, date, add_generation_prompt=add_generation_prompt)
+            return self.render(request, date=date, add_generation_prompt=add_generation_prompt)
 
         return await self._off_loop(render, prompt_param(request))
+
+    def is_quick(self, request: GenerateRequest) -> bool:
+        """Whether ``render`` may be called on the event loop."""
+        return self._on_loop and not self._to_prove and _is_short(request)
+
+    def render(self, request: GenerateRequest, *, date: str, add_generation_prompt: bool = True) -> RenderedPrompt:
+        """The prompt of ``request``, made on this thread. Raises as ``prompt``, but for the time limit."""
+        began_ns = self._system.now_ns()
+        versioned = with_version(request, self.version_of(request))
+        prompt = _render(self._renderer, versioned, date, add_generation_prompt=add_generation_prompt)
+        if _is_short(request):
+            is_slow = self._system.now_ns() - began_ns > QUICK_NS
+            self._to_prove = SLOW_PENALTY if is_slow else max(0, self._to_prove - 1)
+        return prompt
 
     def parser(self, request: GenerateRequest, prompt: RenderedPrompt, request_id: str) -> OutputParser | None:
         """What reads the answer; None where it goes on from a plain text, and is plain text itself."""
@@ -111,6 +142,19 @@ class Rendering:
                 return await self._system.run_in_thread(work)
         except TimeoutError:
             raise RequestError(f"{param} took longer than {self._timeout_s:g} s to render", param=param) from None
+
+
+def _is_short(request: GenerateRequest) -> bool:
+    """Whether making its prompt is little work, for all that is known of it."""
+    if request.tools or request.shape != PLAIN:
+        return False
+    prompt = request.prompt
+    if prompt is not None:
+        return len(prompt) <= QUICK_CHARS
+    if len(request.messages) > QUICK_MESSAGES or any(message.tool_calls for message in request.messages):
+        return False
+    chars = (len(message.content or "") + len(message.reasoning or "") for message in request.messages)
+    return sum(chars) <= QUICK_CHARS
 
 
 def with_version(request: GenerateRequest, version: str) -> GenerateRequest:

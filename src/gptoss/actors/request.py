@@ -1,6 +1,6 @@
 """One request's actor: carries out what its lifecycle decides, and hands tokens to its consumer.
 
-    RequestValidated  -> render the prompt, off the event loop
+    RequestValidated  -> render the prompt, off the event loop unless it is short
     PromptRendered    -> keep its token ids as content
     RequestAdmitted   -> tell the consumer
     SamplingBound     -> submit to the executor that the router chose, after the tokens already delivered
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import msgspec
 
 from gptoss.actors.decider import DeciderActor
+from gptoss.actors.deliveries import CancelInEngine, TokensProduced
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
 from gptoss.actors.lifecycle import Lifecycle, RequestState
@@ -25,47 +26,13 @@ from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
 from gptoss.config import PROFILES
 from gptoss.engine.answer_port import OutputParser
-from gptoss.engine.port import RenderedPrompt, Submit, TokenLogprob
+from gptoss.engine.port import RenderedPrompt, Submit
 from gptoss.errors import ActorError, EngineError, GptossError, Overloaded, RequestError, error_from
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.answer import Part, joined
 from gptoss.messages.commands import Command
 from gptoss.messages.sampling import SamplingParams
-
-
-class TokensProduced(msgspec.Struct, frozen=True, kw_only=True):
-    """From the executor: what one step produced for this request.
-
-    ``stopped_by`` is the stop string that ended it: the client's text, which no command may hold.
-    """
-
-    attempt: int
-    token_ids: tuple[int, ...]
-    text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
-    text_lengths: tuple[int, ...] = ()
-    stopped_by: str = ""
-
-    def pieces(self) -> list[tuple[int | None, str]]:
-        """Each token with the text that came with it; text without a token last."""
-        if len(self.token_ids) == 1:
-            return [(self.token_ids[0], self.text)]
-        at = 0
-        found: list[tuple[int | None, str]] = []
-        for token_id, length in zip(self.token_ids, self.text_lengths, strict=False):
-            found.append((token_id, self.text[at : at + length]))
-            at += length
-        found += [(token_id, "") for token_id in self.token_ids[len(self.text_lengths) :]]
-        if at < len(self.text):
-            found.append((None, self.text[at:]))
-        return found
-
-
-class CancelInEngine(msgspec.Struct, frozen=True, kw_only=True):
-    """To the executor: stop this request."""
-
-    request_id: str
 
 
 class RequestServices(msgspec.Struct, kw_only=True):
@@ -204,25 +171,41 @@ class RequestActor(DeciderActor[RequestState]):
             )
             received = ev.MessagesReceived(request_id=self._id, messages=messages, tools=tools)
             self.record(received, correlation=self._id)
-        self.context.system.run_task(self._render_off_loop(self.event_pos), name=f"render/{self._id}")
+        rendering, cause = self._services.rendering, self.event_pos
+        date = rendering.today()
+        if not rendering.is_quick(self._request):
+            self.context.system.run_task(self._render_off_loop(date, cause), name=f"render/{self._id}")
+            return
+        try:
+            prompt = rendering.render(self._request, date=date)
+        except Exception as error:  # noqa: BLE001 - see _not_rendered
+            self._not_rendered(error, cause)
+        else:
+            self._rendered(prompt, date, cause)
 
-    async def _render_off_loop(self, cause: int) -> None:
+    async def _render_off_loop(self, date: str, cause: int) -> None:
+        try:
+            prompt = await self._services.rendering.prompt(self._request, date=date)
+        except Exception as error:  # noqa: BLE001 - see _not_rendered
+            self._not_rendered(error, cause)
+        else:
+            self._rendered(prompt, date, cause)
+
+    def _not_rendered(self, error: Exception, cause: int) -> None:
+        """End the request, also when a foreign renderer failed with something of its own."""
+        if not isinstance(error, GptossError):
+            self._fail("render", error)
+            error = EngineError("the prompt could not be rendered")
+        self._tell_unusable(error, cause)
+
+    def _rendered(self, prompt: RenderedPrompt, date: str, cause: int) -> None:
         system, request, services = self.context.system, self._request, self._services
         rendering = services.rendering
-        date = rendering.today()
-        try:
-            self._prompt = prompt = await rendering.prompt(request, date=date)
-        except GptossError as error:
-            self._tell_unusable(error, cause)
-            return
-        except Exception as error:  # noqa: BLE001 - a foreign renderer's edge: its failure must end the request
-            self._fail("render", error)
-            self._tell_unusable(EngineError("the prompt could not be rendered"), cause)
-            return
         if not prompt.token_ids:
             param = prompt_param(request)
             self._tell_unusable(RequestError(f"{param} is empty; it needs at least one token", param=param), cause)
             return
+        self._prompt = prompt
         self._parser = rendering.parser(request, prompt, self._id)
         ready = cmd.PromptReady(
             now_ns=system.now_ns(),

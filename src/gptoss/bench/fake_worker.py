@@ -6,6 +6,7 @@ ends when all of them have been told to, or the other ends are gone.
 
 import argparse
 import contextlib
+import functools
 import queue
 import signal
 import socket
@@ -22,7 +23,7 @@ from gptoss.engine.port import (
     Load,
     Shutdown,
 )
-from gptoss.engine.wire import FrameReader, write_frame
+from gptoss.engine.wire import FrameReader, write_frames
 from gptoss.fake_engine import FakeEngine, FakeOptions
 
 MAX_MODEL_LEN = 1_000_000
@@ -81,12 +82,9 @@ def _serve(channel: socket.socket, options: FakeOptions) -> None:
     clock = SystemClock()
     engine = FakeEngine(load, _as_asked(options, load))
 
-    def emit(event: EngineEvent) -> None:
-        write_frame(channel, event)
-
+    emit = functools.partial(write_frames, channel)
     with contextlib.suppress(OSError), channel:  # the other side is gone
-        for event in engine.handle(load):
-            emit(event)
+        emit(*engine.handle(load))
         run(_PacedCore(engine, clock, options.step_s), commands, emit)
         channel.shutdown(socket.SHUT_RDWR)
 

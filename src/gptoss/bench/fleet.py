@@ -7,20 +7,17 @@ Rules:
 """
 
 import contextlib
-import queue
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from typing import Self
 
 import psutil
 
-from gptoss.engine.loop import COMMANDS_MAX
+from gptoss.engine.channel import EngineChannel
 from gptoss.engine.memory_model import kv_bytes
 from gptoss.engine.port import EngineCommand, EngineDriver, EngineEvent, EngineExited, Load
-from gptoss.engine.wire import FrameReader, write_frame
 from gptoss.fake_engine import FAKE_LAYOUT
 
 PLENTY_OF_TOKENS = 1 << 40
@@ -81,42 +78,24 @@ def processor_s(pid: int) -> float:
 class _ChannelDriver:
     """``engine.port.EngineDriver`` over a socket whose other end is served already."""
 
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
-        self._commands: queue.Queue[EngineCommand | None] = queue.Queue(COMMANDS_MAX)
-        self._exited = threading.Event()
+    def __init__(self, socket_: socket.socket) -> None:
+        self._socket = socket_
+        self._channel: EngineChannel
 
     def start(self, load: Load, sink: Callable[[EngineEvent], None]) -> None:
         """See ``engine.port.EngineDriver``."""
-        self._commands.put_nowait(load)
-        threading.Thread(target=self._write, name="to-fake-engine", daemon=True).start()
-        threading.Thread(target=self._relay, args=(sink,), name="fake-engine", daemon=True).start()
+
+        def end(fault: str) -> None:
+            sink(EngineExited(exit_code=0, reason=fault or "shut down"))
+
+        self._channel = EngineChannel(self._socket, sink, end)
+        self._channel.send(load)
 
     def send(self, command: EngineCommand) -> None:
         """See ``engine.port.EngineDriver``."""
-        self._commands.put(command)
+        self._channel.send(command)
 
     def kill(self) -> None:
         """See ``engine.port.EngineDriver``: its process goes on for the other engines."""
         with contextlib.suppress(OSError):
-            self._channel.shutdown(socket.SHUT_RDWR)
-
-    def join(self, timeout_s: float) -> bool:
-        """See ``engine.port.EngineDriver``."""
-        return self._exited.wait(timeout_s)
-
-    def _write(self) -> None:
-        with contextlib.suppress(OSError):  # the engine is gone: the reading thread tells
-            while (command := self._commands.get()) is not None:
-                write_frame(self._channel, command)
-
-    def _relay(self, sink: Callable[[EngineEvent], None]) -> None:
-        reader = FrameReader(self._channel)
-        with contextlib.suppress(OSError):
-            while (event := reader.event()) is not None:
-                sink(event)
-        reader.close()
-        self._channel.close()
-        sink(EngineExited(exit_code=0, reason="shut down"))
-        self._exited.set()
-        self._commands.put(None)
+            self._socket.shutdown(socket.SHUT_RDWR)

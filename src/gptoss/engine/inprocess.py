@@ -37,7 +37,6 @@ class InProcessDriver:
         self._clock = clock or SystemClock()
         self._commands: queue.Queue[EngineCommand] = queue.Queue(COMMANDS_MAX)
         self._is_killed = False
-        self._exited = threading.Event()
 
     def start(self, load: Load, sink: Callable[[EngineEvent], None]) -> None:
         """See ``engine.port.EngineDriver``."""
@@ -59,15 +58,12 @@ class InProcessDriver:
             self._commands.get_nowait()  # nobody will miss it, and the loop must find the last one
             self._commands.put_nowait(Shutdown())
 
-    def join(self, timeout_s: float) -> bool:
-        """See ``engine.port.EngineDriver``."""
-        return self._exited.wait(timeout_s)
-
     def _run(self, load: Load, sink: Callable[[EngineEvent], None]) -> None:
-        def emit(event: EngineEvent) -> None:
-            if self._is_killed:
-                raise _KilledError
-            sink(event)
+        def emit(*events: EngineEvent) -> None:
+            for event in events:
+                if self._is_killed:
+                    raise _KilledError
+                sink(event)
 
         exit_code, reason = EXIT_KILLED, "killed"
         try:
@@ -80,7 +76,4 @@ class InProcessDriver:
             exit_code, reason = EXIT_CRASHED, f"crashed: {type(error).__name__}: {error}"
         if self._is_killed:
             exit_code, reason = EXIT_KILLED, "killed"
-        try:
-            sink(EngineExited(exit_code=exit_code, reason=reason))
-        finally:
-            self._exited.set()
+        sink(EngineExited(exit_code=exit_code, reason=reason))

@@ -10,7 +10,7 @@ Rules:
 
 import os
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,6 +40,14 @@ COMMANDS_MAX = 65_536
 EXIT_LOAD_FAILED = 1
 
 
+class Emit(Protocol):
+    """Tells the driver of events; those of one call go out together."""
+
+    def __call__(self, *events: EngineEvent) -> None:
+        """All of them, in order."""
+        ...
+
+
 class Core(Protocol):
     """A loaded engine as the loop sees it: commands and steps go in, events come out."""
 
@@ -59,7 +67,7 @@ class Core(Protocol):
 def serve(
     load: Load,
     commands: "queue.Queue[EngineCommand]",
-    emit: Callable[[EngineEvent], None],
+    emit: Emit,
     clock: Clock,
     *,
     owns_process: bool,
@@ -69,7 +77,7 @@ def serve(
     Args:
         load: what to load.
         commands: in order of arrival; filled by another thread.
-        emit: called in this thread with each event.
+        emit: called in this thread.
         clock: for times.
         owns_process: whether torch's thread count may be set without being asked for.
 
@@ -110,7 +118,7 @@ def serve(
     return 0
 
 
-def _load(load: Load, emit: Callable[[EngineEvent], None]) -> "LoadedModel":
+def _load(load: Load, emit: Emit) -> "LoadedModel":
     from gptoss.engine.load import load_model  # noqa: PLC0415 - see the module's rules
 
     def progress(stage: str, done: int, total: int, unit: str) -> None:
@@ -142,7 +150,7 @@ def _set_num_threads(num_threads: int) -> None:
 def run(
     core: Core,
     commands: "queue.Queue[EngineCommand]",
-    emit: Callable[[EngineEvent], None],
+    emit: Emit,
     ranks: "Ranks | None" = None,
 ) -> None:
     """Commands and steps in turn, until ``Shutdown``."""
@@ -154,14 +162,19 @@ def run(
                 raise EngineProtocolError("a second Load was sent to a loaded engine")
             if ranks is not None:
                 ranks.tell(command)
-            for event in core.handle(command):
-                emit(ranks.with_others(event) if ranks is not None and isinstance(event, EngineStatus) else event)
+            emit(*_with_others(core.handle(command), ranks))
         if core.has_work():
             events = core.step()
             if ranks is not None:
                 ranks.note(events)
-            for event in events:
-                emit(event)
+            emit(*events)
+
+
+def _with_others(events: list[EngineEvent], ranks: "Ranks | None") -> list[EngineEvent]:
+    """The events, with what the other ranks have in a status."""
+    if ranks is None:
+        return events
+    return [ranks.with_others(event) if isinstance(event, EngineStatus) else event for event in events]
 
 
 def _take(commands: "queue.Queue[EngineCommand]", *, wait: bool) -> Iterator[EngineCommand]:

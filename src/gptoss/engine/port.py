@@ -304,10 +304,10 @@ EngineEvent: TypeAlias = (
 
 
 class EngineDriver(Protocol):
-    """One engine as its executor sees it. Methods never block on the model and may be called from any thread."""
+    """One engine as its executor sees it, on the event loop. Methods never block; all but ``start`` from any thread."""
 
     def start(self, load: Load, sink: Callable[[EngineEvent], None]) -> None:
-        """Start the engine and send it ``load``. Events reach ``sink`` in order, from one thread of the driver's."""
+        """Start the engine and send it ``load``. Events reach ``sink`` in order, all from one thread: the loop's or another."""
         ...
 
     def send(self, command: EngineCommand) -> None:
@@ -316,10 +316,6 @@ class EngineDriver(Protocol):
 
     def kill(self) -> None:
         """End the engine at once, without its cooperation; ``EngineExited`` follows."""
-        ...
-
-    def join(self, timeout_s: float) -> bool:
-        """Wait until ``EngineExited`` was delivered; False when ``timeout_s`` seconds were not enough."""
         ...
 
 

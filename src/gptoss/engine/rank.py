@@ -13,7 +13,7 @@ import threading
 from gptoss.clock import SystemClock
 from gptoss.engine.port import EngineEvent, Shutdown
 from gptoss.engine.ranks import EXIT_RANK_LOST, drawn, join_group
-from gptoss.engine.wire import FrameReader, Join, RankCommand, RunStep, write_frame
+from gptoss.engine.wire import FrameReader, Join, RankCommand, RunStep, write_frames
 from gptoss.engine.worker import EXIT_PROTOCOL, read_on, settle_process
 from gptoss.errors import GptossError
 
@@ -64,8 +64,7 @@ def _follow(join: Join, commands: "queue.Queue[RankCommand]", channel: socket.so
             last = drawn(core.step(command.plan))
         elif not isinstance(command, Join):
             events = core.handle(command)
-        for event in events:
-            write_frame(channel, event)
+        write_frames(channel, *events)
 
 
 if __name__ == "__main__":

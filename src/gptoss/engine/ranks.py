@@ -32,7 +32,7 @@ from gptoss.engine.port import (
     Shutdown,
     StepDone,
 )
-from gptoss.engine.wire import FrameReader, Join, RankCommand, RunStep, write_frame
+from gptoss.engine.wire import FrameReader, Join, RankCommand, RunStep, write_frames
 from gptoss.messages.model import DeviceMemory
 from gptoss.messages.plan import StepPlan
 
@@ -161,7 +161,7 @@ class Ranks:
             )
         self._channels.append(ours)
         self._processes.append(process)
-        write_frame(ours, join)
+        write_frames(ours, join)
         threading.Thread(target=self._listen, args=(join.rank, ours, process), daemon=True).start()
 
     def _listen(self, rank: int, channel: socket.socket, process: "subprocess.Popen[bytes]") -> None:
@@ -179,4 +179,4 @@ class Ranks:
 
     def _send(self, command: RankCommand) -> None:
         for channel in self._channels:
-            write_frame(channel, command)
+            write_frames(channel, command)

@@ -6,6 +6,7 @@ sides are of one program, so there is nothing to repair.
 
 import socket
 import struct
+from collections.abc import Iterator
 from typing import TypeAlias, TypeVar
 
 import msgspec
@@ -51,21 +52,47 @@ _command_decoder: msgspec.msgpack.Decoder[EngineCommand] = msgspec.msgpack.Decod
 _event_decoder: msgspec.msgpack.Decoder[EngineEvent] = msgspec.msgpack.Decoder(EngineEvent)
 
 
-def write_frame(channel: socket.socket, message: EngineCommand | EngineEvent | RankCommand) -> None:
-    """Send one message; blocks while the other side does not read.
+def write_frames(channel: socket.socket, *messages: EngineCommand | EngineEvent | RankCommand) -> None:
+    """Send messages in one go, for each system call wakes the other side; blocks while that does not read.
 
     Raises:
-        EngineProtocolError: it is too long.
+        EngineProtocolError: one is too long.
         OSError: the other side is gone.
     """
+    channel.sendall(b"".join(map(frame, messages)))
+
+
+def frame(message: EngineCommand | EngineEvent | RankCommand) -> bytes:
+    """One message as it goes over the socket. Raises ``EngineProtocolError`` when it is too long."""
     body = _encoder.encode(message)
     if len(body) > FRAME_BYTES_MAX:
         raise EngineProtocolError(f"a {type(message).__name__} of {len(body)} bytes is above {FRAME_BYTES_MAX}")
-    channel.sendall(_LENGTH.pack(len(body)) + body)
+    return _LENGTH.pack(len(body)) + body
+
+
+class EventFrames:
+    """Finds the events in bytes that come in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def push(self, data: bytes) -> Iterator[EngineEvent]:
+        """The events that are whole now. Raises ``EngineProtocolError``."""
+        held = self._bytes
+        held += data
+        at = 0
+        while len(held) - at >= _LENGTH.size:
+            start = at + _LENGTH.size
+            end = start + _length(held, at)
+            if end > len(held):
+                break
+            yield _decode(_event_decoder, held[start:end])
+            at = end
+        del held[:at]
 
 
 class FrameReader:
-    """Reads the frames of one socket."""
+    """Reads the frames of one blocking socket."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._file = channel.makefile("rb", buffering=1 << 18)
@@ -94,16 +121,21 @@ class FrameReader:
             head = self._file.read(_LENGTH.size)
             if len(head) < _LENGTH.size:
                 return None
-            (length,) = _LENGTH.unpack(head)
-            if length > FRAME_BYTES_MAX:
-                raise EngineProtocolError(f"a frame of {length} bytes is above {FRAME_BYTES_MAX}")
+            length = _length(head, 0)
             body = self._file.read(length)
         except OSError:
             return None
         return body if len(body) == length else None
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:
+def _length(data: bytes | bytearray, at: int) -> int:
+    (length,) = _LENGTH.unpack_from(data, at)
+    if length > FRAME_BYTES_MAX:
+        raise EngineProtocolError(f"a frame of {length} bytes is above {FRAME_BYTES_MAX}")
+    return length
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], body: bytes | bytearray) -> T:
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -10,6 +10,7 @@ Rules:
 
 import argparse
 import ctypes
+import functools
 import os
 import queue
 import signal
@@ -22,7 +23,7 @@ from typing import TypeVar
 from gptoss.clock import SystemClock
 from gptoss.engine.loop import COMMANDS_MAX, serve
 from gptoss.engine.port import EngineCommand, Load
-from gptoss.engine.wire import FrameReader, write_frame
+from gptoss.engine.wire import FrameReader, write_frames
 from gptoss.errors import EngineProtocolError
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def main() -> int:
         return EXIT_PROTOCOL
     commands: queue.Queue[EngineCommand] = queue.Queue(COMMANDS_MAX)
     threading.Thread(target=read_on, args=(reader.command, commands), name="commands", daemon=True).start()
-    return serve(load, commands, lambda event: write_frame(channel, event), SystemClock(), owns_process=True)
+    return serve(load, commands, functools.partial(write_frames, channel), SystemClock(), owns_process=True)
 
 
 def settle_process() -> None:

@@ -4,7 +4,6 @@ Rules:
 - The driver keeps the port's contract whatever the device does: one terminal event a request, unless the engine is
   lost; events in order; ``EngineExited`` exactly once and last. So what goes wrong behind it is the system's fault.
 - Commands and events take some time on their way, as on a socket. The engine takes commands between two steps.
-- ``join`` does not wait, for that would stop the world: an engine that would end by itself ends at once.
 """
 
 import asyncio
@@ -89,13 +88,6 @@ class SimulatedDriver:
     def kill(self) -> None:
         """See ``engine.port.EngineDriver``."""
         self._exit(EXIT_KILLED, "killed by SIGKILL")
-
-    def join(self, timeout_s: float) -> bool:
-        """See ``engine.port.EngineDriver`` and this module's rules."""
-        del timeout_s
-        if not self._hangs and port.Shutdown() in self._commands:
-            self._exit(0, "shut down")
-        return self._is_gone
 
     @property
     def kept_sessions(self) -> dict[str, int]:

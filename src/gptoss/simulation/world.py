@@ -148,6 +148,7 @@ class World:
                 clock=self.clock,
                 ids=SeededIds(self.rng("ids")),
                 rng=self.rng("draws"),
+                renders_on_loop=self.rng("rendering").pick((True, False)),
                 dispatcher=self.dispatcher,
                 open_journal=self._open_journal,
             ),

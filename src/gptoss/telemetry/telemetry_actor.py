@@ -1,8 +1,9 @@
 """The actor that keeps the live projections: it watches the journal and folds each record soon after.
 
 Rules:
-- The journal's watcher only appends to a deque and wakes the event loop once for a whole burst.
-- Folding happens on the loop, at most ``BATCH`` records an iteration, so that it never holds up a token for long.
+- The journal's watcher only appends to a deque and sets a timer once for a whole burst.
+- Folding happens on the loop ``FOLD_DELAY_S`` later, so that it does not stand in the way of the request that it is about, and at
+  most ``BATCH`` records an iteration, so that it never holds up a token for long. Whoever asks to ``CatchUp`` need not wait.
 - Under overload the live view gives up detail before truth: above ``PENDING_MAX`` waiting records it misses steps and
   other frequent facts, and only above ``PENDING_HARD_MAX`` anything else. What it misses is counted and shown in
   ``/metrics`` and ``/stats``; the journal itself misses nothing.
@@ -24,6 +25,7 @@ from gptoss.messages.envelope import Record
 from gptoss.telemetry.live_views import LiveViews
 
 BATCH = 256
+FOLD_DELAY_S = 0.005
 SAVE_RECORDS_MIN = 20_000
 """A later start has to fold so many records again, at most; a fraction of a second."""
 SAVED_BYTES_PER_RECORD = 8
@@ -58,6 +60,7 @@ class TelemetryActor(LoopActor):
         self._home_thread = 0
         self._pending: deque[Record] = deque()
         self._is_woken = False
+        self._due: asyncio.Handle | None = None
         self._queued = 0
         self._folded = 0
         self._missed = 0
@@ -90,6 +93,7 @@ class TelemetryActor(LoopActor):
             return None
         waiter: asyncio.Future[None] = self._home.create_future()
         self._waiters.append((self._queued, waiter))
+        self._fold_at_once()
         return waiter
 
     # ------------------------------------------------------------ on the appending thread, the journal locked
@@ -107,14 +111,24 @@ class TelemetryActor(LoopActor):
 
     def _wake_loop(self) -> None:
         if threading.get_ident() == self._home_thread:
-            self._home.call_soon(self._fold_batch)
+            self._fold_soon()
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody will look at the projections again
-                self._home.call_soon_threadsafe(self._fold_batch)
+                self._home.call_soon_threadsafe(self._fold_soon)
 
     # ------------------------------------------------------------ on the event loop
 
+    def _fold_soon(self) -> None:
+        if self._due is None:
+            self._due = self._home.call_later(FOLD_DELAY_S, self._fold_batch)
+
+    def _fold_at_once(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+        self._due = self._home.call_soon(self._fold_batch)
+
     def _fold_batch(self) -> None:
+        self._due = None
         # Cleared before the deque is read: what is appended from here on either is seen below or wakes the loop again.
         self._is_woken = False
         try:
@@ -129,7 +143,7 @@ class TelemetryActor(LoopActor):
             self._tell_waiters()
             if self._pending and not self._is_woken:
                 self._is_woken = True
-                self._home.call_soon(self._fold_batch)
+                self._fold_at_once()
 
     def _fold_next(self) -> None:
         record = self._pending.popleft()
