@@ -17,6 +17,7 @@ from gptoss.replay.result import WhatIfResult, to_json
 from gptoss.replay.step_cost import StepCosts
 from gptoss.replay.what_if import what_if
 from gptoss.telemetry.bundle_reader import BundleReader
+from gptoss.telemetry.bundle_slice import Selection, cut
 from gptoss.telemetry.recording import ListRecording
 from gptoss.testing import FakeOptions
 
@@ -87,6 +88,15 @@ def test_a_short_patience_expires(busy: ListRecording) -> None:
     assert result.estimated is not None
     assert result.estimated.expired > 0
     assert result.estimated.accepted + result.estimated.expired == 16
+
+
+def test_a_bundle_of_one_request_says_that_the_others_are_not_whole_in_it(busy: ListRecording) -> None:
+    received = [r.meta.correlation for r in busy.records() if isinstance(r.event, ev.RequestReceived)]
+    one = cut(busy, Selection(request_ids=(received[-1],)))
+    result = what_if(one, {"max_batch_size": 8})
+    assert result.recorded.requests == 1
+    assert any("other requests are in this recording only" in note for note in result.notes)
+    assert not any("other requests" in note for note in what_if(busy, {"max_batch_size": 8}).notes)
 
 
 def test_a_larger_budget_shrinks_nobody() -> None:

@@ -45,6 +45,11 @@ class Fares:
             case _:
                 pass
 
+    @property
+    def num_strangers(self) -> int:
+        """Requests that were decided on without ever having been received here: others, in a bundle of some."""
+        return len((self._decided.keys() | self._enqueued.keys()) - self._received.keys())
+
     def figures(self) -> Figures:
         """The counts and times so far."""
         actions = [action for action, _ in self._decided.values()]

@@ -102,6 +102,11 @@ def what_if(
         return msgspec.structs.replace(result, first=first, notes=(*notes, note))
     estimate = _Estimate(recording=recording, boot=boot, divided=divided, script=script, cost=cost)
     (model, ends), (estimated, also_ends) = estimate.run(Policy(settings, {})), estimate.run(policy)
+    if recorded.num_strangers:
+        notes.append(
+            f"{recorded.num_strangers} other requests are in this recording only where they met those that it is of: how they went on "
+            "is not known, and the estimate is a rough one; a bundle of the whole time (--window) knows"
+        )
     if not (ends and also_ends):
         notes.append("the simulation was still busy an hour after the recording's end and was stopped")
     return msgspec.structs.replace(
