@@ -1,13 +1,15 @@
-"""What recording costs: the same load with the journal on and off, in turn.
+"""What recording costs, and all of telemetry: the same load with it on and off, in turn.
 
     python benchmarks/bench_telemetry_cost.py                  a fake engine with the step times of the demo model
     python benchmarks/bench_telemetry_cost.py --demo           the demo model itself
+    python benchmarks/bench_telemetry_cost.py --all            not the journal alone but everything that hangs on it
     python benchmarks/bench_telemetry_cost.py --profile        where the time of recording goes, by cProfile
 
 On is what a server does by default: every event encoded, checksummed, written and synced, commands and token ids too.
 Off tells the projections what metrics and readiness are folded from, and drops everything before it is numbered and
-encoded; a server has no such switch, for nothing else would be left of the log. Both are runs of one server, on, off, on,
-off; each pair gives one difference, and the table shows the median of these and the middle half of them. Processor time
+encoded; a server has no such switch, for nothing else would be left of the log. With --all, on is a server with log lines, traces
+to a collector on this machine and a scrape every five seconds besides, and off tells nobody anything: no journal, no projections,
+no metrics, logs or traces. Both are runs of one server, on, off, on, off; each pair gives one difference, and the table shows the median of these and the middle half of them. Processor time
 a token is the figure that a busy machine disturbs least; the event objects themselves are built in both.
 """
 
@@ -19,10 +21,12 @@ import platform
 import pstats
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,19 +44,37 @@ from gptoss.messages.envelope import Event, Origin, Record
 from gptoss.messages.events import CommandConsumed, SnapshotTaken
 from gptoss.messages.sampling import SamplingParams
 from gptoss.telemetry.journal_base import Sequencer, Watcher, Watchers
+from gptoss.telemetry.logs import LogWriter
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer
 
 FAKE = PreparedModel(folder="", model_name=FAKE_MODEL, source="benchmark", max_model_len=4096)
 STEP_S = {1: 0.012, 8: 0.018, 32: 0.033}
 """What a step of the demo model takes with so many streams, from RESULTS.md."""
 PROMPT = "hello " * 64
+SCRAPE_PERIOD_S = 5.0
+COLLECTOR = """
+import http.server
+class Collector(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
 
 
 class SwitchedJournal:
-    """The journal of a live server, and a switch. Off, it numbers nothing and tells the projections what they need."""
+    """The journal of a live server, and a switch. Off, it numbers nothing and tells the projections what they need, if any."""
 
-    def __init__(self, inner: Journal, boot: str, clock: Clock) -> None:
+    def __init__(self, inner: Journal, boot: str, clock: Clock, *, tells_when_off: bool) -> None:
         self.is_on = True
+        self._tells_when_off = tells_when_off
         self._inner = inner
         self._sequencer = Sequencer(node=inner.node, boot=boot, clock=clock)
         self._watchers = Watchers()
@@ -64,10 +86,9 @@ class SwitchedJournal:
     def append(self, event: Event, origin: Origin) -> Record:
         if self.is_on:
             return self._inner.append(event, origin)
-        if self._dropped is not None and (
-            event.FAMILY == "content" or isinstance(event, CommandConsumed | SnapshotTaken)
-        ):
-            return self._dropped
+        is_told = self._tells_when_off and not isinstance(event, CommandConsumed | SnapshotTaken)
+        if self._dropped is not None and (event.FAMILY == "content" or not is_told):
+            return Record(self._dropped.meta, event)
         record = self._sequencer.draft(event, origin)
         self._watchers.tell(record)
         self._dropped = self._dropped or record
@@ -136,20 +157,48 @@ class Bench:
         options, live = self._options, live_surroundings()
 
         def open_journal(settings: Settings, boot: str, clock: Clock) -> Journal:
-            self._journal = SwitchedJournal(live.open_journal(settings, boot, clock), boot, clock)
+            inner = live.open_journal(settings, boot, clock)
+            self._journal = SwitchedJournal(inner, boot, clock, tells_when_off=not options.all)
             return self._journal
 
         surroundings = msgspec.structs.replace(live, open_journal=open_journal)
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            settings = Settings(devices="cpu", data_dir=folder, model="demo", cache_dir=options.cache_dir or "")
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder, collector() as endpoint:
+            settings = Settings(
+                devices="cpu",
+                data_dir=folder,
+                model="demo",
+                cache_dir=options.cache_dir or "",
+                otlp_endpoint=endpoint if options.all else "",
+            )
             fake = {
                 "drivers": lambda _: FakeDriver(FakeOptions(step_s=STEP_S.get(streams, 0.02), max_batch_size=64)),
                 "renderer": FakeRenderer(),
                 "model": FAKE,
             }
-            async with ServingSystem(settings, surroundings=surroundings, **({} if options.demo else fake)) as system:
-                await system.ready(120)
-                yield system
+            with Path(folder, "server.log").open("w") as lines:
+                log = LogWriter(lines, "json") if options.all else None
+                rest = {} if options.demo else fake
+                async with ServingSystem(settings, surroundings=surroundings, log=log, **rest) as system:
+                    await system.ready(120)
+                    scraping = asyncio.create_task(self._scrape(system))
+                    yield system
+                    scraping.cancel()
+
+    async def _scrape(self, system: ServingSystem) -> None:
+        while self._options.all:
+            await asyncio.sleep(SCRAPE_PERIOD_S)
+            if self._journal is not None and self._journal.is_on:
+                await system.caught_up()
+                system.metrics.render()
+
+
+@contextmanager
+def collector() -> Iterator[str]:
+    """An OTLP collector that takes everything and keeps nothing, in a process of its own; its address."""
+    with subprocess.Popen([sys.executable, "-c", COLLECTOR], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.terminate()
 
 
 async def load(system: ServingSystem, streams: int, tokens: int) -> list[float]:
@@ -187,6 +236,7 @@ def row(streams: int, pairs: Sequence[tuple[Run, Run]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true")
+    parser.add_argument("--all", action="store_true", help="switch all of telemetry, not the journal alone")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--streams", default="1,8,32")
     parser.add_argument("--tokens", type=int, default=128, help="of each stream")
