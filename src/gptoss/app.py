@@ -313,7 +313,7 @@ class ServingSystem:
         stream = Origin(stream="system", actor="app")
 
         def progress(stage: str, done: int, total: int, unit: str) -> None:
-            event = ev.EngineLoadProgressed(executor="prepare", stage=stage, done=done, total=total, unit=unit)
+            event = ev.EngineLoadProgressed(executor=ev.PREPARATION, stage=stage, done=done, total=total, unit=unit)
             self.journal.append(event, stream)
 
         return await asyncio.to_thread(

@@ -73,6 +73,14 @@ def test_a_server_without_a_loaded_executor_is_starting_and_not_ready(new_script
     assert health["executors"][0]["progress"] == 0.25
 
 
+def test_preparing_the_model_shows_until_there_are_executors(new_script: Callable[[str], "Script"]) -> None:
+    script = new_script("boot1")
+    script.add("system", ev.EngineLoadProgressed(executor=ev.PREPARATION, stage="reading the weights", done=0, total=0))
+    assert fold(script).readiness(script.now_ns).reason == "no executor is ready: prepare loading"
+    script.add("executor/cpu", ev.EngineStarted(executor="cpu", device="cpu", model="m", folder="/m"))
+    assert [each["name"] for each in fold(script).health(script.now_ns)["executors"]] == ["cpu"]
+
+
 def test_a_loaded_executor_makes_the_server_ready(script: "Script") -> None:
     assert fold(script).readiness(script.now_ns).ready
 

@@ -214,8 +214,11 @@ class EngineStarted(Event, frozen=True, kw_only=True):
     folder: str
 
 
+PREPARATION = "prepare"
+
+
 class EngineLoadProgressed(Event, frozen=True, kw_only=True):
-    """Loading goes on; ``total`` 0 means unknown."""
+    """Loading goes on; ``total`` 0 means unknown. Before there is any executor it is the model that is prepared, by ``PREPARATION``."""
 
     executor: str
     stage: str

@@ -96,6 +96,7 @@ class ExecutorBook:
 
 
 def _started(book: ExecutorBook, meta: Meta, event: ev.EngineStarted) -> None:
+    book.views.pop(ev.PREPARATION, None)  # it is over, and was no executor
     view = book.of(event.executor)
     view.state = "restarting" if view.exits or view.restarts or meta.incarnation else "starting"
     view.device, view.incarnation = event.device, meta.incarnation
