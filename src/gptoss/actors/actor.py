@@ -8,8 +8,8 @@ Rules:
 - An exception while handling an ask reaches the asker *and* supervision; a ``GptossError`` answers an ask as a normal
   refusal and is no failure. While handling a tell every exception is a failure.
 - ``on_stop`` runs at the end of every incarnation that started, also after a failure (through ``on_failure``).
-- Actors are started by ``System.spawn``, never by Pykka's ``start``. Pykka's own references (``actor_ref``, the
-  registry) can tell, ask and stop; its proxies are refused.
+- Actors are started by ``System.spawn``, never by Pykka's ``start``. Pykka's own references (``actor_ref``, and for all but
+  ``quiet`` actors the registry) can tell, ask and stop; its proxies are refused.
 """
 
 import asyncio

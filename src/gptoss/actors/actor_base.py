@@ -133,7 +133,8 @@ class SystemActor(pykka.Actor):
 
     def begin_loop(self) -> None:
         """See ``cell.Incarnation``."""
-        pykka.ActorRegistry.register(self.actor_ref)
+        if not self._cell.quiet:  # the registry is a list: with an actor for each request every end would search it
+            pykka.ActorRegistry.register(self.actor_ref)
         self._start_actor_loop()
 
     def halt_loop(self, *, drain: bool) -> None:
@@ -217,7 +218,8 @@ class SystemActor(pykka.Actor):
         self._has_ended = True
         self._door.connect(None)
         self.actor_stopped.set()
-        pykka.ActorRegistry.unregister(self.actor_ref)
+        if not self._cell.quiet:
+            pykka.ActorRegistry.unregister(self.actor_ref)
 
     def _answer_open_asks(self) -> None:
         for reply in tuple(self._deferred):

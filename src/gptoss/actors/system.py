@@ -181,7 +181,8 @@ class System:
             name: unique among the living actors of this system.
             mailbox: bounds of its mailbox.
             supervisor: who restarts it; without one it stops for good when it fails.
-            quiet: do not record its start and its normal end, as for the many actors that live for one request.
+            quiet: neither record its start and its normal end nor list it in Pykka's registry, as for the many actors that
+                live for one request.
 
         Raises:
             ActorError: the name is taken, or the system is not running.
