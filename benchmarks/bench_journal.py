@@ -15,7 +15,6 @@ from gptoss.clock import SystemClock
 from gptoss.messages.codec import encode_record
 from gptoss.messages.envelope import Origin
 from gptoss.messages.events import CommittedRow, StepCommitted
-from gptoss.telemetry.journal_base import Sequencer
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.segment_writer import FamilyLog, Place
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
@@ -39,8 +38,8 @@ EVENT = StepCommitted(
 
 def bench_store(folder: Path, batch: int) -> float:
     """Events a second that the store alone makes safe."""
-    sequencer = Sequencer(node="bench", boot="boot_bench", clock=SystemClock())
-    data = encode_record(sequencer.draft(EVENT, ORIGIN))
+    journal = MemoryJournal(node="bench", boot="boot_bench", clock=SystemClock())
+    data = encode_record(journal.append(EVENT, ORIGIN))
     place = Place(
         folder=folder,
         family="control",

@@ -21,7 +21,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,10 +36,10 @@ from gptoss.clock import Clock
 from gptoss.config import Settings
 from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import ChatMessage
-from gptoss.messages.envelope import Event, Origin, Record
+from gptoss.messages.envelope import Event, Meta, Origin, Record
 from gptoss.messages.events import CommandConsumed, SnapshotTaken
 from gptoss.messages.sampling import SamplingParams
-from gptoss.telemetry.journal_base import Sequencer, Watcher, Watchers
+from gptoss.telemetry.journal_base import Watcher, Watchers
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer
 
 FAKE = PreparedModel(folder="", model_name=FAKE_MODEL, source="benchmark", max_model_len=4096)
@@ -51,10 +51,11 @@ PROMPT = "hello " * 64
 class SwitchedJournal:
     """The journal of a live server, and a switch. Off, it numbers nothing and tells the projections what they need."""
 
-    def __init__(self, inner: Journal, boot: str, clock: Clock) -> None:
+    def __init__(self, inner: Journal, clock: Clock) -> None:
         self.is_on = True
+        self.node, self.boot = inner.node, inner.boot
         self._inner = inner
-        self._sequencer = Sequencer(node=inner.node, boot=boot, clock=clock)
+        self._clock = clock
         self._watchers = Watchers()
         self._dropped: Record | None = None
 
@@ -68,14 +69,26 @@ class SwitchedJournal:
             event.FAMILY == "content" or isinstance(event, CommandConsumed | SnapshotTaken)
         ):
             return self._dropped
-        record = self._sequencer.draft(event, origin)
+        meta = Meta(
+            self.node, self.boot, 0, origin.stream, 0, type(event).__name__, event.VERSION, origin.cause, origin.correlation,
+            origin.trace_id, origin.span_id, origin.actor, origin.incarnation, self._clock.monotonic_ns(),
+        )  # fmt: skip
+        record = Record(meta, event)
         self._watchers.tell(record)
         self._dropped = self._dropped or record
         return record
 
-    def subscribe(self, watcher: Watcher) -> Callable[[], None]:
-        self._watchers.add(watcher)
-        stop = self._inner.subscribe(watcher)
+    def append_decision(self, command: Event, origin: Origin, led_to: Sequence[tuple[Event, str]]) -> list[Record]:
+        if self.is_on:
+            return self._inner.append_decision(command, origin, led_to)
+        records = [self.append(command, origin)]
+        for event, correlation in led_to:
+            records.append(self.append(event, msgspec.structs.replace(origin, correlation=correlation)))
+        return records
+
+    def subscribe(self, watcher: Watcher, types: Collection[type[Event]] | None = None) -> Callable[[], None]:
+        self._watchers.add(watcher, types)
+        stop = self._inner.subscribe(watcher, types)
 
         def unsubscribe() -> None:
             self._watchers.remove(watcher)
@@ -136,7 +149,7 @@ class Bench:
         options, live = self._options, live_surroundings()
 
         def open_journal(settings: Settings, boot: str, clock: Clock) -> Journal:
-            self._journal = SwitchedJournal(live.open_journal(settings, boot, clock), boot, clock)
+            self._journal = SwitchedJournal(live.open_journal(settings, boot, clock), clock)
             return self._journal
 
         surroundings = msgspec.structs.replace(live, open_journal=open_journal)

@@ -76,18 +76,6 @@ class SimulatedJournal(MemoryJournal):
             committed_pos=self.committed_pos,
         )
 
-    def append(self, event: Event, origin: Origin) -> Record:
-        """See ``Journal``."""
-        if self._is_sealed:
-            return self._sequencer.draft(event, origin)
-        record = super().append(event, origin)
-        if event.FAMILY == "control" and not self._stop_reason:
-            self._written.append(encode_record(record))
-            if not self._is_committing:
-                self._is_committing = True
-                self._loop.call_later(COMMIT_S, self._write)
-        return record
-
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Whether everything is acknowledged; nobody may wait here, for that would stop the world."""
         del timeout_s
@@ -102,6 +90,17 @@ class SimulatedJournal(MemoryJournal):
     def seal(self) -> None:
         """The run is over: what its remains still append while they are cleared away is not kept."""
         self._is_sealed = True
+
+    def _record(self, event: Event, origin: Origin, cause: int, correlation: str, mono_ns: int) -> Record:
+        if self._is_sealed:
+            return self._sequencer.number(event, origin, cause, correlation, mono_ns, _nothing)
+        record = super()._record(event, origin, cause, correlation, mono_ns)
+        if event.FAMILY == "control" and not self._stop_reason:
+            self._written.append(encode_record(record))
+            if not self._is_committing:
+                self._is_committing = True
+                self._loop.call_later(COMMIT_S, self._write)
+        return record
 
     # ---- the disk
 
@@ -122,7 +121,7 @@ class SimulatedJournal(MemoryJournal):
             return
         if self._disk.fails:
             self._stop_reason = "writing the journal failed: Input/output error (EIO)"
-            super().append(LogDegraded(reason=self._stop_reason), Origin(stream="journal", actor="journal"))
+            self.append(LogDegraded(reason=self._stop_reason), Origin(stream="journal", actor="journal"))
         else:
             self._num_synced = self._num_written
 
@@ -155,6 +154,10 @@ class SimulatedJournal(MemoryJournal):
             log = FamilyLog(place, [])
             log.commit([encode_record(record) for record in self.read(family=family)], ())
             log.seal()
+
+
+def _nothing(_: Record) -> None:
+    """What becomes of a record that is not kept."""
 
 
 def _batches(records: list[bytes]) -> bytes:
