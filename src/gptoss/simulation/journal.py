@@ -15,6 +15,7 @@ from gptoss.clock import Clock, SeededRng
 from gptoss.messages.codec import encode_record
 from gptoss.messages.envelope import Event, Family, Origin, Record
 from gptoss.messages.events import LogDegraded
+from gptoss.telemetry.journal_base import Sequencer
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.segment_file import (
     FORMAT_VERSION,
@@ -58,7 +59,7 @@ class SimulatedJournal(MemoryJournal):
         self._num_synced = 0
         self._is_committing = False
         self._stop_reason = ""
-        self._is_sealed = False
+        self._after: Sequencer | None = None
 
     @property
     def committed_pos(self) -> int:
@@ -89,11 +90,11 @@ class SimulatedJournal(MemoryJournal):
 
     def seal(self) -> None:
         """The run is over: what its remains still append while they are cleared away is not kept."""
-        self._is_sealed = True
+        self._after = Sequencer(node=self.node, boot=self.boot, clock=self._clock)
 
     def _record(self, event: Event, origin: Origin, cause: int, correlation: str, mono_ns: int) -> Record:
-        if self._is_sealed:
-            return self._sequencer.number(event, origin, cause, correlation, mono_ns, _nothing)
+        if self._after is not None:
+            return self._after.number(event, origin, cause, correlation, mono_ns, _nothing)
         record = super()._record(event, origin, cause, correlation, mono_ns)
         if event.FAMILY == "control" and not self._stop_reason:
             self._written.append(encode_record(record))

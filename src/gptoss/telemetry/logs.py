@@ -5,7 +5,7 @@ configuration. Strings that came from outside are escaped and cut, so that nobod
 dead letters are rate-limited by the records' own times, and what was held back is counted in the next line.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, TypeAlias
@@ -16,8 +16,9 @@ from structlog.processors import JSONRenderer
 from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
-from gptoss.telemetry.request_view import RequestBook, RequestView, request_id_of
-from gptoss.telemetry.wall_clock import wall_offset_ns
+from gptoss.telemetry.folding import Handler, View
+from gptoss.telemetry.request_view import RequestView, request_id_of
+from gptoss.telemetry.wall_clock import ANCHORS, wall_offset_ns
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
 Fields: TypeAlias = dict[str, Any]
@@ -50,6 +51,14 @@ def log_line(record: Record, request: RequestView | None = None) -> Fields | Non
     if request is not None and isinstance(event, ev.TERMINAL_EVENTS):
         line |= _life(request)
     return {key: safe_text(value) if isinstance(value, str) else value for key, value in line.items()}
+
+
+def worst_level(kind: type[Event]) -> int:
+    """The highest of ``LEVELS`` that a line of this type can have; 0 if it has no line."""
+    entry = _LINES.get(kind)
+    if entry is None:
+        return 0
+    return LEVELS["warning"] if kind is ev.RequestRejected else LEVELS[entry[0]]
 
 
 def _level(event: Event, usual: Level) -> Level:
@@ -89,7 +98,7 @@ def safe_text(text: str) -> str:
     return cut if cut.isprintable() else cut.encode("unicode_escape").decode("ascii")
 
 
-class LogWriter:
+class LogWriter(View):
     """Writes the log lines of the records it folds.
 
     Args:
@@ -99,6 +108,7 @@ class LogWriter:
     """
 
     def __init__(self, stream: TextIO, format: Literal["json", "console"], level: Level = "info") -> None:  # noqa: A002 - the setting's own name
+        super().__init__()
         self._stream = stream
         self._lowest = LEVELS[level]
         self._render: Callable[[Any, str, Any], str | bytes]
@@ -106,30 +116,43 @@ class LogWriter:
             self._render = JSONRenderer()
         else:
             self._render = ConsoleRenderer(colors=stream.isatty(), pad_event_to=24, sort_keys=False)
-        self._requests = RequestBook()
         self._throttle = _Throttle()
         self._wall_offset_ns: int | None = None
         self._broken = False
+        self._is_unflushed = False
 
     def fold(self, record: Record) -> None:
-        """Take one record in, and keep account of the requests."""
-        self.take(record, self._requests.fold(record))
+        """Take one record in, and keep account of the requests; its line has left when this returns."""
+        super().fold(record)
+        self.flush()
 
-    def take(self, record: Record, request: RequestView | None) -> None:
-        """Take one record in and write its line, if it has one.
+    def begin_boot(self, boot: str) -> None:
+        """See ``View``: lines are not counted by boots."""
 
-        Args:
-            record: the record.
-            request: the request that it changed, up to date.
-        """
-        if isinstance(record.event, ev.CommandConsumed):
-            return
+    def handlers(self, kind: type[Event]) -> Iterator[Handler]:
+        """See ``View``."""
+        if kind in ANCHORS:
+            yield self._anchor
+        if worst_level(kind) >= self._lowest:
+            yield self._put
+
+    def _anchor(self, record: Record, _: Event, _request: RequestView | None) -> None:
         self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
+
+    def _put(self, record: Record, _: Event, request: RequestView | None) -> None:
         if self._broken or (line := log_line(record, request)) is None:
             return
-        if LEVELS[line["level"]] < self._lowest or not self._throttle.lets_pass(record, line):
-            return
-        self._write(record.meta, line)
+        if LEVELS[line["level"]] >= self._lowest and self._throttle.lets_pass(record, line):
+            self._write(record.meta, line)
+
+    def flush(self) -> None:
+        """Let the lines out that were written since the last time; called once for a burst of records."""
+        if self._is_unflushed and not self._broken:
+            self._is_unflushed = False
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._broken = True
 
     def _write(self, meta: Meta, line: Fields) -> None:
         level = line["level"]
@@ -140,7 +163,7 @@ class LogWriter:
         text = self._render(None, level, line)
         try:
             self._stream.write(f"{text.decode() if isinstance(text, bytes) else text}\n")
-            self._stream.flush()
+            self._is_unflushed = True
         except (OSError, ValueError):
             # The reader of the log is gone (broken pipe, closed file): serving goes on without it.
             self._broken = True

@@ -58,7 +58,7 @@ class TelemetryActor(LoopActor):
         self._home_thread = 0
         self._pending: deque[Record] = deque()
         self._is_woken = False
-        self._queued = 0
+        self._read_pos = -1
         self._folded = 0
         self._missed = 0
         self._missed_told = 0
@@ -72,6 +72,8 @@ class TelemetryActor(LoopActor):
         self._unsubscribe = self._journal.subscribe(self._watch)
         for record in self._journal.read(boot=self._journal.boot, after=self._views.newest_pos):
             self._views.fold(record)
+        self._views.flush()
+        self._read_pos = self._views.newest_pos
 
     def on_stop(self) -> None:
         """Stop watching, fold what is left, and save the counters."""
@@ -79,6 +81,7 @@ class TelemetryActor(LoopActor):
             self._unsubscribe()
         while self._pending:
             self._fold_next()
+        self._views.flush()
         self._tell_waiters()
         if self._saves_counters:
             self._save_counters()
@@ -86,21 +89,21 @@ class TelemetryActor(LoopActor):
     def on_receive(self, message: CatchUp) -> Awaitable[None] | None:
         """Answer a ``CatchUp``, now or when its time has come."""
         del message
-        if self._folded >= self._queued:
+        if not self._pending:
             return None
         waiter: asyncio.Future[None] = self._home.create_future()
-        self._waiters.append((self._queued, waiter))
+        self._waiters.append((self._folded + len(self._pending), waiter))
         return waiter
 
     # ------------------------------------------------------------ on the appending thread, the journal locked
 
     def _watch(self, record: Record) -> None:
-        waiting = len(self._pending)
+        pending = self._pending
+        waiting = len(pending)
         if waiting >= PENDING_MAX and (waiting >= PENDING_HARD_MAX or isinstance(record.event, _FREQUENT)):
             self._missed += 1
             return
-        self._pending.append(record)
-        self._queued += 1
+        pending.append(record)
         if not self._is_woken:
             self._is_woken = True
             self._wake_loop()
@@ -118,13 +121,12 @@ class TelemetryActor(LoopActor):
         # Cleared before the deque is read: what is appended from here on either is seen below or wakes the loop again.
         self._is_woken = False
         try:
-            for _ in range(BATCH):
-                if not self._pending:
-                    break
+            for _ in range(min(BATCH, len(self._pending))):
                 self._fold_next()
             if self._saves_counters and self._records_to_save <= 0:
                 self._save_counters()
         finally:
+            self._views.flush()
             self._tell_missed()
             self._tell_waiters()
             if self._pending and not self._is_woken:
@@ -135,7 +137,7 @@ class TelemetryActor(LoopActor):
         record = self._pending.popleft()
         self._folded += 1
         self._records_to_save -= 1
-        if record.meta.pos > self._views.newest_pos:  # else on_start has read it already
+        if record.meta.pos > self._read_pos:  # else on_start has read it already
             self._views.fold(record)
 
     def _save_counters(self) -> None:
