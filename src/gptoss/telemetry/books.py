@@ -4,7 +4,7 @@ A live server folds one ``Books`` (``folding`` does) and hands each record, with
 projections. A projection that is made alone has books of its own, and comes to the same.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -37,7 +37,7 @@ class Books:
     sessions: SessionView = field(default_factory=SessionView)
     boot: str = ""
     newest: Meta | None = None
-    counts: Counter[type[Event]] = field(default_factory=Counter[type[Event]])
+    counts: defaultdict[type[Event], int] = field(default_factory=lambda: defaultdict[type[Event], int](int))
     step: StepSums = field(default_factory=StepSums)
 
     @property

@@ -1,6 +1,5 @@
 """Everything that a live server folds its journal into: each record once through the books, then to every projection."""
 
-from gptoss.messages.envelope import Record
 from gptoss.telemetry.books import Books
 from gptoss.telemetry.folding import Folding
 from gptoss.telemetry.logs import LogWriter
@@ -28,16 +27,13 @@ class LiveViews:
         self._log = log
         traces = None if spans is None else Traces(spans, books)
         views = (self.projection, self.metrics, log, traces)
-        self._folding = Folding(books, [view for view in views if view is not None])
+        self.fold = Folding(books, [view for view in views if view is not None]).fold
+        """Takes one record in."""
 
     @property
     def newest_pos(self) -> int:
         """Position of the newest record that was folded, -1 before the first."""
         return self.projection.newest_pos
-
-    def fold(self, record: Record) -> None:
-        """Take one record in."""
-        self._folding.fold(record)
 
     def flush(self) -> None:
         """Let out what records that were folded have written, after each burst of them."""

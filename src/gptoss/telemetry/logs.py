@@ -50,7 +50,10 @@ def log_line(record: Record, request: RequestView | None = None) -> Fields | Non
     line |= fields_of(record.meta, event)
     if request is not None and isinstance(event, ev.TERMINAL_EVENTS):
         line |= _life(request)
-    return {key: safe_text(value) if isinstance(value, str) else value for key, value in line.items()}
+    for key, value in line.items():
+        if isinstance(value, str) and not _is_safe(value):
+            line[key] = safe_text(value)
+    return line
 
 
 def worst_level(kind: type[Event]) -> int:
@@ -72,6 +75,7 @@ def _level(event: Event, usual: Level) -> Level:
 
 def _life(request: RequestView) -> Fields:
     """Durations and sizes of a request that is over; what never happened is left out."""
+    speed = request.tokens_per_s
     fields: Fields = {
         "endpoint": request.endpoint,
         "model": request.model,
@@ -79,7 +83,7 @@ def _life(request: RequestView) -> Fields:
         "e2e_ms": _ms(request.e2e_ns),
         "ttft_ms": _ms(request.ttft_ns),
         "queue_ms": _ms(request.queued_ns or None),
-        "tokens_per_s": None if request.tokens_per_s is None else round(request.tokens_per_s, 1),
+        "tokens_per_s": None if speed is None else round(speed, 1),
         "prompt_tokens": request.prompt_tokens,
         "completion_tokens": request.completion_tokens,
         "cached_tokens": request.cached_tokens,
@@ -94,8 +98,14 @@ def _ms(nanoseconds: int | None) -> float | None:
 
 def safe_text(text: str) -> str:
     """The text cut to ``TEXT_MAX`` and, if anything in it would not print, escaped: it cannot forge a line or a colour."""
+    if _is_safe(text):
+        return text
     cut = text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 1] + "…"
     return cut if cut.isprintable() else cut.encode("unicode_escape").decode("ascii")
+
+
+def _is_safe(text: str) -> bool:
+    return len(text) <= TEXT_MAX and text.isprintable()
 
 
 class LogWriter(View):

@@ -6,6 +6,7 @@ restarts: a boot's ``CountersCarried`` holds what the boots before it counted, s
 A trace that is kept becomes the newest example (exemplar) of each bucket that its request fell into, once it has ended.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -166,9 +167,10 @@ class Metrics(View):
     def _first_token(self, _: Record, _event: Event, request: RequestView | None) -> None:
         if request is None:
             return
-        self._families.prompt_tokens.add(self._vllm(request.executor), request.prompt_tokens)
-        for histogram, labels, value in self._at_first_token(request):
-            histogram.observe(labels, value)
+        labels = self._labels(request)
+        self._families.prompt_tokens.add(labels.vllm, request.prompt_tokens)
+        for histogram, at, value in self._at_first_token(request, labels):
+            histogram.observe(at, value)
 
     def _ended(self, record: Record, _: Event, request: RequestView | None) -> None:
         if request is None:
@@ -179,59 +181,59 @@ class Metrics(View):
 
     def _take_end(self, request: RequestView, now_ns: int) -> None:
         """The end of a request that ran, whatever it was."""
-        families, labels = self._families, self._vllm(request.executor)
+        families, labels = self._families, self._labels(request)
+        vllm = labels.vllm
         if request.state != "failed":
             completed = request.state == "completed" and request.outcome != "cancelled"
-            families.success.add((*labels, request.outcome if completed else "abort"))
-        observed = self._at_end(request)
+            families.success.add((*vllm, request.outcome if completed else "abort"))
+        observed = self._at_end(request, labels)
         for histogram, at, value in observed:
             histogram.observe(at, value)
         if request.state == "completed":
-            families.prompt_size.observe(labels, request.prompt_tokens)
-            families.output_size.observe(labels, request.completion_tokens)
-            families.prefix_queries.add(labels, request.prompt_tokens)
-            families.prefix_hits.add(labels, request.cached_tokens)
+            families.prompt_size.observe(vllm, request.prompt_tokens)
+            families.output_size.observe(vllm, request.completion_tokens)
+            families.prefix_queries.add(vllm, request.prompt_tokens)
+            families.prefix_hits.add(vllm, request.cached_tokens)
             if request.cached_tokens:
                 families.prefix_hit.add(("prefix",))
         if self._sampling.keeps(request) is None:
             return
         if request.first_token_ns is not None and not request.retries:  # else its labels may be others by now
-            observed += self._at_first_token(request)
+            observed += self._at_first_token(request, labels)
         unix_s = (self._wall_offset_ns + now_ns) / NS_PER_S
         for histogram, at, value in observed:
             histogram.exemplify(at, value, trace_id=request.trace_id, unix_s=round(unix_s, 3))
 
-    def _at_first_token(self, request: RequestView) -> Observed:
+    def _at_first_token(self, request: RequestView, labels: "_RequestLabels") -> Observed:
         """What the first token of a request says."""
-        families, labels = self._families, self._vllm(request.executor)
-        ttft_ns = request.ttft_ns or 0
+        families, ttft_ns, prefill_ns = self._families, request.ttft_ns or 0, request.prefill_ns
         found: Observed = [
-            (families.ttft, labels, ttft_ns / NS_PER_S),
-            (families.ttft_ms, self._older(request), ttft_ns / NS_PER_MS),
-            (families.gen_ai_first, self._gen_ai(request), ttft_ns / NS_PER_S),
+            (families.ttft, labels.vllm, ttft_ns / NS_PER_S),
+            (families.ttft_ms, labels.older, ttft_ns / NS_PER_MS),
+            (families.gen_ai_first, labels.gen_ai, ttft_ns / NS_PER_S),
         ]
-        if request.prefill_ns is not None:
-            found.append((families.prefill, labels, request.prefill_ns / NS_PER_S))
+        if prefill_ns is not None:
+            found.append((families.prefill, labels.vllm, prefill_ns / NS_PER_S))
         return found
 
-    def _at_end(self, request: RequestView) -> Observed:
+    def _at_end(self, request: RequestView, labels: "_RequestLabels") -> Observed:
         """What the end of a request that ran says: of one that was not served to its end, only how long it took."""
-        families, labels, gen_ai = self._families, self._vllm(request.executor), self._gen_ai(request)
-        e2e_s = (request.e2e_ns or 0) / NS_PER_S
+        families, e2e_ns = self._families, request.e2e_ns or 0
         error = "" if request.state == "completed" else request.outcome
-        found: Observed = [(families.gen_ai_duration, (*gen_ai, error), e2e_s)]
+        found: Observed = [(families.gen_ai_duration, (*labels.gen_ai, error), e2e_ns / NS_PER_S)]
         if request.state != "completed":
             return found
         found += [
-            (families.e2e, labels, e2e_s),
-            (families.e2e_ms, self._older(request), (request.e2e_ns or 0) / NS_PER_MS),
-            (families.queue, labels, request.queued_ns / NS_PER_S),
+            (families.e2e, labels.vllm, e2e_ns / NS_PER_S),
+            (families.e2e_ms, labels.older, e2e_ns / NS_PER_MS),
+            (families.queue, labels.vllm, request.queued_ns / NS_PER_S),
         ]
-        if request.decode_ns is not None:
-            found.append((families.decode, labels, request.decode_ns / NS_PER_S))
-        if request.tokens_per_s is not None:
-            found.append((families.speed, self._older(request), request.tokens_per_s))
-            found.append((families.gen_ai_each, gen_ai, 1 / request.tokens_per_s))
+        decode_ns, speed = request.decode_ns, request.tokens_per_s
+        if decode_ns is not None:
+            found.append((families.decode, labels.vllm, decode_ns / NS_PER_S))
+        if speed is not None:
+            found.append((families.speed, labels.older, speed))
+            found.append((families.gen_ai_each, labels.gen_ai, 1 / speed))
         return found
 
     # ------------------------------------------------------------ labels
@@ -239,18 +241,11 @@ class Metrics(View):
     def _vllm(self, executor: str) -> Labels:
         return (model_of(self._books.executors.views.get(executor)), executor)
 
-    def _older(self, request: RequestView) -> Labels:
+    def _labels(self, request: RequestView) -> "_RequestLabels":
         view = self._books.executors.views.get(request.executor)
-        model = model_of(view)
-        size = _MODEL_SIZE.search(model)
-        dtype = view.capabilities.dtype if view is not None and view.capabilities is not None else ""
-        route = "multi" if request.action == "route_multi" else "single"
-        prompt_version = request.template[:PROMPT_VERSION_CHARS]
-        return (model, size[1].lower() if size else "", dtype, route, "1", "1", "1", prompt_version, request.action)
-
-    def _gen_ai(self, request: RequestView) -> Labels:
-        model = model_of(self._books.executors.views.get(request.executor))
-        return (operation_of(request.endpoint), PROVIDER, model, model)
+        can = None if view is None else view.capabilities
+        model, dtype = ("", "") if can is None else (can.model_name, can.dtype)
+        return _request_labels(request.executor, model, dtype, request.endpoint, request.template, request.action)
 
     # ------------------------------------------------------------ output
 
@@ -261,7 +256,7 @@ class Metrics(View):
             accept: the request's ``Accept`` header.
         """
         content_type = content_type_for(accept)
-        records = self._books.counts.total()
+        records = sum(self._books.counts.values())
         if records != self._rendered_at:
             self._rendered_at = records
             self._rendered.clear()
@@ -302,6 +297,32 @@ class Metrics(View):
         for name, family in self._families.counting().items():
             if name in families:
                 family.add_saved(families[name])
+
+
+class _RequestLabels(msgspec.Struct, frozen=True, gc=False):
+    """What a request is counted under, in the words of each family of names."""
+
+    vllm: Labels
+    older: Labels
+    gen_ai: Labels
+
+
+@functools.lru_cache(maxsize=256)  # requests are many, and their labels few
+def _request_labels(executor: str, model: str, dtype: str, endpoint: str, template: str, action: str) -> _RequestLabels:
+    size = _MODEL_SIZE.search(model)
+    route = "multi" if action == "route_multi" else "single"
+    older = (
+        model,
+        size[1].lower() if size else "",
+        dtype,
+        route,
+        "1",
+        "1",
+        "1",
+        template[:PROMPT_VERSION_CHARS],
+        action,
+    )
+    return _RequestLabels((model, executor), older, (operation_of(endpoint), PROVIDER, model, model))
 
 
 _families_decoder = msgspec.msgpack.Decoder(dict[str, SavedFamily])

@@ -239,6 +239,10 @@ class RequestBook:
         find, now_ns = self.open.get, meta.mono_ns
         produced = prefilled = drafted = streams = 0
         gaps: dict[tuple[int, int], int] = {}
+        alike, alike_tokens = (
+            (0, 0),
+            0,
+        )  # rows that follow each other mostly are: they are put in the dictionary together
         for row in event.rows:  # for each token of each request: nothing here is worth a call
             prefilled += row.prefilled
             drafted += row.num_draft
@@ -254,8 +258,13 @@ class RequestBook:
             last_ns, view.last_token_ns = view.last_token_ns, now_ns
             if last_ns is not None:
                 view.token_gap_ns = gap_ns = now_ns - last_ns if now_ns > last_ns else 0
-                gap = (gap_ns, tokens)
-                gaps[gap] = gaps.get(gap, 0) + tokens
+                if gap_ns != alike[0] or tokens != alike[1]:
+                    if alike_tokens:
+                        gaps[alike] = gaps.get(alike, 0) + alike_tokens
+                    alike, alike_tokens = (gap_ns, tokens), 0
+                alike_tokens += tokens
+        if alike_tokens:
+            gaps[alike] = gaps.get(alike, 0) + alike_tokens
         return StepSums(tokens=produced, prefilled=prefilled, drafted=drafted, streams=streams, gaps=gaps)
 
     def begin_boot(self, boot: str) -> None:

@@ -53,13 +53,13 @@ class TelemetryActor(LoopActor):
         self._journal = journal
         self._views = views
         self._saves_counters = saves_counters
-        self._records_to_save = SAVE_RECORDS_MIN
         self._home: asyncio.AbstractEventLoop
         self._home_thread = 0
         self._pending: deque[Record] = deque()
         self._is_woken = False
         self._read_pos = -1
         self._folded = 0
+        self._save_at = SAVE_RECORDS_MIN
         self._missed = 0
         self._missed_told = 0
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -80,7 +80,7 @@ class TelemetryActor(LoopActor):
         if self._unsubscribe is not None:
             self._unsubscribe()
         while self._pending:
-            self._fold_next()
+            self._fold_some()
         self._views.flush()
         self._tell_waiters()
         if self._saves_counters:
@@ -121,9 +121,8 @@ class TelemetryActor(LoopActor):
         # Cleared before the deque is read: what is appended from here on either is seen below or wakes the loop again.
         self._is_woken = False
         try:
-            for _ in range(min(BATCH, len(self._pending))):
-                self._fold_next()
-            if self._saves_counters and self._records_to_save <= 0:
+            self._fold_some()
+            if self._saves_counters and self._folded >= self._save_at:
                 self._save_counters()
         finally:
             self._views.flush()
@@ -133,18 +132,19 @@ class TelemetryActor(LoopActor):
                 self._is_woken = True
                 self._home.call_soon(self._fold_batch)
 
-    def _fold_next(self) -> None:
-        record = self._pending.popleft()
-        self._folded += 1
-        self._records_to_save -= 1
-        if record.meta.pos > self._read_pos:  # else on_start has read it already
-            self._views.fold(record)
+    def _fold_some(self) -> None:
+        pending, fold, read_pos = self._pending, self._views.fold, self._read_pos
+        for _ in range(min(BATCH, len(pending))):
+            record = pending.popleft()
+            self._folded += 1
+            if record.meta.pos > read_pos:  # else on_start has read it already
+                fold(record)
 
     def _save_counters(self) -> None:
         state = msgspec.msgpack.encode(self._views.metrics.saved())
         saved = ev.CountersSaved(pos=self._views.newest_pos, state=msgspec.Raw(state))
         self.record(saved, stream=COUNTERS_STREAM, correlation="")
-        self._records_to_save = max(SAVE_RECORDS_MIN, len(state) // SAVED_BYTES_PER_RECORD)
+        self._save_at = self._folded + max(SAVE_RECORDS_MIN, len(state) // SAVED_BYTES_PER_RECORD)
 
     def _tell_missed(self) -> None:
         missed = self._missed - self._missed_told
