@@ -1,17 +1,20 @@
 """Log lines, folded from the journal: one line an event of interest, one line a request, never any content.
 
-Lines are plain dictionaries (``event``, ``level``, fields); structlog's renderers write them, without any global
-configuration. Strings that came from outside are escaped and cut, so that nobody can forge a line. Load progress and
+Lines are plain dictionaries (``event``, ``level``, fields), written as JSON or, for people, by structlog's renderer without
+any global configuration. Strings that came from outside are escaped and cut, so that nobody can forge a line. Load progress and
 dead letters are rate-limited by the records' own times, and what was held back is counted in the next line.
 """
 
+import functools
+import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, TypeAlias
 
+import msgspec
 from structlog.dev import ConsoleRenderer
-from structlog.processors import JSONRenderer
 
 from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.messages import events as ev
@@ -28,6 +31,7 @@ TEXT_MAX = 300
 PROGRESS_EVERY_NS = 2 * NS_PER_S
 DEAD_LETTERS_EVERY_NS = NS_PER_S
 SERVER_ERROR_STATUS = 500
+US_PER_S = 1_000_000
 
 
 def log_line(record: Record, request: RequestView | None = None) -> Fields | None:
@@ -48,7 +52,7 @@ def log_line(record: Record, request: RequestView | None = None) -> Fields | Non
     if trace_id := record.meta.trace_id or (request.trace_id if request is not None else ""):
         line["trace_id"] = trace_id
     line |= fields_of(record.meta, event)
-    if request is not None and isinstance(event, ev.TERMINAL_EVENTS):
+    if request is not None and type(event) in _TERMINAL:
         line |= _life(request)
     for key, value in line.items():
         if isinstance(value, str) and not _is_safe(value):
@@ -121,11 +125,7 @@ class LogWriter(View):
         super().__init__()
         self._stream = stream
         self._lowest = LEVELS[level]
-        self._render: Callable[[Any, str, Any], str | bytes]
-        if format == "json":
-            self._render = JSONRenderer()
-        else:
-            self._render = ConsoleRenderer(colors=stream.isatty(), pad_event_to=24, sort_keys=False)
+        self._render = _as_json if format == "json" else _for_people(stream)
         self._throttle = _Throttle()
         self._wall_offset_ns: int | None = None
         self._broken = False
@@ -165,18 +165,44 @@ class LogWriter(View):
                 self._broken = True
 
     def _write(self, meta: Meta, line: Fields) -> None:
-        level = line["level"]
         if self._wall_offset_ns is not None:
-            wall_s = (self._wall_offset_ns + meta.mono_ns) / NS_PER_S
-            timestamp = datetime.fromtimestamp(wall_s, tz=UTC).isoformat(timespec="milliseconds")
-            line = {"timestamp": timestamp.replace("+00:00", "Z"), **line}
-        text = self._render(None, level, line)
+            line = {"timestamp": _timestamp((self._wall_offset_ns + meta.mono_ns) / NS_PER_S), **line}
+        text = self._render(line)
         try:
-            self._stream.write(f"{text.decode() if isinstance(text, bytes) else text}\n")
+            self._stream.write(f"{text}\n")
             self._is_unflushed = True
         except (OSError, ValueError):
             # The reader of the log is gone (broken pipe, closed file): serving goes on without it.
             self._broken = True
+
+
+def _as_json(line: Fields) -> str:
+    """One line, ASCII alone: a terminal or a collector of whatever encoding can take it."""
+    text = msgspec.json.format(msgspec.json.encode(line), indent=0).decode()
+    return text if text.isascii() else json.dumps(line)
+
+
+def _for_people(stream: TextIO) -> Callable[[Fields], str]:
+    renderer = ConsoleRenderer(colors=stream.isatty(), pad_event_to=24, sort_keys=False)
+
+    def render(line: Fields) -> str:
+        return renderer(None, line["level"], line)
+
+    return render
+
+
+def _timestamp(wall_s: float) -> str:
+    """A moment in UTC, to the millisecond."""
+    fraction, second = math.modf(wall_s)
+    micros = round(fraction * 1e6)
+    if micros == US_PER_S:
+        second, micros = second + 1, 0
+    return f"{_second(second)}.{micros // 1000:03d}Z"
+
+
+@functools.lru_cache(maxsize=2)
+def _second(second: float) -> str:
+    return datetime.fromtimestamp(second, tz=UTC).isoformat(timespec="seconds").removesuffix("+00:00")
 
 
 @dataclass(slots=True)
@@ -287,3 +313,4 @@ _LINES: dict[type[Event], tuple[Level, str, Callable[[Meta, Any], Fields]]] = {
     ev.RequestCancelled: ("info", "request_cancelled", _fields("reason")),
     ev.RequestRejected: ("info", "request_rejected", _fields("status", "code", "message")),
 }
+_TERMINAL = frozenset(ev.TERMINAL_EVENTS)
