@@ -74,7 +74,7 @@ class SwitchedJournal:
             origin.trace_id, origin.span_id, origin.actor, origin.incarnation, self._clock.monotonic_ns(),
         )  # fmt: skip
         record = Record(meta, event)
-        self._watchers.tell(record)
+        self._watchers.tell((record,))
         self._dropped = self._dropped or record
         return record
 

@@ -13,9 +13,9 @@ import msgspec
 from gptoss.actors.journal import JournalHealth
 from gptoss.clock import Clock, SeededRng
 from gptoss.messages.codec import encode_record
-from gptoss.messages.envelope import Event, Family, Origin, Record
+from gptoss.messages.envelope import Family, Origin, Record
 from gptoss.messages.events import LogDegraded
-from gptoss.telemetry.journal_base import Sequencer
+from gptoss.telemetry.journal_base import Watchers
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.segment_file import (
     FORMAT_VERSION,
@@ -59,7 +59,7 @@ class SimulatedJournal(MemoryJournal):
         self._num_synced = 0
         self._is_committing = False
         self._stop_reason = ""
-        self._after: Sequencer | None = None
+        self._sealed_at: int | None = None
 
     @property
     def committed_pos(self) -> int:
@@ -72,6 +72,7 @@ class SimulatedJournal(MemoryJournal):
         health = super().health
         return msgspec.structs.replace(
             health,
+            last_pos=health.last_pos if self._sealed_at is None else self._sealed_at,
             ok=not self._stop_reason,
             reason=self._stop_reason or health.reason,
             committed_pos=self.committed_pos,
@@ -90,18 +91,18 @@ class SimulatedJournal(MemoryJournal):
 
     def seal(self) -> None:
         """The run is over: what its remains still append while they are cleared away is not kept."""
-        self._after = Sequencer(node=self.node, boot=self.boot, clock=self._clock)
+        self._sealed_at = self.health.last_pos
+        self._watchers = Watchers()
 
-    def _record(self, event: Event, origin: Origin, cause: int, correlation: str, mono_ns: int) -> Record:
-        if self._after is not None:
-            return self._after.number(event, origin, cause, correlation, mono_ns, _nothing)
-        record = super()._record(event, origin, cause, correlation, mono_ns)
-        if event.FAMILY == "control" and not self._stop_reason:
+    def _keep(self, record: Record) -> None:
+        if self._sealed_at is not None:
+            return
+        super()._keep(record)
+        if record.event.FAMILY == "control" and not self._stop_reason:
             self._written.append(encode_record(record))
             if not self._is_committing:
                 self._is_committing = True
                 self._loop.call_later(COMMIT_S, self._write)
-        return record
 
     # ---- the disk
 
@@ -155,10 +156,6 @@ class SimulatedJournal(MemoryJournal):
             log = FamilyLog(place, [])
             log.commit([encode_record(record) for record in self.read(family=family)], ())
             log.seal()
-
-
-def _nothing(_: Record) -> None:
-    """What becomes of a record that is not kept."""
 
 
 def _batches(records: list[bytes]) -> bytes:

@@ -8,7 +8,7 @@ import abc
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
@@ -126,7 +126,7 @@ class Sequencer:
 
 
 class Watchers:
-    """Who is told of which control records. A watcher that raises is logged once and never harms the appender.
+    """Who is told of which control records; of content nobody is. A watcher that raises is logged once and never harms the appender.
 
     It does not lock.
     """
@@ -158,22 +158,28 @@ class Watchers:
         if self._telling:
             raise JournalError("a journal watcher must not append; send a message to an actor instead")
 
-    def tell(self, record: Record) -> None:
-        """Call everyone who wants this record."""
-        kind = type(record.event)
-        watchers = self._by_type.get(kind)
-        if watchers is None:
-            watchers = tuple(watcher for watcher, types in self._watchers if types is None or kind in types)
-            self._by_type[kind] = watchers
+    def tell(self, records: Iterable[Record]) -> None:
+        """Call everyone who wants them with each of these records, in order."""
+        by_type = self._by_type
         self._telling = True
         try:
-            for watcher in watchers:
-                try:
-                    watcher(record)
-                except Exception as error:  # noqa: BLE001 - between telemetry and requests: nothing crosses
-                    self._note(error, record)
+            for record in records:
+                kind = type(record.event)
+                watchers = by_type.get(kind)
+                if watchers is None:
+                    watchers = by_type[kind] = self._wanting(kind)
+                for watcher in watchers:
+                    try:
+                        watcher(record)
+                    except Exception as error:  # noqa: BLE001 - between telemetry and requests: nothing crosses
+                        self._note(error, record)
         finally:
             self._telling = False
+
+    def _wanting(self, kind: type[Event]) -> tuple[Watcher, ...]:
+        if kind.FAMILY != "control":
+            return ()
+        return tuple(watcher for watcher, types in self._watchers if types is None or kind in types)
 
     def _note(self, error: Exception, record: Record) -> None:
         if not self.failure:
@@ -204,18 +210,25 @@ class Store(abc.ABC):
         """See ``Journal``."""
         with self._lock:
             self._watchers.refuse_reentry()
-            return self._record(event, origin, origin.cause, origin.correlation, self._clock.monotonic_ns())
+            now_ns = self._clock.monotonic_ns()
+            record = self._sequencer.number(event, origin, origin.cause, origin.correlation, now_ns, self._keep)
+            self._watchers.tell((record,))
+        return record
 
     def append_decision(self, command: Event, origin: Origin, led_to: Sequence[tuple[Event, str]]) -> list[Record]:
         """See ``Journal``."""
+        records: list[Record] = []
         with self._lock:
             self._watchers.refuse_reentry()
-            now_ns = self._clock.monotonic_ns()
-            consumed = self._record(command, origin, origin.cause, origin.correlation, now_ns)
-            cause, records = consumed.meta.pos, [consumed]
-            for event, correlation in led_to:
-                records.append(self._record(event, origin, cause, correlation, now_ns))
-            return records
+            number, keep, now_ns = self._sequencer.number, self._keep, self._clock.monotonic_ns()
+            try:
+                records.append(number(command, origin, origin.cause, origin.correlation, now_ns, keep))
+                cause = records[0].meta.pos
+                for event, correlation in led_to:
+                    records.append(number(event, origin, cause, correlation, now_ns, keep))
+            finally:
+                self._watchers.tell(records)
+        return records
 
     def subscribe(self, watcher: Watcher, types: Collection[type[Event]] | None = None) -> Callable[[], None]:
         """See ``Journal``."""
@@ -227,12 +240,6 @@ class Store(abc.ABC):
                 self._watchers.remove(watcher)
 
         return stop
-
-    def _record(self, event: Event, origin: Origin, cause: int, correlation: str, mono_ns: int) -> Record:
-        record = self._sequencer.number(event, origin, cause, correlation, mono_ns, self._keep)
-        if event.FAMILY == "control":
-            self._watchers.tell(record)
-        return record
 
     @abc.abstractmethod
     def _keep(self, record: Record) -> None:
