@@ -3,8 +3,9 @@
     python benchmarks/bench_folding.py                32 streams of a fake engine, folded again and again
 
 One run is recorded in memory; its records are then folded as a live server does, without the journal and the engine. The
-table shows the least of the rounds, which a busy machine disturbs least. With traces, every trace is kept: a server
-keeps a few in a hundred.
+table shows the least of the rounds, which a busy machine disturbs least. With traces there is a server's share of kept ones,
+3%, and all of them. RESULTS.md has what came out: 2.5 us a record with log lines, of which half are commands and only counted,
+and 5.9 us when every view looked at every record.
 """
 
 import argparse

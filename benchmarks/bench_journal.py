@@ -2,6 +2,7 @@
 
 - store: encoded records written and synced in batches of 64 and 512, one ``fdatasync`` a batch;
 - append: ``append`` from one thread until everything is acknowledged, encoding and group commit included;
+- caller: processor time of the appending thread for each record, appended alone and as one of two of a decision;
 - latency: what one ``append`` costs its caller while the writer commits behind it, at a steady pace.
 """
 
@@ -12,10 +13,10 @@ import time
 from pathlib import Path
 
 from gptoss.clock import SystemClock
-from gptoss.messages.codec import encode_record
+from gptoss.messages.codec import encode_command, encode_record
+from gptoss.messages.commands import ForgetRoute
 from gptoss.messages.envelope import Origin
-from gptoss.messages.events import CommittedRow, StepCommitted
-from gptoss.telemetry.journal_base import Sequencer
+from gptoss.messages.events import CommandConsumed, CommittedRow, ReservationBound, StepCommitted
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.segment_writer import FamilyLog, Place
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
@@ -23,6 +24,8 @@ from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
 RECORDS = 100_000
 PACED_RECORDS = 20_000
 PACE_PER_S = 5_000
+CALLER_RECORDS = 10_000
+CALLER_ROUNDS = 10
 SEGMENT_BYTES = 64 * 2**20
 ORIGIN = Origin(stream="executor/cpu:0", cause=12, trace_id="0" * 32, span_id="1" * 16, actor="executor/cpu:0")
 EVENT = StepCommitted(
@@ -36,11 +39,17 @@ EVENT = StepCommitted(
     kv_bytes_in_use=10**8,
 )
 
+DECIDED = ReservationBound(request_id="req_1", executor="cpu:0")
+COMMAND = CommandConsumed(
+    decider="router",
+    command=encode_command(ForgetRoute(now_ns=10**12, request_id="req_1")),
+)
+
 
 def bench_store(folder: Path, batch: int) -> float:
     """Events a second that the store alone makes safe."""
-    sequencer = Sequencer(node="bench", boot="boot_bench", clock=SystemClock())
-    data = encode_record(sequencer.draft(EVENT, ORIGIN))
+    journal = MemoryJournal(node="bench", boot="boot_bench", clock=SystemClock())
+    data = encode_record(journal.append(EVENT, ORIGIN))
     place = Place(
         folder=folder,
         family="control",
@@ -71,6 +80,27 @@ def bench_append(journal: SegmentJournal | MemoryJournal) -> float:
     return RECORDS / (time.perf_counter() - started)
 
 
+def bench_caller(journal: SegmentJournal) -> tuple[float, float]:
+    """Microseconds of the caller's processor time a record: alone with an origin of its own, and as one of two of a decision."""
+    alone_s: list[float] = []
+    decided_s: list[float] = []
+    for _ in range(CALLER_ROUNDS):
+        began = time.thread_time()
+        for _ in range(CALLER_RECORDS):
+            journal.append(
+                DECIDED, Origin(stream="router", cause=12, correlation="req_1", actor="router", incarnation=0)
+            )
+        alone_s.append(time.thread_time() - began)
+        journal.flush(60)
+        began = time.thread_time()
+        for _ in range(CALLER_RECORDS // 2):
+            origin = Origin(stream="router", cause=12, correlation="req_1", actor="router", incarnation=0)
+            journal.append_decision(COMMAND, origin, [(DECIDED, "req_1")])
+        decided_s.append(time.thread_time() - began)
+        journal.flush(60)
+    return min(alone_s) / CALLER_RECORDS * 1e6, min(decided_s) / CALLER_RECORDS * 1e6
+
+
 def bench_latency(journal: SegmentJournal) -> tuple[float, float, float]:
     """Microseconds of one append: p50, p99, largest."""
     taken_ns: list[int] = []
@@ -98,9 +128,11 @@ def main() -> None:
             folder / "journal", node="bench", boot="boot_bench", clock=SystemClock(), options=SegmentOptions()
         )
         results["append_events_per_s"] = bench_append(journal)
+        results["bytes_per_event"] = journal.health.stored_bytes / RECORDS
+        alone_us, decided_us = bench_caller(journal)
+        results |= {"append_caller_us": alone_us, "decision_caller_us_a_record": decided_us}
         p50, p99, largest = bench_latency(journal)
         results |= {"append_us_p50": p50, "append_us_p99": p99, "append_us_max": largest}
-        results["bytes_per_event"] = journal.health.stored_bytes / (RECORDS + PACED_RECORDS)
         journal.close()
     memory = MemoryJournal(node="bench", boot="boot_bench", clock=SystemClock())
     results["memory_append_events_per_s"] = bench_append(memory)

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,10 +40,10 @@ from gptoss.clock import Clock
 from gptoss.config import Settings
 from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import ChatMessage
-from gptoss.messages.envelope import Event, Origin, Record
+from gptoss.messages.envelope import Event, Meta, Origin, Record
 from gptoss.messages.events import CommandConsumed, SnapshotTaken
 from gptoss.messages.sampling import SamplingParams
-from gptoss.telemetry.journal_base import Sequencer, Watcher, Watchers
+from gptoss.telemetry.journal_base import Watcher, Watchers
 from gptoss.telemetry.logs import LogWriter
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeOptions, FakeRenderer
 
@@ -72,11 +72,12 @@ server.serve_forever()
 class SwitchedJournal:
     """The journal of a live server, and a switch. Off, it numbers nothing and tells the projections what they need, if any."""
 
-    def __init__(self, inner: Journal, boot: str, clock: Clock, *, tells_when_off: bool) -> None:
+    def __init__(self, inner: Journal, clock: Clock, *, tells_when_off: bool) -> None:
         self.is_on = True
+        self.node, self.boot = inner.node, inner.boot
         self._tells_when_off = tells_when_off
         self._inner = inner
-        self._sequencer = Sequencer(node=inner.node, boot=boot, clock=clock)
+        self._clock = clock
         self._watchers = Watchers()
         self._dropped: Record | None = None
 
@@ -89,14 +90,26 @@ class SwitchedJournal:
         is_told = self._tells_when_off and not isinstance(event, CommandConsumed | SnapshotTaken)
         if self._dropped is not None and (event.FAMILY == "content" or not is_told):
             return Record(self._dropped.meta, event)
-        record = self._sequencer.draft(event, origin)
-        self._watchers.tell(record)
+        meta = Meta(
+            self.node, self.boot, 0, origin.stream, 0, type(event).__name__, event.VERSION, origin.cause, origin.correlation,
+            origin.trace_id, origin.span_id, origin.actor, origin.incarnation, self._clock.monotonic_ns(),
+        )  # fmt: skip
+        record = Record(meta, event)
+        self._watchers.tell((record,))
         self._dropped = self._dropped or record
         return record
 
-    def subscribe(self, watcher: Watcher) -> Callable[[], None]:
-        self._watchers.add(watcher)
-        stop = self._inner.subscribe(watcher)
+    def append_decision(self, command: Event, origin: Origin, led_to: Sequence[tuple[Event, str]]) -> list[Record]:
+        if self.is_on:
+            return self._inner.append_decision(command, origin, led_to)
+        records = [self.append(command, origin)]
+        for event, correlation in led_to:
+            records.append(self.append(event, msgspec.structs.replace(origin, correlation=correlation)))
+        return records
+
+    def subscribe(self, watcher: Watcher, types: Collection[type[Event]] | None = None) -> Callable[[], None]:
+        self._watchers.add(watcher, types)
+        stop = self._inner.subscribe(watcher, types)
 
         def unsubscribe() -> None:
             self._watchers.remove(watcher)
@@ -158,7 +171,7 @@ class Bench:
 
         def open_journal(settings: Settings, boot: str, clock: Clock) -> Journal:
             inner = live.open_journal(settings, boot, clock)
-            self._journal = SwitchedJournal(inner, boot, clock, tells_when_off=not options.all)
+            self._journal = SwitchedJournal(inner, clock, tells_when_off=not options.all)
             return self._journal
 
         surroundings = msgspec.structs.replace(live, open_journal=open_journal)

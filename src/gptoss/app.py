@@ -283,7 +283,7 @@ class ServingSystem:
 
         ref = self.system.spawn(make, name="telemetry", supervisor=self.system.root)
         self.directory.add("telemetry", ref)
-        self.journal.subscribe(self._watch_loading)
+        self.journal.subscribe(self._watch_loading, (ev.EngineLoadFailed, ev.EngineLoaded))
 
     def _watch_loading(self, record: Record) -> None:
         # On the appending thread: one assignment each, and the event loop only reads.

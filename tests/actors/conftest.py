@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 
+import msgspec
 import pykka
 import pytest
 
@@ -50,6 +51,13 @@ class ListJournal:
             self._records.append(record)
             return record
 
+    def append_decision(self, command: Event, origin: Origin, led_to: Sequence[tuple[Event, str]]) -> list[Record]:
+        records = [self.append(command, origin)]
+        for event, correlation in led_to:
+            about = msgspec.structs.replace(origin, cause=records[0].meta.pos, correlation=correlation)
+            records.append(self.append(event, about))
+        return records
+
     def flush(self, timeout_s: float = 5.0) -> bool:
         return timeout_s >= 0
 
@@ -71,7 +79,10 @@ class ListJournal:
         ]
         return iter(found[:limit])
 
-    def subscribe(self, watcher: Callable[[Record], None]) -> Callable[[], None]:
+    def subscribe(
+        self, watcher: Callable[[Record], None], types: Collection[type[Event]] | None = None
+    ) -> Callable[[], None]:
+        del types
         raise NotImplementedError(f"{watcher} would never be called here")
 
     def close(self) -> None: ...

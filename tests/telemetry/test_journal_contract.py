@@ -8,13 +8,23 @@ import pytest
 
 from gptoss.actors.journal import Journal
 from gptoss.clock import SystemClock
-from gptoss.messages.envelope import Origin, Record
-from gptoss.messages.events import AnswerDelivered, ClockAnchored, PromptTokens, RequestCancelled, SlotReleased
+from gptoss.messages.envelope import NO_CAUSE, Event, Origin, Record
+from gptoss.messages.events import (
+    AnswerDelivered,
+    ClockAnchored,
+    PromptTokens,
+    RequestCancelled,
+    RequestReceived,
+    SlotReleased,
+)
 from gptoss.telemetry import journal_base
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.segments import SegmentJournal, SegmentOptions
 
 SYSTEM = Origin(stream="system")
+RECEIVED = RequestReceived(
+    request_id="r", endpoint="chat", model="m", stream=True, num_messages=1, priority=0, deadline_ns=1
+)
 
 
 @pytest.fixture(params=["memory", "segments"])
@@ -84,26 +94,89 @@ def test_late_events_of_a_finished_stream_go_on_counting(journal: Journal) -> No
     assert [record.meta.seq for record in journal.read(stream="request/r1")] == [0, 1, 2]
 
 
+def numbered(sequencer: journal_base.Sequencer, event: Event, stream: str) -> int:
+    """``seq`` of the record that the event becomes."""
+    return sequencer.number(event, Origin(stream=stream), NO_CAUSE, stream, 0, lambda _: None).meta.seq
+
+
 def test_finished_streams_are_forgotten_in_the_end_and_live_ones_never() -> None:
     sequencer = journal_base.Sequencer(node="n", boot="b", clock=SystemClock())
-    sequencer.advance(sequencer.draft(tick(), Origin(stream="live")))
+    numbered(sequencer, tick(), "live")
     for number in range(journal_base.FINISHED_STREAMS_MAX + 1):
-        sequencer.advance(sequencer.draft(RequestCancelled(reason="client"), Origin(stream=f"r{number}")))
-    assert sequencer.draft(tick(), Origin(stream="r0")).meta.seq == 0
-    assert sequencer.draft(tick(), Origin(stream="r1")).meta.seq == 1
-    assert sequencer.draft(tick(), Origin(stream="live")).meta.seq == 1
+        numbered(sequencer, RequestCancelled(reason="client"), f"r{number}")
+    assert numbered(sequencer, tick(), "r1") == 1
+    assert numbered(sequencer, tick(), "r0") == 0
+    assert numbered(sequencer, tick(), "live") == 1
 
 
 def test_a_finished_request_leaves_no_counter_behind_that_would_live_for_ever() -> None:
     sequencer = journal_base.Sequencer(node="n", boot="b", clock=SystemClock())
-    origin = Origin(stream="request/r1", correlation="r1")
     text = AnswerDelivered(request_id="r1", text="x")
     for event in (tick(), text, RequestCancelled(reason="client")):
-        sequencer.advance(sequencer.draft(event, origin))
-    late = sequencer.draft(text, origin)
-    sequencer.advance(late)
-    assert late.meta.seq == 1
-    assert not sequencer._live
+        numbered(sequencer, event, "request/r1")
+    assert numbered(sequencer, text, "request/r1") == 1
+    assert not any(numbers.live for numbers in sequencer._numbers.values())
+
+
+def test_requests_are_open_from_their_arrival_to_their_end() -> None:
+    sequencer = journal_base.Sequencer(node="n", boot="b", clock=SystemClock())
+    numbered(sequencer, tick(), "r1")
+    numbered(sequencer, RECEIVED, "r1")
+    numbered(sequencer, RECEIVED, "r2")
+    assert sequencer.open_requests == {"r1", "r2"}
+    numbered(sequencer, RequestCancelled(reason="client"), "r1")
+    numbered(sequencer, tick(), "r1")
+    assert sequencer.open_requests == {"r2"}
+
+
+def test_a_record_that_cannot_be_kept_leaves_its_numbers_to_the_next(journal: Journal) -> None:
+    journal.append(tick(), SYSTEM)
+    seen: list[Record] = []
+    journal.subscribe(seen.append)
+    if isinstance(journal, SegmentJournal):
+        with pytest.raises(OverflowError):
+            journal.append(tick(2**70), SYSTEM)
+    meta = journal.append(tick(), SYSTEM).meta
+    assert (meta.pos, meta.seq) == (1, 1)
+    assert [record.meta.pos for record in seen] == [1]
+
+
+def test_a_decision_is_recorded_in_one_piece_and_names_its_command_as_the_cause(journal: Journal) -> None:
+    seen: list[Record] = []
+    journal.subscribe(seen.append)
+    origin = Origin(
+        stream="router", cause=7, correlation="r1", trace_id="t", span_id="s", actor="router", incarnation=2
+    )
+    journal.append(tick(), SYSTEM)
+    released = SlotReleased(request_id="r2", running=1, ran_ns=1)
+    records = journal.append_decision(tick(1), origin, [(tick(2), "r1"), (released, "r2"), (prompt("r2"), "r2")])
+    assert [record.event for record in records] == [tick(1), tick(2), released, prompt("r2")]
+    metas = [record.meta for record in records]
+    assert [meta.cause for meta in metas] == [7, 1, 1, 1]
+    assert [meta.correlation for meta in metas] == ["r1", "r1", "r2", "r2"]
+    assert [(meta.pos, meta.seq) for meta in metas] == [(1, 0), (2, 1), (3, 2), (0, 0)]
+    whose = {(m.stream, m.trace_id, m.span_id, m.actor, m.incarnation) for m in metas}
+    assert whose == {("router", "t", "s", "router", 2)}
+    assert len({meta.mono_ns for meta in metas}) == 1
+    assert list(journal.read(after=0)) == records[:3] == seen[1:]
+    assert list(journal.read(family="content")) == records[3:]
+
+
+def test_nobodys_record_comes_between_those_of_a_decision(journal: Journal) -> None:
+    def work(name: str) -> None:
+        for number in range(100):
+            journal.append_decision(tick(number), Origin(stream=name), [(tick(number), ""), (tick(number), "")])
+
+    threads = [threading.Thread(target=work, args=(f"s{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    records = list(journal.read())
+    assert [record.meta.pos for record in records] == list(range(1200))
+    for first in range(0, 1200, 3):
+        assert len({record.meta.stream for record in records[first : first + 3]}) == 1
+        assert [record.meta.cause for record in records[first : first + 3]] == [NO_CAUSE, first, first]
 
 
 @pytest.mark.parametrize("flushed", [False, True])
@@ -142,6 +215,43 @@ def test_watchers_see_control_records_only_in_order_until_they_stop(journal: Jou
     stop()
     journal.append(tick(), SYSTEM)
     assert seen == expected
+
+
+def test_a_watcher_of_some_types_sees_records_of_these_only(journal: Journal) -> None:
+    ticks: list[Record] = []
+    both: list[Record] = []
+    everything: list[Record] = []
+    journal.subscribe(ticks.append, (ClockAnchored,))
+    journal.append(tick(), SYSTEM)
+    stop = journal.subscribe(both.append, {ClockAnchored, SlotReleased})
+    journal.subscribe(everything.append)
+    expected = [
+        journal.append(event, SYSTEM)
+        for event in (tick(1), RequestCancelled(reason="client"), SlotReleased(request_id="r", running=0, ran_ns=1))
+    ]
+    assert [record.meta.pos for record in ticks] == [0, 1]
+    assert both == [expected[0], expected[2]]
+    assert everything == expected
+    stop()
+    journal.append(tick(2), SYSTEM)
+    assert len(both) == 2
+    assert [record.meta.pos for record in ticks] == [0, 1, 4]
+
+
+def test_a_watcher_may_leave_while_it_is_told(journal: Journal) -> None:
+    seen: list[int] = []
+
+    def once(record: Record) -> None:
+        seen.append(record.meta.pos)
+        stop()
+
+    stop = journal.subscribe(once)
+    later: list[Record] = []
+    journal.subscribe(later.append)
+    for _ in range(3):
+        journal.append(tick(), SYSTEM)
+    assert seen == [0]
+    assert [record.meta.pos for record in later] == [0, 1, 2]
 
 
 def test_a_watcher_that_raises_harms_nobody_and_is_named_in_health(

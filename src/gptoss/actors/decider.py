@@ -2,7 +2,7 @@
 
 A decider is a frozen state and two pure functions: ``decide(state, command) -> events`` and ``evolve(state, event) ->
 state``. Neither takes a clock, chance or I/O: all of that arrives inside the command. The shell journals each command as
-it is consumed, then the events it led to, and only then acts on them. Replay feeds the journaled commands to the same
+it is consumed and the events it led to, and only then acts on them. Replay feeds the journaled commands to the same
 two functions and compares.
 
 What other deciders are told because of an event is pure as well (``tells``). So a simulated system needs no actors: it
@@ -19,7 +19,7 @@ Settings that change while the server runs come as a command too (``ChangeSettin
 settings. Who folds the stream makes the same exchange there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
 
 import msgspec
@@ -28,7 +28,7 @@ from gptoss.actors.actor import LoopActor
 from gptoss.actors.directory import Directory
 from gptoss.messages.codec import encode_command
 from gptoss.messages.commands import ChangeSettings, Command, SettingValue
-from gptoss.messages.envelope import NO_CAUSE, Event, Record
+from gptoss.messages.envelope import NO_CAUSE, Event, Origin, Record
 from gptoss.messages.events import CommandConsumed, ConfigChanged, SnapshotTaken
 
 SNAPSHOT_COMMANDS_MIN = 500
@@ -131,30 +131,49 @@ class DeciderActor(LoopActor, Generic[S]):
         """Consume a command: journal it, decide, evolve, journal the events, tell the others, react."""
         correlation = self.about or getattr(message, "request_id", None) or self.letter.correlation
         consumed = CommandConsumed(decider=self.decider.name, command=encode_command(message))
-        cause = self.record(consumed, correlation=correlation).meta.pos
         if isinstance(message, ChangeSettings):
-            self.record(config_changed(message), correlation="", cause=cause)
+            self._record_decision(consumed, correlation, [(config_changed(message), "")])
             self._take_settings(message.settings)
             return
-        decided: list[Record] = []
-        for event in self.decider.decide(self.state, message):
-            self.state = self.decider.evolve(self.state, event)
-            decided.append(self.record(event, correlation=getattr(event, "request_id", correlation), cause=cause))
-        for record in decided:
-            self._follow(record)
+        decided: list[tuple[Event, str]] = []
+        try:
+            for event in self.decider.decide(self.state, message):
+                self.state = self.decider.evolve(self.state, event)
+                decided.append((event, getattr(event, "request_id", correlation)))
+        finally:
+            # A command that could not be decided was consumed all the same, and led to the events so far.
+            records = self._record_decision(consumed, correlation, decided)
+        now_ns = self.context.system.now_ns()
+        for record in records[1:]:
+            self._follow(record, now_ns)
         if self.TAKES_SNAPSHOTS:
             self._count_to_snapshot()
+
+    def _record_decision(
+        self, consumed: CommandConsumed, correlation: str, led_to: Sequence[tuple[Event, str]]
+    ) -> list[Record]:
+        context, letter, trace = self.context, self.letter, self.trace
+        origin = Origin(
+            stream=context.name,
+            cause=letter.cause,
+            correlation=correlation,
+            trace_id=trace.trace_id,
+            span_id=trace.span_id,
+            actor=context.name,
+            incarnation=context.incarnation,
+        )
+        return context.system.journal.append_decision(consumed, origin, led_to)
 
     def _take_settings(self, settings: dict[str, SettingValue]) -> None:
         if self._remake is not None:
             self.decider = self._remake(settings)
             self._settings = settings
 
-    def _follow(self, decided: Record) -> None:
+    def _follow(self, decided: Record, now_ns: int) -> None:
         """Tell the others of an event, and react to it."""
         event = decided.event
         self.event_pos = decided.meta.pos
-        for name, command in self.decider.tells(self.state, event, self.context.system.now_ns()):
+        for name, command in self.decider.tells(self.state, event, now_ns):
             self.directory.tell(name, command, cause=self.event_pos)
         reaction = self.reactions.get(type(event))
         if reaction is not None:

@@ -8,7 +8,7 @@ Contract, shared by every store and tested once for all of them (``tests/telemet
   and subscriptions go on in memory.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -57,6 +57,19 @@ class Journal(Protocol):
         """Record a fact; see the module's contract."""
         ...
 
+    def append_decision(self, command: Event, origin: Origin, led_to: Sequence[tuple[Event, str]]) -> list[Record]:
+        """Record a command and the events that it led to, with nobody's record between them and all at one moment.
+
+        Args:
+            command: the fact that a command was consumed.
+            origin: of the command, and but for cause and correlation of the events.
+            led_to: each event with the request that it concerns, or with none. Their cause is the command's record.
+
+        Returns:
+            The command's record, then those of the events.
+        """
+        ...
+
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait until everything appended so far is acknowledged; False on time-out or a stopped writer."""
         ...
@@ -88,10 +101,16 @@ class Journal(Protocol):
         """
         ...
 
-    def subscribe(self, watcher: Callable[[Record], None]) -> Callable[[], None]:
+    def subscribe(
+        self, watcher: Callable[[Record], None], types: Collection[type[Event]] | None = None
+    ) -> Callable[[], None]:
         """Call ``watcher`` with every control record from now on, in order; returns the way to stop it.
 
         ``watcher`` runs on the appending thread with the journal locked: it must be quick and must not append.
+
+        Args:
+            watcher: who is told.
+            types: only records of these types; None means all. Others then cost nothing.
         """
         ...
 

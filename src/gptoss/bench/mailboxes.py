@@ -201,7 +201,7 @@ class _Test:
         serving, fleet = self._serving, self._fleet
         self._feeder = feeder = Feeder(self._load, serving.clock, self._begin, stop)
         sampler = _Sampler(serving, lambda: show(Progress(feeder.over)))
-        unsubscribe = serving.journal.subscribe(self._log.watch)
+        unsubscribe = serving.journal.subscribe(self._log.watch, (*STAGES, *ev.TERMINAL_EVENTS))
         sampling = serving.system.run_task(sampler.run(), name="bench/sampler")
         before = (serving.journal.health.last_pos, own_processor_s(), fleet.processor_s)
         try:

@@ -32,16 +32,14 @@ UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are nothing: text that is no UTF-8, and deep nesting, are not its own error."""
 
 _encoder = msgspec.msgpack.Encoder()
+encode_record: Callable[[Record], bytes] = _encoder.encode
+"""Msgpack of a record, as it stands in a segment."""
+
 _stored_decoder = msgspec.msgpack.Decoder(Stored)
 _event_decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
     name: msgspec.msgpack.Decoder(cls) for name, cls in EVENT_TYPES.items()
 }
 _command_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(DeciderCommand | BatchCommand)
-
-
-def encode_record(record: Record) -> bytes:
-    """Msgpack of a record, as it stands in a segment."""
-    return _encoder.encode((record.meta, record.event))
 
 
 def decode_stored(data: bytes | memoryview) -> Stored:

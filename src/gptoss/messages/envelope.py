@@ -53,8 +53,8 @@ class Meta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     mono_ns: int
 
 
-class Record(msgspec.Struct, frozen=True, gc=False):
-    """An event in the journal."""
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An event in the journal. Encoded as it stands on disk, see ``codec``."""
 
     meta: Meta
     event: Event

@@ -13,8 +13,9 @@ import msgspec
 from gptoss.actors.journal import JournalHealth
 from gptoss.clock import Clock, SeededRng
 from gptoss.messages.codec import encode_record
-from gptoss.messages.envelope import Event, Family, Origin, Record
+from gptoss.messages.envelope import Family, Origin, Record
 from gptoss.messages.events import LogDegraded
+from gptoss.telemetry.journal_base import Watchers
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.telemetry.segment_file import (
     FORMAT_VERSION,
@@ -58,7 +59,7 @@ class SimulatedJournal(MemoryJournal):
         self._num_synced = 0
         self._is_committing = False
         self._stop_reason = ""
-        self._is_sealed = False
+        self._sealed_at: int | None = None
 
     @property
     def committed_pos(self) -> int:
@@ -71,22 +72,11 @@ class SimulatedJournal(MemoryJournal):
         health = super().health
         return msgspec.structs.replace(
             health,
+            last_pos=health.last_pos if self._sealed_at is None else self._sealed_at,
             ok=not self._stop_reason,
             reason=self._stop_reason or health.reason,
             committed_pos=self.committed_pos,
         )
-
-    def append(self, event: Event, origin: Origin) -> Record:
-        """See ``Journal``."""
-        if self._is_sealed:
-            return self._sequencer.draft(event, origin)
-        record = super().append(event, origin)
-        if event.FAMILY == "control" and not self._stop_reason:
-            self._written.append(encode_record(record))
-            if not self._is_committing:
-                self._is_committing = True
-                self._loop.call_later(COMMIT_S, self._write)
-        return record
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Whether everything is acknowledged; nobody may wait here, for that would stop the world."""
@@ -101,7 +91,18 @@ class SimulatedJournal(MemoryJournal):
 
     def seal(self) -> None:
         """The run is over: what its remains still append while they are cleared away is not kept."""
-        self._is_sealed = True
+        self._sealed_at = self.health.last_pos
+        self._watchers = Watchers()
+
+    def _keep(self, record: Record) -> None:
+        if self._sealed_at is not None:
+            return
+        super()._keep(record)
+        if record.event.FAMILY == "control" and not self._stop_reason:
+            self._written.append(encode_record(record))
+            if not self._is_committing:
+                self._is_committing = True
+                self._loop.call_later(COMMIT_S, self._write)
 
     # ---- the disk
 
@@ -122,7 +123,7 @@ class SimulatedJournal(MemoryJournal):
             return
         if self._disk.fails:
             self._stop_reason = "writing the journal failed: Input/output error (EIO)"
-            super().append(LogDegraded(reason=self._stop_reason), Origin(stream="journal", actor="journal"))
+            self.append(LogDegraded(reason=self._stop_reason), Origin(stream="journal", actor="journal"))
         else:
             self._num_synced = self._num_written
 

@@ -6,11 +6,12 @@ progress, and readiness means progress.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from gptoss.actors.directory import EXECUTOR_PREFIX
 from gptoss.messages import events as ev
-from gptoss.messages.envelope import Event, Meta, Record
+from gptoss.messages.envelope import Event, Meta
 from gptoss.messages.model import DeviceMemory, EngineCapabilities
 
 ExecutorState: TypeAlias = Literal["starting", "loading", "ready", "draining", "restarting", "failed"]
@@ -70,15 +71,16 @@ class ExecutorBook:
     """request id -> (executor or empty while unbound, KV bytes)"""
     boot: str = ""
 
-    def fold(self, record: Record) -> None:
-        """Take one record in."""
-        if record.meta.boot != self.boot:
-            self.boot = record.meta.boot
-            self.views.clear()
-            self.reservations.clear()
-        handler = _HANDLERS.get(type(record.event))
-        if handler is not None:
-            handler(self, record.meta, record.event)
+    def begin_boot(self, boot: str) -> None:
+        """Begin anew, with the first record of another boot."""
+        self.boot = boot
+        self.views.clear()
+        self.reservations.clear()
+
+    def fold_of(self, kind: type[Event]) -> Callable[[Meta, Any], None] | None:
+        """What becomes of an event of this type, None for nothing."""
+        handler = _HANDLERS.get(kind)
+        return None if handler is None else partial(handler, self)
 
     def reserved_bytes(self, executor: str) -> int:
         """KV bytes that are reserved on ``executor``; the empty name is for grants that no executor has yet."""

@@ -16,9 +16,10 @@ import msgspec
 
 from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.messages import events as ev
-from gptoss.messages.envelope import Record
+from gptoss.messages.envelope import Event, Record
+from gptoss.telemetry.folding import Handler
 from gptoss.telemetry.percentile import nearest_rank
-from gptoss.telemetry.request_view import RequestView
+from gptoss.telemetry.request_view import RequestView, StepSums
 
 SECONDS_KEPT = 300
 _MIDDLE = 50
@@ -103,36 +104,60 @@ class History:
         self._levels = levels
         self._over: deque[Second] = deque(maxlen=SECONDS_KEPT)
         self._open: _Open | None = None
+        self._ends_ns = 0
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._over.clear()
+        self._open, self._ends_ns = None, 0
 
     def turn(self, mono_ns: int) -> None:
         """Close the second that goes on, if it is over at ``mono_ns``; before that moment's record is folded anywhere."""
-        at = mono_ns // NS_PER_S
-        if self._open is not None and at > self._open.at:
+        if mono_ns < self._ends_ns:
+            return
+        if self._open is not None:
             self._over.append(self._open.closed(self._levels()))
-            self._open = None
-        if self._open is None:
-            self._open = _Open(at)
+        at = mono_ns // NS_PER_S
+        self._open, self._ends_ns = _Open(at), (at + 1) * NS_PER_S
 
-    def fold(self, record: Record, request: RequestView | None) -> None:
-        """Take one record in, after ``turn``.
+    def step(self, event: ev.StepCommitted, sums: StepSums) -> None:
+        """Take a step in, after ``turn``, with the sums over its rows."""
+        second = self._now()
+        second.prefilled += sums.prefilled
+        second.tokens += sums.tokens
+        if sums.tokens:
+            # A step may bring a stream several tokens, where they were guessed.
+            second.token_ms.append(event.duration_ns / NS_PER_MS * sums.streams / sums.tokens)
 
-        Args:
-            record: the record.
-            request: the view of the request that it changed, already up to date.
-        """
+    def handlers(self, kind: type[Event]) -> tuple[Handler, ...]:
+        """See ``View``; called after ``turn``."""
+        if kind in ev.TERMINAL_EVENTS:
+            return (self._ended,)
+        handlers: dict[type[Event], Handler] = {
+            ev.AdmissionDecided: self._admitted,
+            ev.Enqueued: self._enqueued,
+            ev.FirstTokenProduced: self._first_token,
+        }
+        return (handlers[kind],) if kind in handlers else ()
+
+    def _now(self) -> _Open:
         assert self._open is not None
-        second, event = self._open, record.event
-        if isinstance(event, ev.StepCommitted):
-            _fold_step(second, event)
-        elif isinstance(event, ev.AdmissionDecided):
-            second.admission[event.action] += 1
-        elif isinstance(event, ev.Enqueued):
-            second.queued_max = max(second.queued_max, event.queued)
-        elif request is not None and isinstance(event, ev.FirstTokenProduced):
-            if request.ttft_ns is not None:
-                second.ttft_ms.append(request.ttft_ns / NS_PER_MS)
-        elif request is not None and request.is_over:
-            second.ended[request.state] += 1
+        return self._open
+
+    def _admitted(self, _: Record, event: ev.AdmissionDecided, _request: RequestView | None) -> None:
+        self._now().admission[event.action] += 1
+
+    def _enqueued(self, _: Record, event: ev.Enqueued, _request: RequestView | None) -> None:
+        second = self._now()
+        second.queued_max = max(second.queued_max, event.queued)
+
+    def _first_token(self, _: Record, _event: Event, request: RequestView | None) -> None:
+        if request is not None and request.ttft_ns is not None:
+            self._now().ttft_ms.append(request.ttft_ns / NS_PER_MS)
+
+    def _ended(self, _: Record, _event: Event, request: RequestView | None) -> None:
+        if request is not None:
+            self._now().ended[request.state] += 1
 
     def since(self, at: int) -> list[Second]:
         """The seconds from ``at`` on, oldest first, the one that goes on included."""
@@ -148,18 +173,6 @@ def as_columns(seconds: list[Second]) -> dict[str, list[Any]]:
     columns = {name: [msgspec.to_builtins(getattr(second, name)) for second in seconds] for name in names}
     levels = {name: [getattr(second.levels, name) for second in seconds] for name in Levels.__struct_fields__}
     return columns | levels
-
-
-def _fold_step(second: _Open, event: ev.StepCommitted) -> None:
-    tokens = streams = 0
-    for row in event.rows:
-        tokens += row.tokens
-        streams += row.tokens > 0
-        second.prefilled += row.prefilled
-    second.tokens += tokens
-    if tokens:
-        # A step may bring a stream several tokens, where they were guessed.
-        second.token_ms.append(event.duration_ns / NS_PER_MS * streams / tokens)
 
 
 def _spread(samples: list[float]) -> Spread | None:

@@ -1,7 +1,7 @@
 """Everything that a live server folds its journal into: each record once through the books, then to every projection."""
 
-from gptoss.messages.envelope import Record
 from gptoss.telemetry.books import Books
+from gptoss.telemetry.folding import Folding
 from gptoss.telemetry.logs import LogWriter
 from gptoss.telemetry.metrics import Metrics
 from gptoss.telemetry.projection import FINISHED_MAX, Projection
@@ -21,27 +21,24 @@ class LiveViews:
     def __init__(
         self, *, step_timeout_s: float = 60.0, log: LogWriter | None = None, spans: SpanSink | None = None
     ) -> None:
-        self._books = Books(requests=RequestBook(finished_max=FINISHED_MAX))
-        self.projection = Projection(step_timeout_s=step_timeout_s, books=self._books)
-        self.metrics = Metrics(self._books)
-        self._traces = None if spans is None else Traces(spans, self._books)
+        books = Books(requests=RequestBook(finished_max=FINISHED_MAX))
+        self.projection = Projection(step_timeout_s=step_timeout_s, books=books)
+        self.metrics = Metrics(books)
         self._log = log
+        traces = None if spans is None else Traces(spans, books)
+        views = (self.projection, self.metrics, log, traces)
+        self.fold = Folding(books, [view for view in views if view is not None]).fold
+        """Takes one record in."""
 
     @property
     def newest_pos(self) -> int:
         """Position of the newest record that was folded, -1 before the first."""
         return self.projection.newest_pos
 
-    def fold(self, record: Record) -> None:
-        """Take one record in."""
-        self.projection.turn(record)
-        request = self._books.fold(record)
-        self.projection.take(record, request)
-        self.metrics.take(record, request)
+    def flush(self) -> None:
+        """Let out what records that were folded have written, after each burst of them."""
         if self._log is not None:
-            self._log.take(record, request)
-        if self._traces is not None:
-            self._traces.take(record, request)
+            self._log.flush()
 
     def count_missed(self, records: int) -> None:
         """Say that ``records`` records never came here."""

@@ -1,23 +1,27 @@
 """Log lines, folded from the journal: one line an event of interest, one line a request, never any content.
 
-Lines are plain dictionaries (``event``, ``level``, fields); structlog's renderers write them, without any global
-configuration. Strings that came from outside are escaped and cut, so that nobody can forge a line. Load progress and
+Lines are plain dictionaries (``event``, ``level``, fields), written as JSON or, for people, by structlog's renderer without
+any global configuration. Strings that came from outside are escaped and cut, so that nobody can forge a line. Load progress and
 dead letters are rate-limited by the records' own times, and what was held back is counted in the next line.
 """
 
-from collections.abc import Callable
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, TypeAlias
 
+import msgspec
 from structlog.dev import ConsoleRenderer
-from structlog.processors import JSONRenderer
 
 from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
-from gptoss.telemetry.request_view import RequestBook, RequestView, request_id_of
-from gptoss.telemetry.wall_clock import wall_offset_ns
+from gptoss.telemetry.folding import Handler, View
+from gptoss.telemetry.request_view import RequestView, request_id_of
+from gptoss.telemetry.wall_clock import ANCHORS, wall_offset_ns
 
 Level: TypeAlias = Literal["debug", "info", "warning", "error"]
 Fields: TypeAlias = dict[str, Any]
@@ -27,6 +31,7 @@ TEXT_MAX = 300
 PROGRESS_EVERY_NS = 2 * NS_PER_S
 DEAD_LETTERS_EVERY_NS = NS_PER_S
 SERVER_ERROR_STATUS = 500
+US_PER_S = 1_000_000
 
 
 def log_line(record: Record, request: RequestView | None = None) -> Fields | None:
@@ -47,9 +52,20 @@ def log_line(record: Record, request: RequestView | None = None) -> Fields | Non
     if trace_id := record.meta.trace_id or (request.trace_id if request is not None else ""):
         line["trace_id"] = trace_id
     line |= fields_of(record.meta, event)
-    if request is not None and isinstance(event, ev.TERMINAL_EVENTS):
+    if request is not None and type(event) in _TERMINAL:
         line |= _life(request)
-    return {key: safe_text(value) if isinstance(value, str) else value for key, value in line.items()}
+    for key, value in line.items():
+        if isinstance(value, str) and not _is_safe(value):
+            line[key] = safe_text(value)
+    return line
+
+
+def worst_level(kind: type[Event]) -> int:
+    """The highest of ``LEVELS`` that a line of this type can have; 0 if it has no line."""
+    entry = _LINES.get(kind)
+    if entry is None:
+        return 0
+    return LEVELS["warning"] if kind is ev.RequestRejected else LEVELS[entry[0]]
 
 
 def _level(event: Event, usual: Level) -> Level:
@@ -63,6 +79,7 @@ def _level(event: Event, usual: Level) -> Level:
 
 def _life(request: RequestView) -> Fields:
     """Durations and sizes of a request that is over; what never happened is left out."""
+    speed = request.tokens_per_s
     fields: Fields = {
         "endpoint": request.endpoint,
         "model": request.model,
@@ -70,7 +87,7 @@ def _life(request: RequestView) -> Fields:
         "e2e_ms": _ms(request.e2e_ns),
         "ttft_ms": _ms(request.ttft_ns),
         "queue_ms": _ms(request.queued_ns or None),
-        "tokens_per_s": None if request.tokens_per_s is None else round(request.tokens_per_s, 1),
+        "tokens_per_s": None if speed is None else round(speed, 1),
         "prompt_tokens": request.prompt_tokens,
         "completion_tokens": request.completion_tokens,
         "cached_tokens": request.cached_tokens,
@@ -85,11 +102,17 @@ def _ms(nanoseconds: int | None) -> float | None:
 
 def safe_text(text: str) -> str:
     """The text cut to ``TEXT_MAX`` and, if anything in it would not print, escaped: it cannot forge a line or a colour."""
+    if _is_safe(text):
+        return text
     cut = text if len(text) <= TEXT_MAX else text[: TEXT_MAX - 1] + "…"
     return cut if cut.isprintable() else cut.encode("unicode_escape").decode("ascii")
 
 
-class LogWriter:
+def _is_safe(text: str) -> bool:
+    return len(text) <= TEXT_MAX and text.isprintable()
+
+
+class LogWriter(View):
     """Writes the log lines of the records it folds.
 
     Args:
@@ -99,51 +122,87 @@ class LogWriter:
     """
 
     def __init__(self, stream: TextIO, format: Literal["json", "console"], level: Level = "info") -> None:  # noqa: A002 - the setting's own name
+        super().__init__()
         self._stream = stream
         self._lowest = LEVELS[level]
-        self._render: Callable[[Any, str, Any], str | bytes]
-        if format == "json":
-            self._render = JSONRenderer()
-        else:
-            self._render = ConsoleRenderer(colors=stream.isatty(), pad_event_to=24, sort_keys=False)
-        self._requests = RequestBook()
+        self._render = _as_json if format == "json" else _for_people(stream)
         self._throttle = _Throttle()
         self._wall_offset_ns: int | None = None
         self._broken = False
+        self._is_unflushed = False
 
     def fold(self, record: Record) -> None:
-        """Take one record in, and keep account of the requests."""
-        self.take(record, self._requests.fold(record))
+        """Take one record in, and keep account of the requests; its line has left when this returns."""
+        super().fold(record)
+        self.flush()
 
-    def take(self, record: Record, request: RequestView | None) -> None:
-        """Take one record in and write its line, if it has one.
+    def begin_boot(self, boot: str) -> None:
+        """See ``View``: lines are not counted by boots."""
 
-        Args:
-            record: the record.
-            request: the request that it changed, up to date.
-        """
-        if isinstance(record.event, ev.CommandConsumed):
-            return
+    def handlers(self, kind: type[Event]) -> Iterator[Handler]:
+        """See ``View``."""
+        if kind in ANCHORS:
+            yield self._anchor
+        if worst_level(kind) >= self._lowest:
+            yield self._put
+
+    def _anchor(self, record: Record, _: Event, _request: RequestView | None) -> None:
         self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
+
+    def _put(self, record: Record, _: Event, request: RequestView | None) -> None:
         if self._broken or (line := log_line(record, request)) is None:
             return
-        if LEVELS[line["level"]] < self._lowest or not self._throttle.lets_pass(record, line):
-            return
-        self._write(record.meta, line)
+        if LEVELS[line["level"]] >= self._lowest and self._throttle.lets_pass(record, line):
+            self._write(record.meta, line)
+
+    def flush(self) -> None:
+        """Let the lines out that were written since the last time; called once for a burst of records."""
+        if self._is_unflushed and not self._broken:
+            self._is_unflushed = False
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._broken = True
 
     def _write(self, meta: Meta, line: Fields) -> None:
-        level = line["level"]
         if self._wall_offset_ns is not None:
-            wall_s = (self._wall_offset_ns + meta.mono_ns) / NS_PER_S
-            timestamp = datetime.fromtimestamp(wall_s, tz=UTC).isoformat(timespec="milliseconds")
-            line = {"timestamp": timestamp.replace("+00:00", "Z"), **line}
-        text = self._render(None, level, line)
+            line = {"timestamp": _timestamp((self._wall_offset_ns + meta.mono_ns) / NS_PER_S), **line}
+        text = self._render(line)
         try:
-            self._stream.write(f"{text.decode() if isinstance(text, bytes) else text}\n")
-            self._stream.flush()
+            self._stream.write(f"{text}\n")
+            self._is_unflushed = True
         except (OSError, ValueError):
             # The reader of the log is gone (broken pipe, closed file): serving goes on without it.
             self._broken = True
+
+
+def _as_json(line: Fields) -> str:
+    """One line, ASCII alone: a terminal or a collector of whatever encoding can take it."""
+    text = msgspec.json.format(msgspec.json.encode(line), indent=0).decode()
+    return text if text.isascii() else json.dumps(line)
+
+
+def _for_people(stream: TextIO) -> Callable[[Fields], str]:
+    renderer = ConsoleRenderer(colors=stream.isatty(), pad_event_to=24, sort_keys=False)
+
+    def render(line: Fields) -> str:
+        return renderer(None, line["level"], line)
+
+    return render
+
+
+def _timestamp(wall_s: float) -> str:
+    """A moment in UTC, to the millisecond."""
+    fraction, second = math.modf(wall_s)
+    micros = round(fraction * 1e6)
+    if micros == US_PER_S:
+        second, micros = second + 1, 0
+    return f"{_second(second)}.{micros // 1000:03d}Z"
+
+
+@functools.lru_cache(maxsize=2)
+def _second(second: float) -> str:
+    return datetime.fromtimestamp(second, tz=UTC).isoformat(timespec="seconds").removesuffix("+00:00")
 
 
 @dataclass(slots=True)
@@ -254,3 +313,4 @@ _LINES: dict[type[Event], tuple[Level, str, Callable[[Meta, Any], Fields]]] = {
     ev.RequestCancelled: ("info", "request_cancelled", _fields("reason")),
     ev.RequestRejected: ("info", "request_rejected", _fields("status", "code", "message")),
 }
+_TERMINAL = frozenset(ev.TERMINAL_EVENTS)

@@ -4,18 +4,17 @@ It obeys the same contract as the store on disk, except that nothing survives th
 as soon as it is appended. Each family keeps its newest ``capacity`` records.
 """
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 
 from gptoss.actors.journal import JournalHealth
 from gptoss.clock import Clock
-from gptoss.messages.envelope import Event, Family, Origin, Record
-from gptoss.telemetry.journal_base import Query, Sequencer, Watcher, Watchers
+from gptoss.messages.envelope import Family, Record
+from gptoss.telemetry.journal_base import Query, Sequencer, Store
 
 
-class MemoryJournal:
+class MemoryJournal(Store):
     """See ``gptoss.actors.journal.Journal``.
 
     Args:
@@ -23,23 +22,11 @@ class MemoryJournal:
     """
 
     def __init__(self, *, node: str, boot: str, clock: Clock, capacity: int = 200_000) -> None:
-        self._lock = threading.RLock()
-        self._sequencer = Sequencer(node=node, boot=boot, clock=clock)
-        self._watchers = Watchers()
+        super().__init__(Sequencer(node=node, boot=boot, clock=clock))
         self._records: dict[Family, deque[Record]] = {
             "control": deque(maxlen=capacity),
             "content": deque(maxlen=capacity),
         }
-
-    @property
-    def node(self) -> str:
-        """See ``Journal``."""
-        return self._sequencer.node
-
-    @property
-    def boot(self) -> str:
-        """See ``Journal``."""
-        return self._sequencer.boot
 
     @property
     def health(self) -> JournalHealth:
@@ -48,17 +35,6 @@ class MemoryJournal:
         return JournalHealth(
             ok=True, reason=self._watchers.failure, last_pos=last_pos, committed_pos=last_pos, stored_bytes=0
         )
-
-    def append(self, event: Event, origin: Origin) -> Record:
-        """See ``Journal``."""
-        with self._lock:
-            self._watchers.refuse_reentry()
-            record = self._sequencer.draft(event, origin)
-            self._sequencer.advance(record)
-            self._records[event.FAMILY].append(record)
-            if event.FAMILY == "control":
-                self._watchers.tell(record)
-        return record
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Nothing is ever left to wait for."""
@@ -81,16 +57,8 @@ class MemoryJournal:
             records = list(self._records[family])
         return islice((record for record in records if query.matches(record.meta)), limit)
 
-    def subscribe(self, watcher: Watcher) -> Callable[[], None]:
-        """See ``Journal``."""
-        with self._lock:
-            self._watchers.add(watcher)
-
-        def stop() -> None:
-            with self._lock:
-                self._watchers.remove(watcher)
-
-        return stop
-
     def close(self) -> None:
         """Nothing to release."""
+
+    def _keep(self, record: Record) -> None:
+        self._records[record.event.FAMILY].append(record)

@@ -97,6 +97,16 @@ class Gauge:
         return family
 
 
+class _Row:
+    """One combination of labels of a histogram."""
+
+    __slots__ = ("buckets", "total")
+
+    def __init__(self, buckets: int) -> None:
+        self.buckets = [0] * buckets
+        self.total = 0.0
+
+
 class Histogram:
     """How often values fell into each bucket, for each combination of labels, with an example of each."""
 
@@ -105,18 +115,16 @@ class Histogram:
         self._text, self._labels = text, tuple(labels)
         self._bounds = tuple(float(bound) for bound in bounds)
         self._names = [*(str(bound) for bound in self._bounds), "+Inf"]
-        self._buckets: dict[Labels, list[int]] = {}
-        self._sums: dict[Labels, float] = {}
+        self._rows: dict[Labels, _Row] = {}
         self._exemplars: dict[tuple[Labels, int], Exemplar] = {}
 
     def observe(self, labels: Labels, value: float, times: int = 1) -> None:
         """Count ``value``, ``times`` over."""
-        buckets = self._buckets.get(labels)
-        if buckets is None:
-            buckets = self._buckets[labels] = [0] * len(self._names)
-            self._sums[labels] = 0.0
-        buckets[bisect_left(self._bounds, value)] += times
-        self._sums[labels] += value * times
+        row = self._rows.get(labels)
+        if row is None:
+            row = self._rows[labels] = _Row(len(self._names))
+        row.buckets[bisect_left(self._bounds, value)] += times
+        row.total += value * times
 
     def exemplify(self, labels: Labels, value: float, *, trace_id: str, unix_s: float) -> None:
         """Name a trace as the newest example of a value that was observed."""
@@ -126,19 +134,19 @@ class Histogram:
     def collect(self) -> Metric:
         """The family as the exposition wants it: cumulative buckets. Only OpenMetrics shows the examples."""
         family = HistogramMetricFamily(self.name, self._text, labels=self._labels)
-        for labels, counts in self._buckets.items():
+        for labels, row in self._rows.items():
             total = 0
             buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
-            for bucket, (name, count) in enumerate(zip(self._names, counts, strict=True)):
+            for bucket, (name, count) in enumerate(zip(self._names, row.buckets, strict=True)):
                 total += count
                 exemplar = self._exemplars.get((labels, bucket))
                 buckets.append((name, total) if exemplar is None else (name, total, exemplar))
-            family.add_metric(labels, buckets, self._sums[labels])
+            family.add_metric(labels, buckets, row.total)
         return family
 
     def saved(self) -> SavedFamily:
         """What it holds."""
-        rows = [(labels, list[float](counts), self._sums[labels]) for labels, counts in self._buckets.items()]
+        rows = [(labels, list[float](row.buckets), row.total) for labels, row in self._rows.items()]
         return SavedFamily(self._labels, self._bounds, rows)
 
     def add_saved(self, saved: SavedFamily) -> None:
@@ -147,10 +155,10 @@ class Histogram:
             return
         for labels, counts, total in saved.rows:
             self.observe(labels, 0.0, 0)
-            self._sums[labels] += total
-            buckets = self._buckets[labels]
+            row = self._rows[labels]
+            row.total += total
             for bucket, count in enumerate(counts):
-                buckets[bucket] += int(count)
+                row.buckets[bucket] += int(count)
 
 
 Family: TypeAlias = Counter | Gauge | Histogram

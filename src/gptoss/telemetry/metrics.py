@@ -6,10 +6,11 @@ restarts: a boot's ``CountersCarried`` holds what the boots before it counted, s
 A trace that is kept becomes the newest example (exemplar) of each bucket that its request fell into, once it has ended.
 """
 
+import functools
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Self
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -21,6 +22,7 @@ from gptoss.messages.envelope import Event, Record
 from gptoss.telemetry.books import Books
 from gptoss.telemetry.executor_view import ExecutorBook, model_of
 from gptoss.telemetry.exposition import content_type_for, exposition
+from gptoss.telemetry.folding import Handler, View
 from gptoss.telemetry.metric_catalogue import PROVIDER, Catalogue, operation_of
 from gptoss.telemetry.metric_families import FamilyCollector, Histogram, Labels, SavedFamily
 from gptoss.telemetry.metric_gauges import Present, put_gauges
@@ -46,37 +48,39 @@ class SavedMetrics(msgspec.Struct, frozen=True, kw_only=True):
     queued: set[str]
 
 
-class Metrics:
+class Metrics(View):
     """The metrics up to the newest record.
 
     Args:
-        books: folded by whoever calls ``take``; None keeps own ones, for ``fold``.
+        books: see ``View``.
     """
 
     def __init__(self, books: Books | None = None) -> None:
-        self._books = books or Books()
-        self._handlers: dict[type[Event], Callable[[Any], None]] = {
-            ev.NodeStarted: self._node_started,
-            ev.CountersCarried: self._carried,
-            ev.StepCommitted: self._step,
-            ev.AdmissionDecided: lambda event: self._families.admission.add((event.action,)),
-            ev.DeadLettered: lambda event: self._families.dead_letters.add((event.reason,)),
-            ev.EngineExited: self._exited,
-            ev.Preempted: lambda event: self._families.preemptions.add(self._vllm(event.executor)),
-            ev.Enqueued: lambda event: self._queued.add(event.request_id),
-            ev.Dequeued: lambda event: self._queued.discard(event.request_id),
-            ev.RequestFailed: self._failed,
-            ev.HostObserved: self._host_observed,
-            ev.SpansExported: self._spans_exported,
+        super().__init__(books)
+        self._handlers: dict[type[Event], tuple[Handler, ...]] = {
+            ev.NodeStarted: (self._anchor, self._node_started),
+            ev.ClockAnchored: (self._anchor,),
+            ev.CountersCarried: (self._carried,),
+            ev.StepCommitted: (self._step,),
+            ev.AdmissionDecided: (self._admitted,),
+            ev.DeadLettered: (self._dead_lettered,),
+            ev.EngineExited: (self._exited,),
+            ev.Preempted: (self._preempted,),
+            ev.Enqueued: (self._enqueued,),
+            ev.Dequeued: (self._dequeued,),
+            ev.FirstTokenProduced: (self._first_token,),
+            **dict.fromkeys(ev.TERMINAL_EVENTS, (self._ended,)),
+            ev.RequestFailed: (self._failed, self._ended),
+            ev.HostObserved: (self._host_observed,),
+            ev.SpansExported: (self._spans_exported,),
         }
-        self._begin_boot("")
+        self.begin_boot("")
 
-    def _begin_boot(self, boot: str) -> None:
-        """A boot begins at zero, or where ``CountersCarried`` says."""
+    def begin_boot(self, boot: str) -> None:
+        """See ``View``: a boot begins at zero, or where ``CountersCarried`` says."""
         self._boot = boot
         self._families = Catalogue()
         self._queued: set[str] = set()
-        self._newest_ns = 0
         self._host: ev.HostObserved | None = None
         self._sampling = TailSampling()
         self._wall_offset_ns = 0
@@ -84,158 +88,152 @@ class Metrics:
         self._registry.register(FamilyCollector(self._families.all()))
         self._families.missed.add((), 0)
         self._families.spans_exported.add((), 0)
+        self._counted: dict[type[Event], int] = {}
         self._rendered: dict[str, bytes] = {}
+        self._rendered_at = 0
 
     # ------------------------------------------------------------ folding
 
-    def fold(self, record: Record) -> None:
-        """Take one record in, and fold the own books."""
-        self.take(record, self._books.fold(record))
+    def handlers(self, kind: type[Event]) -> tuple[Handler, ...]:
+        """See ``View``."""
+        return self._handlers.get(kind, ())
 
-    def take(self, record: Record, request: RequestView | None) -> None:
-        """Take one record in.
-
-        Args:
-            record: the record.
-            request: the request that it changed, as the books, which have folded it already, say.
-        """
-        meta = record.meta
-        if meta.boot != self._boot:
-            self._begin_boot(meta.boot)
-        if self._rendered:
-            self._rendered.clear()
-        self._newest_ns = meta.mono_ns
-        self._families.events.add((meta.type,))
-        if type(record.event) is ev.CommandConsumed:
-            return
-        self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
-        handler = self._handlers.get(type(record.event))
-        if handler is not None:
-            handler(record.event)
-        if request is not None:
-            self._take_request(record.event, request)
+    def _count_events(self) -> None:
+        """Bring the count of events up to date. The books count every record, which is cheaper than a labelled counter."""
+        for kind, records in self._books.counts.items():
+            before = self._counted.get(kind, 0)
+            if records != before:
+                self._families.events.add((kind.__name__,), records - before)
+                self._counted[kind] = records
 
     def count_missed(self, records: int) -> None:
         """Say that ``records`` records never came here: the one number that no record holds."""
         self._rendered.clear()
         self._families.missed.add((), records)
 
-    def _node_started(self, event: ev.NodeStarted) -> None:
+    def _anchor(self, record: Record, _: Event, _request: RequestView | None) -> None:
+        self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
+
+    def _node_started(self, _: Record, event: ev.NodeStarted, _request: RequestView | None) -> None:
         self._sampling = TailSampling.from_recorded(json.loads(event.settings or "{}"))
 
-    def _carried(self, event: ev.CountersCarried) -> None:
+    def _carried(self, _: Record, event: ev.CountersCarried, _request: RequestView | None) -> None:
         self.add(decode_families(event.state))
 
-    def _step(self, event: ev.StepCommitted) -> None:
-        families, labels = self._families, self._vllm(event.executor)
-        open_requests = self._books.requests.open
-        produced = prefilled = drafted = accepted = 0
-        alike: dict[tuple[int, int], int] = {}  # most rows of a step have the same gap: they are counted at once
-        for row in event.rows:
-            prefilled += row.prefilled
-            drafted += row.num_draft
-            if not row.tokens:
-                continue
-            produced += row.tokens
-            accepted += row.tokens - 1
-            view = open_requests.get(row.request_id)
-            if view is not None and view.token_gap_ns is not None:
-                gap = (view.token_gap_ns, row.tokens)
-                alike[gap] = alike.get(gap, 0) + row.tokens
-        for (gap_ns, tokens), times in alike.items():
+    def _step(self, _: Record, event: ev.StepCommitted, _request: RequestView | None) -> None:
+        families, labels, sums = self._families, self._vllm(event.executor), self._books.step
+        for (gap_ns, tokens), times in sums.gaps.items():
             families.itl.observe(labels, gap_ns / NS_PER_S / tokens, times)
-        families.generation_tokens.add(labels, produced)
-        families.decoded.add(labels[:1], produced)
-        families.prefilled.add(labels[:1], prefilled)
-        families.drafted.add(labels, drafted)
-        families.accepted.add(labels, accepted)
+        families.generation_tokens.add(labels, sums.tokens)
+        families.decoded.add(labels[:1], sums.tokens)
+        families.prefilled.add(labels[:1], sums.prefilled)
+        families.drafted.add(labels, sums.drafted)
+        families.accepted.add(labels, sums.tokens - sums.streams)  # a row's first token was not guessed
         families.step.observe((event.executor,), event.duration_ns / NS_PER_S)
 
-    def _exited(self, event: ev.EngineExited) -> None:
+    def _admitted(self, _: Record, event: ev.AdmissionDecided, _request: RequestView | None) -> None:
+        self._families.admission.add((event.action,))
+
+    def _dead_lettered(self, _: Record, event: ev.DeadLettered, _request: RequestView | None) -> None:
+        self._families.dead_letters.add((event.reason,))
+
+    def _preempted(self, _: Record, event: ev.Preempted, _request: RequestView | None) -> None:
+        self._families.preemptions.add(self._vllm(event.executor))
+
+    def _enqueued(self, _: Record, event: ev.Enqueued, _request: RequestView | None) -> None:
+        self._queued.add(event.request_id)
+
+    def _dequeued(self, _: Record, event: ev.Dequeued, _request: RequestView | None) -> None:
+        self._queued.discard(event.request_id)
+
+    def _exited(self, _: Record, event: ev.EngineExited, _request: RequestView | None) -> None:
         if not event.planned:
             self._families.exits.add((event.executor,))
 
-    def _failed(self, event: ev.RequestFailed) -> None:
+    def _failed(self, _: Record, event: ev.RequestFailed, _request: RequestView | None) -> None:
         if is_crash_end(event):
             # A request of the boot before this one, which did not live to count its end.
             self._families.ends.add(("failed", AbortedByCrash.code))
 
-    def _host_observed(self, event: ev.HostObserved) -> None:
+    def _host_observed(self, _: Record, event: ev.HostObserved, _request: RequestView | None) -> None:
         self._host = event
 
-    def _spans_exported(self, event: ev.SpansExported) -> None:
+    def _spans_exported(self, _: Record, event: ev.SpansExported, _request: RequestView | None) -> None:
         families = self._families
         families.spans_exported.add((), event.exported)
         families.spans_dropped.add(("refused",), event.refused)
         families.spans_dropped.add(("overflow",), event.overflowed)
 
-    def _take_request(self, event: Event, request: RequestView) -> None:
-        families = self._families
-        if isinstance(event, ev.FirstTokenProduced):
-            families.prompt_tokens.add(self._vllm(request.executor), request.prompt_tokens)
-            for histogram, labels, value in self._at_first_token(request):
-                histogram.observe(labels, value)
-        if not request.is_over:
+    def _first_token(self, _: Record, _event: Event, request: RequestView | None) -> None:
+        if request is None:
             return
-        families.ends.add((request.state, request.outcome))
-        if request.accepted_ns is not None:
-            self._take_end(request)
+        labels = self._labels(request)
+        self._families.prompt_tokens.add(labels.vllm, request.prompt_tokens)
+        for histogram, at, value in self._at_first_token(request, labels):
+            histogram.observe(at, value)
 
-    def _take_end(self, request: RequestView) -> None:
+    def _ended(self, record: Record, _: Event, request: RequestView | None) -> None:
+        if request is None:
+            return
+        self._families.ends.add((request.state, request.outcome))
+        if request.accepted_ns is not None:
+            self._take_end(request, record.meta.mono_ns)
+
+    def _take_end(self, request: RequestView, now_ns: int) -> None:
         """The end of a request that ran, whatever it was."""
-        families, labels = self._families, self._vllm(request.executor)
+        families, labels = self._families, self._labels(request)
+        vllm = labels.vllm
         if request.state != "failed":
             completed = request.state == "completed" and request.outcome != "cancelled"
-            families.success.add((*labels, request.outcome if completed else "abort"))
-        observed = self._at_end(request)
+            families.success.add((*vllm, request.outcome if completed else "abort"))
+        observed = self._at_end(request, labels)
         for histogram, at, value in observed:
             histogram.observe(at, value)
         if request.state == "completed":
-            families.prompt_size.observe(labels, request.prompt_tokens)
-            families.output_size.observe(labels, request.completion_tokens)
-            families.prefix_queries.add(labels, request.prompt_tokens)
-            families.prefix_hits.add(labels, request.cached_tokens)
+            families.prompt_size.observe(vllm, request.prompt_tokens)
+            families.output_size.observe(vllm, request.completion_tokens)
+            families.prefix_queries.add(vllm, request.prompt_tokens)
+            families.prefix_hits.add(vllm, request.cached_tokens)
             if request.cached_tokens:
                 families.prefix_hit.add(("prefix",))
         if self._sampling.keeps(request) is None:
             return
         if request.first_token_ns is not None and not request.retries:  # else its labels may be others by now
-            observed += self._at_first_token(request)
-        unix_s = (self._wall_offset_ns + self._newest_ns) / NS_PER_S
+            observed += self._at_first_token(request, labels)
+        unix_s = (self._wall_offset_ns + now_ns) / NS_PER_S
         for histogram, at, value in observed:
             histogram.exemplify(at, value, trace_id=request.trace_id, unix_s=round(unix_s, 3))
 
-    def _at_first_token(self, request: RequestView) -> Observed:
+    def _at_first_token(self, request: RequestView, labels: "_RequestLabels") -> Observed:
         """What the first token of a request says."""
-        families, labels = self._families, self._vllm(request.executor)
-        ttft_ns = request.ttft_ns or 0
+        families, ttft_ns, prefill_ns = self._families, request.ttft_ns or 0, request.prefill_ns
         found: Observed = [
-            (families.ttft, labels, ttft_ns / NS_PER_S),
-            (families.ttft_ms, self._older(request), ttft_ns / NS_PER_MS),
-            (families.gen_ai_first, self._gen_ai(request), ttft_ns / NS_PER_S),
+            (families.ttft, labels.vllm, ttft_ns / NS_PER_S),
+            (families.ttft_ms, labels.older, ttft_ns / NS_PER_MS),
+            (families.gen_ai_first, labels.gen_ai, ttft_ns / NS_PER_S),
         ]
-        if request.prefill_ns is not None:
-            found.append((families.prefill, labels, request.prefill_ns / NS_PER_S))
+        if prefill_ns is not None:
+            found.append((families.prefill, labels.vllm, prefill_ns / NS_PER_S))
         return found
 
-    def _at_end(self, request: RequestView) -> Observed:
+    def _at_end(self, request: RequestView, labels: "_RequestLabels") -> Observed:
         """What the end of a request that ran says: of one that was not served to its end, only how long it took."""
-        families, labels, gen_ai = self._families, self._vllm(request.executor), self._gen_ai(request)
-        e2e_s = (request.e2e_ns or 0) / NS_PER_S
+        families, e2e_ns = self._families, request.e2e_ns or 0
         error = "" if request.state == "completed" else request.outcome
-        found: Observed = [(families.gen_ai_duration, (*gen_ai, error), e2e_s)]
+        found: Observed = [(families.gen_ai_duration, (*labels.gen_ai, error), e2e_ns / NS_PER_S)]
         if request.state != "completed":
             return found
         found += [
-            (families.e2e, labels, e2e_s),
-            (families.e2e_ms, self._older(request), (request.e2e_ns or 0) / NS_PER_MS),
-            (families.queue, labels, request.queued_ns / NS_PER_S),
+            (families.e2e, labels.vllm, e2e_ns / NS_PER_S),
+            (families.e2e_ms, labels.older, e2e_ns / NS_PER_MS),
+            (families.queue, labels.vllm, request.queued_ns / NS_PER_S),
         ]
-        if request.decode_ns is not None:
-            found.append((families.decode, labels, request.decode_ns / NS_PER_S))
-        if request.tokens_per_s is not None:
-            found.append((families.speed, self._older(request), request.tokens_per_s))
-            found.append((families.gen_ai_each, gen_ai, 1 / request.tokens_per_s))
+        decode_ns, speed = request.decode_ns, request.tokens_per_s
+        if decode_ns is not None:
+            found.append((families.decode, labels.vllm, decode_ns / NS_PER_S))
+        if speed is not None:
+            found.append((families.speed, labels.older, speed))
+            found.append((families.gen_ai_each, labels.gen_ai, 1 / speed))
         return found
 
     # ------------------------------------------------------------ labels
@@ -243,18 +241,11 @@ class Metrics:
     def _vllm(self, executor: str) -> Labels:
         return (model_of(self._books.executors.views.get(executor)), executor)
 
-    def _older(self, request: RequestView) -> Labels:
+    def _labels(self, request: RequestView) -> "_RequestLabels":
         view = self._books.executors.views.get(request.executor)
-        model = model_of(view)
-        size = _MODEL_SIZE.search(model)
-        dtype = view.capabilities.dtype if view is not None and view.capabilities is not None else ""
-        route = "multi" if request.action == "route_multi" else "single"
-        prompt_version = request.template[:PROMPT_VERSION_CHARS]
-        return (model, size[1].lower() if size else "", dtype, route, "1", "1", "1", prompt_version, request.action)
-
-    def _gen_ai(self, request: RequestView) -> Labels:
-        model = model_of(self._books.executors.views.get(request.executor))
-        return (operation_of(request.endpoint), PROVIDER, model, model)
+        can = None if view is None else view.capabilities
+        model, dtype = ("", "") if can is None else (can.model_name, can.dtype)
+        return _request_labels(request.executor, model, dtype, request.endpoint, request.template, request.action)
 
     # ------------------------------------------------------------ output
 
@@ -265,9 +256,14 @@ class Metrics:
             accept: the request's ``Accept`` header.
         """
         content_type = content_type_for(accept)
+        records = sum(self._books.counts.values())
+        if records != self._rendered_at:
+            self._rendered_at = records
+            self._rendered.clear()
         body = self._rendered.get(content_type)
         if body is None:
             # Kept until the next record: many scrapes at once cost one rendering.
+            self._count_events()
             put_gauges(self._families, self._books, Present(queued=len(self._queued), host=self._host))
             body = self._rendered[content_type] = exposition(self._registry, content_type)
         return body, content_type
@@ -276,6 +272,7 @@ class Metrics:
 
     def saved(self) -> SavedMetrics:
         """All that a later start needs to go on from here."""
+        self._count_events()
         counted = {name: family.saved() for name, family in self._families.counting().items()}
         return SavedMetrics(
             boot=self._boot,
@@ -288,17 +285,44 @@ class Metrics:
     @classmethod
     def restored(cls, saved: SavedMetrics) -> Self:
         """Metrics as they were when they were saved; what no counter needs is not there."""
-        metrics = cls(Books(requests=saved.requests, executors=saved.executors))
-        metrics._begin_boot(saved.boot)
+        metrics = cls(Books(requests=saved.requests, executors=saved.executors, boot=saved.boot))
+        metrics.begin_boot(saved.boot)
         metrics._queued = saved.queued
         metrics.add(saved.families)
         return metrics
 
     def add(self, families: Mapping[str, SavedFamily]) -> None:
         """Count further what others counted; families that are not known any more are left out."""
+        self._count_events()  # whose types came first stand first
         for name, family in self._families.counting().items():
             if name in families:
                 family.add_saved(families[name])
+
+
+class _RequestLabels(msgspec.Struct, frozen=True, gc=False):
+    """What a request is counted under, in the words of each family of names."""
+
+    vllm: Labels
+    older: Labels
+    gen_ai: Labels
+
+
+@functools.lru_cache(maxsize=256)  # requests are many, and their labels few
+def _request_labels(executor: str, model: str, dtype: str, endpoint: str, template: str, action: str) -> _RequestLabels:
+    size = _MODEL_SIZE.search(model)
+    route = "multi" if action == "route_multi" else "single"
+    older = (
+        model,
+        size[1].lower() if size else "",
+        dtype,
+        route,
+        "1",
+        "1",
+        "1",
+        template[:PROMPT_VERSION_CHARS],
+        action,
+    )
+    return _RequestLabels((model, executor), older, (operation_of(endpoint), PROVIDER, model, model))
 
 
 _families_decoder = msgspec.msgpack.Decoder(dict[str, SavedFamily])

@@ -15,9 +15,10 @@ from gptoss.actors.journal import JournalHealth
 from gptoss.clock import NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.codec import by_name
-from gptoss.messages.envelope import Record
+from gptoss.messages.envelope import Event, Record
 from gptoss.telemetry.books import Books
 from gptoss.telemetry.executor_view import ExecutorView
+from gptoss.telemetry.folding import Handler, View
 from gptoss.telemetry.history import SECONDS_KEPT, History, Levels, as_columns
 from gptoss.telemetry.percentile import nearest_rank
 from gptoss.telemetry.request_view import TERMINAL_STATES, RequestBook, RequestView, request_row
@@ -36,49 +37,40 @@ class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class Projection:
+class Projection(View):
     """The server as the records of its newest boot tell it.
 
     Args:
         step_timeout_s: an executor with running requests that makes no step for this long makes the server not ready.
-        books: folded by whoever calls ``take``; None keeps own ones, for ``fold``.
+        books: see ``View``.
     """
 
     def __init__(self, *, step_timeout_s: float = 60.0, books: Books | None = None) -> None:
+        super().__init__(Books(requests=RequestBook(finished_max=FINISHED_MAX)) if books is None else books)
         self._step_timeout_s = step_timeout_s
-        self._books = books or Books(requests=RequestBook(finished_max=FINISHED_MAX))
         self._requests = self._books.requests
         self._executors = self._books.executors
         self._sessions = self._books.sessions
         self._server = ServerView()
         self._history = History(self._levels)
+        # A second that is over keeps the levels of its end.
+        self.turn = self._history.turn
 
-    def fold(self, record: Record) -> None:
-        """Take one record in, and fold the own books."""
-        self.turn(record)
-        self.take(record, self._books.fold(record))
+    def begin_boot(self, boot: str) -> None:
+        """See ``View``: another boot is a new picture."""
+        self._server = ServerView(boot=boot)
+        self._history.clear()
 
-    def turn(self, record: Record) -> None:
-        """What has to be done before the books fold a record: a second that is over keeps the levels of its end."""
-        if record.meta.boot != self._server.boot:
-            self._server = ServerView(boot=record.meta.boot)
-            self._history = History(self._levels)
-        if not isinstance(record.event, ev.CommandConsumed):
-            self._history.turn(record.meta.mono_ns)
+    def handlers(self, kind: type[Event]) -> tuple[Handler, ...]:
+        """See ``View``."""
+        if kind is ev.StepCommitted:
+            return (self._step,)
+        return (*self._server.handlers(kind), *self._history.handlers(kind))
 
-    def take(self, record: Record, request: RequestView | None) -> None:
-        """Take one record in, after ``turn``; the first record of another boot started a new picture.
-
-        Args:
-            record: the record.
-            request: the request that it changed, as the books, which have folded it already, say.
-        """
-        self._server.newest_pos = record.meta.pos
-        if isinstance(record.event, ev.CommandConsumed):
-            self._server.newest_ns = record.meta.mono_ns
-            return  # every other record is one of these, and none shows here
-        self._server.fold(record, request)
-        self._history.fold(record, request)
+    def _step(self, record: Record, event: ev.StepCommitted, _: RequestView | None) -> None:
+        sums = self._books.step
+        self._server.step(record.meta.mono_ns, sums)
+        self._history.step(event, sums)
 
     @property
     def _step_timeout_ns(self) -> int:
@@ -87,7 +79,7 @@ class Projection:
     @property
     def newest_pos(self) -> int:
         """Position of the newest record that was folded, -1 before the first."""
-        return self._server.newest_pos
+        return self._books.newest_pos
 
     def count_missed(self, records: int) -> None:
         """Say that ``records`` records never came here, for ``/stats``."""
@@ -182,7 +174,7 @@ class Projection:
         Args:
             now_ns: monotonic time, the end of the window of ``tokens_per_s``; None takes the newest record's.
         """
-        end_ns = self._server.newest_ns if now_ns is None else now_ns
+        end_ns = self._books.newest_ns if now_ns is None else now_ns
         states = Counter(view.state for view in self._requests.open.values())
         decisions = sum(self._server.routes.values())
         return {

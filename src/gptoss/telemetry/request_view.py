@@ -7,6 +7,7 @@ they cannot disagree. Times are the records' monotonic nanoseconds. Open request
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -182,6 +183,23 @@ def is_crash_end(event: Event) -> bool:
     return isinstance(event, ev.RequestFailed) and event.code == AbortedByCrash.code
 
 
+class StepSums(msgspec.Struct, frozen=True, kw_only=True):
+    """Sums over the rows of a step.
+
+    Attributes:
+        tokens, prefilled, drafted: generated, prompt tokens computed, and tokens guessed.
+        streams: rows that brought tokens.
+        gaps: (time since the request's tokens before, tokens of the row) -> tokens that came so. Most rows of a step are
+            alike.
+    """
+
+    tokens: int = 0
+    prefilled: int = 0
+    drafted: int = 0
+    streams: int = 0
+    gaps: dict[tuple[int, int], int] = {}
+
+
 @dataclass(slots=True)
 class RequestBook:
     """All requests of this boot, open and recently finished, by id in the order of arrival (finished: of ending)."""
@@ -198,59 +216,91 @@ class RequestBook:
             The view of the request that the record changed. None for records of no request, for requests that are
             unknown or over, and for ``StepCommitted``, which concerns many (read them from ``open``).
         """
-        meta = record.meta
+        meta, event = record.meta, record.event
         if meta.boot != self.boot:
-            self._begin_boot(meta)
-        kind = type(record.event)
-        if kind is ev.StepCommitted:
-            self._steps(meta, record.event)
+            self.begin_boot(meta.boot)
+        if isinstance(event, ev.StepCommitted):
+            self.fold_step(meta, event)
             return None
+        fold = self.fold_of(type(event))
+        return None if fold is None else fold(meta, event)
+
+    def fold_of(self, kind: type[Event]) -> Callable[[Meta, Any], RequestView | None] | None:
+        """What becomes of an event of this type, as ``fold`` does it; None for nothing. ``fold_step`` is for steps."""
         handler = _HANDLERS.get(kind)
         if handler is None:
             return None
-        request_id = request_id_of(record)
-        view = self.open.get(request_id)
-        if view is None:
-            if kind is not ev.RequestReceived:
-                return None
-            view = self._begin(request_id, meta)
-        handler(view, meta, record.event)
-        if view.is_over:
-            self._end(view)
-        return view
+        if kind is ev.RequestReceived:
+            return self._receive
+        return partial(self._end if kind in _TERMINAL else self._change, handler)
 
-    def _begin(self, request_id: str, meta: Meta) -> RequestView:
-        if len(self.open) >= OPEN_MAX:
-            self.open.pop(next(iter(self.open)))
-        view = RequestView(request_id, received_ns=meta.mono_ns, trace_id=meta.trace_id)
-        self.open[request_id] = view
-        return view
+    def fold_step(self, meta: Meta, event: ev.StepCommitted) -> StepSums:
+        """Take a step in; returns what else there is to know of its rows."""
+        find, now_ns = self.open.get, meta.mono_ns
+        produced = prefilled = drafted = streams = 0
+        gaps: dict[tuple[int, int], int] = {}
+        alike, alike_tokens = (
+            (0, 0),
+            0,
+        )  # rows that follow each other mostly are: they are put in the dictionary together
+        for row in event.rows:  # for each token of each request: nothing here is worth a call
+            prefilled += row.prefilled
+            drafted += row.num_draft
+            tokens = row.tokens
+            if not tokens:
+                continue
+            produced += tokens
+            streams += 1
+            view = find(row.request_id)
+            if view is None:
+                continue
+            view.tokens_seen += tokens
+            last_ns, view.last_token_ns = view.last_token_ns, now_ns
+            if last_ns is not None:
+                view.token_gap_ns = gap_ns = now_ns - last_ns if now_ns > last_ns else 0
+                if gap_ns != alike[0] or tokens != alike[1]:
+                    if alike_tokens:
+                        gaps[alike] = gaps.get(alike, 0) + alike_tokens
+                    alike, alike_tokens = (gap_ns, tokens), 0
+                alike_tokens += tokens
+        if alike_tokens:
+            gaps[alike] = gaps.get(alike, 0) + alike_tokens
+        return StepSums(tokens=produced, prefilled=prefilled, drafted=drafted, streams=streams, gaps=gaps)
 
-    def _end(self, view: RequestView) -> None:
-        self.open.pop(view.request_id, None)
-        if not self.finished_max:
-            return
-        self.finished.pop(view.request_id, None)
-        self.finished[view.request_id] = view
-        if len(self.finished) > self.finished_max:
-            self.finished.pop(next(iter(self.finished)))
-
-    def _begin_boot(self, meta: Meta) -> None:
+    def begin_boot(self, boot: str) -> None:
         """Monotonic times of boots do not compare, and what an older boot left open has ended with it."""
-        self.boot = meta.boot
+        self.boot = boot
         self.open.clear()
         self.finished.clear()
 
-    def _steps(self, meta: Meta, event: Event) -> None:
-        assert isinstance(event, ev.StepCommitted)
-        find, now_ns = self.open.get, meta.mono_ns
-        for row in event.rows:  # for each token of each request: nothing here is worth a call
-            tokens = row.tokens
-            if tokens and (view := find(row.request_id)) is not None:
-                view.tokens_seen += tokens
-                last_ns = view.last_token_ns
-                view.token_gap_ns = None if last_ns is None else max(0, now_ns - last_ns)
-                view.last_token_ns = now_ns
+    def _receive(self, meta: Meta, event: ev.RequestReceived) -> RequestView:
+        request_id = meta.correlation or event.request_id
+        view = self.open.get(request_id)
+        if view is None:
+            if len(self.open) >= OPEN_MAX:
+                self.open.pop(next(iter(self.open)))
+            view = RequestView(request_id, received_ns=meta.mono_ns, trace_id=meta.trace_id)
+            self.open[request_id] = view
+        _received(view, meta, event)
+        return view
+
+    def _change(self, handler: "_Handler", meta: Meta, event: Event) -> RequestView | None:
+        view = self.open.get(meta.correlation or getattr(event, "request_id", ""))
+        if view is not None:
+            handler(view, meta, event)
+        return view
+
+    def _end(self, handler: "_Handler", meta: Meta, event: Event) -> RequestView | None:
+        view = self._change(handler, meta, event)
+        if view is None:
+            return None
+        self.open.pop(view.request_id, None)
+        if self.finished_max:
+            self.finished.pop(view.request_id, None)
+            self.finished[view.request_id] = view
+            if len(self.finished) > self.finished_max:
+                self.finished.pop(next(iter(self.finished)))
+        return view
 
 
 # ---------------------------------------------------------------- one function an event
@@ -326,7 +376,8 @@ def _rejected(view: RequestView, meta: Meta, event: ev.RequestRejected) -> None:
     view.status, view.message = event.status, event.message
 
 
-_HANDLERS: dict[type[Event], Callable[[RequestView, Meta, Any], None]] = {
+_Handler: TypeAlias = Callable[[RequestView, Meta, Any], None]
+_HANDLERS: dict[type[Event], _Handler] = {
     ev.RequestReceived: _received,
     ev.PromptRendered: _rendered,
     ev.Enqueued: _enqueued,
@@ -343,3 +394,4 @@ _HANDLERS: dict[type[Event], Callable[[RequestView, Meta, Any], None]] = {
     ev.RequestCancelled: _cancelled,
     ev.RequestRejected: _rejected,
 }
+_TERMINAL = frozenset(ev.TERMINAL_EVENTS)

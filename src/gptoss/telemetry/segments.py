@@ -16,7 +16,7 @@ import fcntl
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Self
@@ -27,9 +27,9 @@ from gptoss.actors.journal import JournalHealth
 from gptoss.clock import Clock
 from gptoss.errors import JournalError
 from gptoss.messages.codec import decode_event, decode_stored, encode_record
-from gptoss.messages.envelope import Event, Family, Origin, Record
+from gptoss.messages.envelope import Family, Origin, Record
 from gptoss.messages.events import LogDegraded
-from gptoss.telemetry.journal_base import Query, Sequencer, Watcher, Watchers
+from gptoss.telemetry.journal_base import Query, Sequencer, Store
 from gptoss.telemetry.segment_file import Segment, list_segments
 from gptoss.telemetry.segment_reader import Horizon, SegmentReader
 from gptoss.telemetry.segment_recovery import Recovery, recover
@@ -62,7 +62,7 @@ class SegmentOptions(msgspec.Struct, frozen=True, kw_only=True):
     commit_records: int = 512
 
 
-class SegmentJournal:
+class SegmentJournal(Store):
     """See ``gptoss.actors.journal.Journal``; made by ``open``.
 
     Attributes:
@@ -72,15 +72,12 @@ class SegmentJournal:
     def __init__(
         self, reader: SegmentReader, logs: dict[Family, FamilyLog], sequencer: Sequencer, options: SegmentOptions
     ) -> None:
+        super().__init__(sequencer)
         self.recovery = Recovery()
         self._reader = reader
         self._logs = logs
-        self._sequencer = sequencer
-        self._clock = sequencer.clock
         self._commit_began_ns: int | None = None
         self._options = options
-        self._watchers = Watchers()
-        self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._progress = threading.Condition(self._lock)
         self._queued: dict[Family, deque[bytes]] = {family: deque() for family in _FAMILIES}
@@ -131,16 +128,6 @@ class SegmentJournal:
         return journal
 
     @property
-    def node(self) -> str:
-        """See ``Journal``."""
-        return self._sequencer.node
-
-    @property
-    def boot(self) -> str:
-        """See ``Journal``."""
-        return self._sequencer.boot
-
-    @property
     def health(self) -> JournalHealth:
         """See ``Journal``."""
         with self._lock:
@@ -155,22 +142,6 @@ class SegmentJournal:
                 stored_bytes=sum(log.stored_bytes for log in self._logs.values()),
                 commit_ns=0 if self._commit_began_ns is None else self._clock.monotonic_ns() - self._commit_began_ns,
             )
-
-    def append(self, event: Event, origin: Origin) -> Record:
-        """See ``Journal``."""
-        family = event.FAMILY
-        with self._lock:
-            self._watchers.refuse_reentry()
-            record = self._sequencer.draft(event, origin)
-            data = encode_record(record)
-            self._sequencer.advance(record)
-            self._queued[family].append(data)
-            self._num_queued += 1
-            if self._num_queued in self._wake_at:
-                self._work.notify()
-            if family == "control":
-                self._watchers.tell(record)
-        return record
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """See ``Journal``."""
@@ -204,17 +175,6 @@ class SegmentJournal:
             horizon = Horizon(self.boot, self._sequencer.next_pos(family) - len(tail))
         return islice(chain(self._reader.records(query, horizon), _from_memory(tail, query)), limit)
 
-    def subscribe(self, watcher: Watcher) -> Callable[[], None]:
-        """See ``Journal``."""
-        with self._lock:
-            self._watchers.add(watcher)
-
-        def stop() -> None:
-            with self._lock:
-                self._watchers.remove(watcher)
-
-        return stop
-
     def close(self) -> None:
         """See ``Journal``. Records appended later are kept in memory only."""
         with self._lock:
@@ -227,6 +187,12 @@ class SegmentJournal:
             lock_fd, self._lock_fd = self._lock_fd, -1
         if lock_fd != -1:
             os.close(lock_fd)
+
+    def _keep(self, record: Record) -> None:
+        self._queued[record.event.FAMILY].append(encode_record(record))
+        self._num_queued += 1
+        if self._num_queued in self._wake_at:
+            self._work.notify()
 
     # ------------------------------------------------------------ the writer thread
 

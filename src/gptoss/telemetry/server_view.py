@@ -2,15 +2,17 @@
 
 import json
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from gptoss.clock import NS_PER_MS, NS_PER_S
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Record
-from gptoss.telemetry.logs import LEVELS, log_line
-from gptoss.telemetry.request_view import RequestView, is_crash_end
+from gptoss.telemetry.folding import Handler
+from gptoss.telemetry.logs import LEVELS, log_line, worst_level
+from gptoss.telemetry.request_view import RequestView, StepSums, is_crash_end
 from gptoss.telemetry.wall_clock import wall_offset_ns
 
 SAMPLES_MAX = 1024
@@ -44,8 +46,6 @@ class ServerView:
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     live: dict[str, Any] = field(default_factory=dict[str, Any])
     started_ns: int = 0
-    newest_ns: int = 0
-    newest_pos: int = -1
     wall_offset_ns: int | None = None
     draining: bool = False
     escalated: str = ""
@@ -64,39 +64,28 @@ class ServerView:
     produced: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=RATE_WINDOW_S + 1))
     errors: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=ERRORS_MAX))
 
-    def fold(self, record: Record, request: RequestView | None) -> None:
-        """Take one record in.
-
-        Args:
-            record: the record.
-            request: the view of the request that it changed, already up to date.
-        """
-        event, kind = record.event, type(record.event)
-        self.newest_ns = record.meta.mono_ns
-        if isinstance(event, ev.StepCommitted):
-            self._fold_step(record.meta.mono_ns, event)
-            return
-        handler = _HANDLERS.get(kind)
-        if handler is not None:
-            handler(self, record, event)
-        if request is not None and kind in _OF_REQUESTS:
-            self._fold_request(record, request)
-        line = log_line(record, request)
-        if line is not None and LEVELS[line["level"]] >= LEVELS["warning"]:
-            self.errors.append({"mono_ns": record.meta.mono_ns, **line})
+    def handlers(self, kind: type[Event]) -> Iterator[Handler]:
+        """See ``View``."""
+        own = _HANDLERS.get(kind)
+        if own is not None:
+            yield partial(own, self)
+        if kind in ev.TERMINAL_EVENTS:
+            yield self._ended
+        if worst_level(kind) >= LEVELS["warning"]:
+            yield self._note_error
 
     def tokens_per_s(self, end_ns: int) -> float:
         """Tokens produced in the ``RATE_WINDOW_S`` seconds up to ``end_ns``, per second."""
         last = end_ns // NS_PER_S
         return sum(tokens for second, tokens in self.produced if last - RATE_WINDOW_S < second <= last) / RATE_WINDOW_S
 
-    def _fold_request(self, record: Record, request: RequestView) -> None:
-        if isinstance(record.event, ev.RequestReceived):
-            self.requests["total"] += 1
-        elif isinstance(record.event, ev.FirstTokenProduced):
-            self._sample("ttft_ms", request.ttft_ns)
-            self._sample("prefill_ms", request.prefill_ns)
-        if not request.is_over:
+    def sample(self, name: str, nanoseconds: int | None) -> None:
+        """Add to a window of latencies what is known."""
+        if nanoseconds is not None:
+            self.windows[name].append(nanoseconds / NS_PER_MS)
+
+    def _ended(self, _: Record, _event: Event, request: RequestView | None) -> None:
+        if request is None:
             return
         self.requests[request.state] += 1
         self.tokens["prompt"] += request.prompt_tokens if request.accepted_ns is not None else 0
@@ -104,24 +93,23 @@ class ServerView:
         if request.state == "completed":
             self.requests["looked_up"] += 1
             self.requests["cache_hits"] += request.cached_tokens > 0
-            self._sample("e2e_ms", request.e2e_ns)
-            self._sample("queue_ms", request.queued_ns)
-            if request.tokens_per_s is not None:
-                self.windows["tokens_per_s"].append(request.tokens_per_s)
-                self.windows["decode_ms_per_token"].append(MS_PER_S / request.tokens_per_s)
+            self.sample("e2e_ms", request.e2e_ns)
+            self.sample("queue_ms", request.queued_ns)
+            speed = request.tokens_per_s
+            if speed is not None:
+                self.windows["tokens_per_s"].append(speed)
+                self.windows["decode_ms_per_token"].append(MS_PER_S / speed)
 
-    def _sample(self, name: str, nanoseconds: int | None) -> None:
-        if nanoseconds is not None:
-            self.windows[name].append(nanoseconds / NS_PER_MS)
+    def _note_error(self, record: Record, _: Event, request: RequestView | None) -> None:
+        line = log_line(record, request)
+        if line is not None and LEVELS[line["level"]] >= LEVELS["warning"]:
+            self.errors.append({"mono_ns": record.meta.mono_ns, **line})
 
-    def _fold_step(self, mono_ns: int, event: ev.StepCommitted) -> None:
-        tokens = prefilled = 0
-        for row in event.rows:
-            tokens += row.tokens
-            prefilled += row.prefilled
-        self.tokens["generated"] += tokens
-        self.tokens["prefilled"] += prefilled
-        second = mono_ns // NS_PER_S
+    def step(self, mono_ns: int, sums: StepSums) -> None:
+        """Take in what a step brought, at ``mono_ns``."""
+        self.tokens["generated"] += sums.tokens
+        self.tokens["prefilled"] += sums.prefilled
+        second, tokens = mono_ns // NS_PER_S, sums.tokens
         if self.produced and self.produced[-1][0] == second:
             tokens += self.produced.pop()[1]
         self.produced.append((second, tokens))
@@ -129,48 +117,50 @@ class ServerView:
 
 # ---------------------------------------------------------------- one function an event
 
+_Handler: TypeAlias = Callable[[ServerView, Record, Any, RequestView | None], None]
 
-def _started(view: ServerView, record: Record, event: ev.NodeStarted) -> None:
-    _anchored(view, record, event)
+
+def _started(view: ServerView, record: Record, event: ev.NodeStarted, _: RequestView | None) -> None:
+    view.wall_offset_ns = wall_offset_ns(record, view.wall_offset_ns)
     view.node, view.started_ns = event, record.meta.mono_ns
     view.settings = json.loads(event.settings or "{}")
 
 
-def _anchored(view: ServerView, record: Record, _: Event) -> None:
+def _anchored(view: ServerView, record: Record, _: Event, _request: RequestView | None) -> None:
     view.wall_offset_ns = wall_offset_ns(record, view.wall_offset_ns)
 
 
-def _configured(view: ServerView, record: Record, event: ev.ConfigChanged) -> None:
+def _configured(view: ServerView, record: Record, event: ev.ConfigChanged, _: RequestView | None) -> None:
     if record.meta.stream == "system":  # each decider's stream has it too
         view.live = event.settings
 
 
-def _drains(view: ServerView, _: Record, _event: Event) -> None:
+def _drains(view: ServerView, _: Record, _event: Event, _request: RequestView | None) -> None:
     view.draining = True
 
 
-def _escalated(view: ServerView, _: Record, event: ev.SupervisorEscalated) -> None:
+def _escalated(view: ServerView, _: Record, event: ev.SupervisorEscalated, _request: RequestView | None) -> None:
     view.escalated = event.child
 
 
-def _degraded(view: ServerView, _: Record, event: ev.LogDegraded) -> None:
+def _degraded(view: ServerView, _: Record, event: ev.LogDegraded, _request: RequestView | None) -> None:
     view.log_degraded = event.reason
 
 
-def _host_observed(view: ServerView, _: Record, event: ev.HostObserved) -> None:
+def _host_observed(view: ServerView, _: Record, event: ev.HostObserved, _request: RequestView | None) -> None:
     view.host = event
 
 
-def _spans_exported(view: ServerView, _: Record, event: ev.SpansExported) -> None:
+def _spans_exported(view: ServerView, _: Record, event: ev.SpansExported, _request: RequestView | None) -> None:
     view.spans["exported"] += event.exported
     view.spans["dropped"] += event.refused + event.overflowed
 
 
-def _admitted(view: ServerView, _: Record, event: ev.AdmissionDecided) -> None:
+def _admitted(view: ServerView, _: Record, event: ev.AdmissionDecided, _request: RequestView | None) -> None:
     view.admission[event.action] += 1
 
 
-def _routed(view: ServerView, _: Record, event: ev.RouteDecided) -> None:
+def _routed(view: ServerView, _: Record, event: ev.RouteDecided, _request: RequestView | None) -> None:
     view.routes[event.executor or "none"] += 1
     view.route_reasons[event.reason] += 1
     chosen = next((each for each in event.candidates if each.executor == event.executor), None)
@@ -179,24 +169,33 @@ def _routed(view: ServerView, _: Record, event: ev.RouteDecided) -> None:
         view.route_kinds["affinity"] += bool(chosen.cached_tokens or chosen.session)
 
 
-def _exited(view: ServerView, _: Record, event: ev.EngineExited) -> None:
+def _exited(view: ServerView, _: Record, event: ev.EngineExited, _request: RequestView | None) -> None:
     view.faults["engine_restarts" if event.planned else "engine_exits"] += 1
 
 
-def _failed(view: ServerView, _: Record, event: ev.RequestFailed) -> None:
+def _failed(view: ServerView, _: Record, event: ev.RequestFailed, _request: RequestView | None) -> None:
     if is_crash_end(event):
         view.faults["aborted_by_crash"] += 1
 
 
-def _counts(fault: str) -> Callable[[ServerView, Record, Event], None]:
-    def count(view: ServerView, _: Record, _event: Event) -> None:
+def _received(view: ServerView, _: Record, _event: Event, request: RequestView | None) -> None:
+    view.requests["total"] += request is not None
+
+
+def _first_token(view: ServerView, _: Record, _event: Event, request: RequestView | None) -> None:
+    if request is not None:
+        view.sample("ttft_ms", request.ttft_ns)
+        view.sample("prefill_ms", request.prefill_ns)
+
+
+def _counts(fault: str) -> _Handler:
+    def count(view: ServerView, _: Record, _event: Event, _request: RequestView | None) -> None:
         view.faults[fault] += 1
 
     return count
 
 
-# Most records concern none of these, and one look tells.
-_HANDLERS: dict[type[Event], Callable[[ServerView, Record, Any], None]] = {
+_HANDLERS: dict[type[Event], _Handler] = {
     ev.NodeStarted: _started,
     ev.ClockAnchored: _anchored,
     ev.ConfigChanged: _configured,
@@ -215,5 +214,6 @@ _HANDLERS: dict[type[Event], Callable[[ServerView, Record, Any], None]] = {
     ev.EngineStalled: _counts("engine_stalls"),
     ev.EngineSickened: _counts("engines_sick"),
     ev.ActorRestarted: _counts("actor_restarts"),
+    ev.RequestReceived: _received,
+    ev.FirstTokenProduced: _first_token,
 }
-_OF_REQUESTS = frozenset({ev.RequestReceived, ev.FirstTokenProduced, *ev.TERMINAL_EVENTS})

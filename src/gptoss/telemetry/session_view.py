@@ -1,7 +1,9 @@
 """The sessions of the server, folded from the journal with the memory guard's own book-keeping."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -9,7 +11,7 @@ import msgspec
 from gptoss.actors.sessions import SessionBook
 from gptoss.clock import NS_PER_S
 from gptoss.messages import events as ev
-from gptoss.messages.envelope import Record
+from gptoss.messages.envelope import Event, Meta
 
 SHOWN_MAX = 100
 
@@ -30,27 +32,16 @@ class SessionView:
     kept_turns: int = 0
     evicted: Counter[str] = field(default_factory=Counter[str])
 
-    def fold(self, record: Record) -> None:
-        """Take one record in."""
-        if record.meta.boot != self.boot:
-            self.boot, self.book, self.kept_turns = record.meta.boot, SessionBook(), 0
-            self.turns.clear()
-            self.evicted.clear()
-        match record.event:
-            case ev.ReservationGranted(request_id=request_id, session_id=session_id) if session_id:
-                if request_id not in self.turns:
-                    self.turns[request_id] = session_id
-                    self.book = self.book.enter(session_id)
-            case ev.ReservationReleased(request_id=request_id, at_ns=at_ns) if request_id in self.turns:
-                self.book = self.book.exit(self.turns.pop(request_id), at_ns)
-            case ev.SessionKept() as kept:
-                self.book = self.book.keep(kept.session_id, kept.executor, kept.tokens, kept.kv_bytes, kept.at_ns)
-                self.kept_turns += 1
-            case ev.SessionEvicted(session_id=session_id, reason=reason):
-                self.book = self.book.drop(session_id)
-                self.evicted[reason] += 1
-            case _:
-                pass
+    def begin_boot(self, boot: str) -> None:
+        """Begin anew, with the first record of another boot."""
+        self.boot, self.book, self.kept_turns = boot, SessionBook(), 0
+        self.turns.clear()
+        self.evicted.clear()
+
+    def fold_of(self, kind: type[Event]) -> Callable[[Meta, Any], None] | None:
+        """What becomes of an event of this type, None for nothing."""
+        handler = _HANDLERS.get(kind)
+        return None if handler is None else partial(handler, self)
 
     def counts(self) -> dict[str, Any]:
         """For ``/stats``."""
@@ -79,3 +70,35 @@ class SessionView:
             "kv_bytes": self.book.total_bytes,
             "newest": msgspec.to_builtins(shown),
         }
+
+
+# ---------------------------------------------------------------- one function an event
+
+
+def _granted(view: SessionView, _: Meta, event: ev.ReservationGranted) -> None:
+    if event.session_id and event.request_id not in view.turns:
+        view.turns[event.request_id] = event.session_id
+        view.book = view.book.enter(event.session_id)
+
+
+def _released(view: SessionView, _: Meta, event: ev.ReservationReleased) -> None:
+    if event.request_id in view.turns:
+        view.book = view.book.exit(view.turns.pop(event.request_id), event.at_ns)
+
+
+def _kept(view: SessionView, _: Meta, event: ev.SessionKept) -> None:
+    view.book = view.book.keep(event.session_id, event.executor, event.tokens, event.kv_bytes, event.at_ns)
+    view.kept_turns += 1
+
+
+def _evicted(view: SessionView, _: Meta, event: ev.SessionEvicted) -> None:
+    view.book = view.book.drop(event.session_id)
+    view.evicted[event.reason] += 1
+
+
+_HANDLERS: dict[type[Event], Callable[[SessionView, Meta, Any], None]] = {
+    ev.ReservationGranted: _granted,
+    ev.ReservationReleased: _released,
+    ev.SessionKept: _kept,
+    ev.SessionEvicted: _evicted,
+}

@@ -55,14 +55,14 @@ class TelemetryActor(LoopActor):
         self._journal = journal
         self._views = views
         self._saves_counters = saves_counters
-        self._records_to_save = SAVE_RECORDS_MIN
         self._home: asyncio.AbstractEventLoop
         self._home_thread = 0
         self._pending: deque[Record] = deque()
         self._is_woken = False
         self._due: asyncio.Handle | None = None
-        self._queued = 0
+        self._read_pos = -1
         self._folded = 0
+        self._save_at = SAVE_RECORDS_MIN
         self._missed = 0
         self._missed_told = 0
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -75,13 +75,16 @@ class TelemetryActor(LoopActor):
         self._unsubscribe = self._journal.subscribe(self._watch)
         for record in self._journal.read(boot=self._journal.boot, after=self._views.newest_pos):
             self._views.fold(record)
+        self._views.flush()
+        self._read_pos = self._views.newest_pos
 
     def on_stop(self) -> None:
         """Stop watching, fold what is left, and save the counters."""
         if self._unsubscribe is not None:
             self._unsubscribe()
         while self._pending:
-            self._fold_next()
+            self._fold_some()
+        self._views.flush()
         self._tell_waiters()
         if self._saves_counters:
             self._save_counters()
@@ -89,22 +92,22 @@ class TelemetryActor(LoopActor):
     def on_receive(self, message: CatchUp) -> Awaitable[None] | None:
         """Answer a ``CatchUp``, now or when its time has come."""
         del message
-        if self._folded >= self._queued:
+        if not self._pending:
             return None
         waiter: asyncio.Future[None] = self._home.create_future()
-        self._waiters.append((self._queued, waiter))
+        self._waiters.append((self._folded + len(self._pending), waiter))
         self._fold_at_once()
         return waiter
 
     # ------------------------------------------------------------ on the appending thread, the journal locked
 
     def _watch(self, record: Record) -> None:
-        waiting = len(self._pending)
+        pending = self._pending
+        waiting = len(pending)
         if waiting >= PENDING_MAX and (waiting >= PENDING_HARD_MAX or isinstance(record.event, _FREQUENT)):
             self._missed += 1
             return
-        self._pending.append(record)
-        self._queued += 1
+        pending.append(record)
         if not self._is_woken:
             self._is_woken = True
             self._wake_loop()
@@ -132,31 +135,30 @@ class TelemetryActor(LoopActor):
         # Cleared before the deque is read: what is appended from here on either is seen below or wakes the loop again.
         self._is_woken = False
         try:
-            for _ in range(BATCH):
-                if not self._pending:
-                    break
-                self._fold_next()
-            if self._saves_counters and self._records_to_save <= 0:
+            self._fold_some()
+            if self._saves_counters and self._folded >= self._save_at:
                 self._save_counters()
         finally:
+            self._views.flush()
             self._tell_missed()
             self._tell_waiters()
             if self._pending and not self._is_woken:
                 self._is_woken = True
                 self._fold_at_once()
 
-    def _fold_next(self) -> None:
-        record = self._pending.popleft()
-        self._folded += 1
-        self._records_to_save -= 1
-        if record.meta.pos > self._views.newest_pos:  # else on_start has read it already
-            self._views.fold(record)
+    def _fold_some(self) -> None:
+        pending, fold, read_pos = self._pending, self._views.fold, self._read_pos
+        for _ in range(min(BATCH, len(pending))):
+            record = pending.popleft()
+            self._folded += 1
+            if record.meta.pos > read_pos:  # else on_start has read it already
+                fold(record)
 
     def _save_counters(self) -> None:
         state = msgspec.msgpack.encode(self._views.metrics.saved())
         saved = ev.CountersSaved(pos=self._views.newest_pos, state=msgspec.Raw(state))
         self.record(saved, stream=COUNTERS_STREAM, correlation="")
-        self._records_to_save = max(SAVE_RECORDS_MIN, len(state) // SAVED_BYTES_PER_RECORD)
+        self._save_at = self._folded + max(SAVE_RECORDS_MIN, len(state) // SAVED_BYTES_PER_RECORD)
 
     def _tell_missed(self) -> None:
         missed = self._missed - self._missed_told

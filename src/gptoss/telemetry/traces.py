@@ -6,20 +6,22 @@ trace from the log makes no second one of it.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gptoss.messages import events as ev
-from gptoss.messages.envelope import Record
+from gptoss.messages.envelope import Event, Record
 from gptoss.messages.trace_context import span_id_of
 from gptoss.telemetry.books import Books
 from gptoss.telemetry.executor_view import model_of
+from gptoss.telemetry.folding import Handler, View
 from gptoss.telemetry.request_view import RequestView, request_id_of
 from gptoss.telemetry.spans import SpanSink
 from gptoss.telemetry.step_company import Company, Presence
 from gptoss.telemetry.tail_sampling import TailSampling
 from gptoss.telemetry.trace_phases import TOLD, Life
 from gptoss.telemetry.trace_spans import spans_of
-from gptoss.telemetry.wall_clock import wall_offset_ns
+from gptoss.telemetry.wall_clock import ANCHORS, wall_offset_ns
 
 LIVES_MAX = 20_000
 RECORDS_MAX = 256
@@ -35,72 +37,77 @@ class _Running:
     choices: int = 1
 
 
-class Traces:
+class Traces(View):
     """Makes the spans of each request that has ended and whose trace is kept.
 
     Args:
         sink: takes them.
-        books: folded by whoever calls ``take``; None keeps own ones, for ``fold``.
+        books: see ``View``.
     """
 
     def __init__(self, sink: SpanSink, books: Books | None = None) -> None:
+        super().__init__(books)
         self._sink = sink
-        self._books = books or Books()
-        self._begin_boot("")
+        self.begin_boot("")
 
-    def _begin_boot(self, boot: str) -> None:
-        self._boot = boot
+    def begin_boot(self, boot: str) -> None:
+        """See ``View``."""
+        del boot
         self._sampling = TailSampling()
         self._running: dict[str, _Running] = {}
         self._spans: dict[str, tuple[str, str]] = {}
         self._company = Company()
         self._wall_offset_ns: int | None = None
 
-    def fold(self, record: Record) -> None:
-        """Take one record in, and fold the own books."""
-        self.take(record, self._books.fold(record))
-
-    def take(self, record: Record, request: RequestView | None) -> None:
-        """Take one record in.
-
-        Args:
-            record: the record.
-            request: the request that it changed, as the books, which have folded it already, say.
-        """
-        meta, event = record.meta, record.event
-        kind = type(event)
-        if meta.boot != self._boot:
-            self._begin_boot(meta.boot)
-        if kind is ev.CommandConsumed:
-            return
-        if isinstance(event, ev.StepCommitted):
-            for presence in self._company.step(meta.mono_ns, event, self._spans):
-                self._running[presence.request_id].presences.append(presence)
+    def handlers(self, kind: type[Event]) -> Iterator[Handler]:
+        """See ``View``."""
+        if kind in ANCHORS:
+            yield self._anchor
+        if kind is ev.NodeStarted:
+            yield self._node_started
+        elif kind is ev.StepCommitted:
+            yield self._step
+        elif kind is ev.RequestReceived:
+            yield self._received
+        elif kind in ev.TERMINAL_EVENTS:
+            yield self._ended
         elif kind in TOLD:
-            self._tell(record, request)
-        else:
-            self._note(record)
+            yield self._told
+            if kind in {ev.Preempted, ev.ExecutorFaulted}:
+                yield self._left
 
-    def _note(self, record: Record) -> None:
+    def _anchor(self, record: Record, _: Event, _request: RequestView | None) -> None:
         self._wall_offset_ns = wall_offset_ns(record, self._wall_offset_ns)
-        if isinstance(record.event, ev.NodeStarted):
-            self._sampling = TailSampling.from_recorded(json.loads(record.event.settings or "{}"))
 
-    def _tell(self, record: Record, request: RequestView | None) -> None:
-        event, request_id = record.event, request_id_of(record)
-        if isinstance(event, ev.RequestReceived) and record.meta.trace_id:  # older versions named no traces
-            self._begin(request_id, record, event)
-            return
-        running = self._running.get(request_id)
-        if running is None:
-            return
-        is_over = isinstance(event, ev.TERMINAL_EVENTS)
-        if is_over or len(running.records) < RECORDS_MAX:
+    def _node_started(self, _: Record, event: ev.NodeStarted, _request: RequestView | None) -> None:
+        self._sampling = TailSampling.from_recorded(json.loads(event.settings or "{}"))
+
+    def _step(self, record: Record, event: ev.StepCommitted, _: RequestView | None) -> None:
+        for presence in self._company.step(record.meta.mono_ns, event, self._spans):
+            self._running[presence.request_id].presences.append(presence)
+
+    def _received(self, record: Record, event: ev.RequestReceived, request: RequestView | None) -> None:
+        if record.meta.trace_id:
+            self._begin(request_id_of(record), record, event)
+        else:  # older versions named no traces
+            self._told(record, event, request)
+
+    def _told(self, record: Record, _: Event, _request: RequestView | None) -> None:
+        running = self._running.get(request_id_of(record))
+        if running is not None and len(running.records) < RECORDS_MAX:
             running.records.append(record)
-        if is_over:
-            self._end(request_id, running, request)
-        elif isinstance(event, ev.Preempted | ev.ExecutorFaulted):
+
+    def _left(self, record: Record, _: Event, _request: RequestView | None) -> None:
+        request_id = request_id_of(record)
+        if request_id in self._running:
             self._company.leave(request_id)
+
+    def _ended(self, record: Record, _: Event, request: RequestView | None) -> None:
+        request_id = request_id_of(record)
+        running = self._running.get(request_id)
+        if running is not None:
+            running.records.append(record)
+            self._end(request_id, running, request)
 
     def _begin(self, request_id: str, record: Record, event: ev.RequestReceived) -> None:
         if len(self._running) >= LIVES_MAX:

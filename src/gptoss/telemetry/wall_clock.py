@@ -5,6 +5,9 @@ from typing import TypeVar
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 
+ANCHORS = frozenset({ev.NodeStarted, ev.ClockAnchored})
+"""Types of the records that anchor it."""
+
 T = TypeVar("T", int, int | None)
 
 
