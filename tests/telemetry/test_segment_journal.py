@@ -357,3 +357,30 @@ def test_after_a_disk_error_memory_stays_bounded(
         assert not journal.flush()
     append_ticks(journal, 100)
     assert [record.meta.pos for record in journal.read(after=50)] == list(range(92, 102))
+
+
+def test_a_record_that_does_not_encode_leaves_its_numbers_to_the_next(
+    open_journal: OpenJournal, tmp_path: Path
+) -> None:
+    journal = open_journal(tmp_path)
+    seen: list[tuple[int, int]] = []
+    journal.subscribe(lambda record: seen.append((record.meta.pos, record.meta.seq)))
+    journal.append(ClockAnchored(wall_ns=0), SYSTEM)
+    with pytest.raises(OverflowError):
+        journal.append(ClockAnchored(wall_ns=2**70), SYSTEM)
+    journal.append(ClockAnchored(wall_ns=1), SYSTEM)
+    assert seen == [(0, 0), (1, 1)]
+
+
+def test_a_decision_is_kept_and_told_up_to_the_event_that_does_not_encode(
+    open_journal: OpenJournal, tmp_path: Path
+) -> None:
+    journal = open_journal(tmp_path)
+    seen: list[int] = []
+    journal.subscribe(lambda record: seen.append(record.meta.pos))
+    first, second, too_large, last = (ClockAnchored(wall_ns=number) for number in (0, 1, 2**70, 3))
+    with pytest.raises(OverflowError):
+        journal.append_decision(first, SYSTEM, [(second, ""), (too_large, ""), (last, "")])
+    journal.append(last, SYSTEM)
+    assert seen == [0, 1, 2]
+    assert [record.event for record in journal.read()] == [first, second, last]

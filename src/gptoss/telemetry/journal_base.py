@@ -160,14 +160,13 @@ class Watchers:
 
     def tell(self, records: Iterable[Record]) -> None:
         """Call everyone who wants them with each of these records, in order."""
-        by_type = self._by_type
         self._telling = True
         try:
             for record in records:
                 kind = type(record.event)
-                watchers = by_type.get(kind)
+                watchers = self._by_type.get(kind)
                 if watchers is None:
-                    watchers = by_type[kind] = self._wanting(kind)
+                    watchers = self._by_type[kind] = self._wanting(kind)
                 for watcher in watchers:
                     try:
                         watcher(record)
