@@ -65,8 +65,13 @@ def bundles(folder: Path, journal_mb: int) -> None:
     data = folder / "data"
     asyncio.run(serve(data, 32, [2000] * journal_mb, LONG, until_mb=journal_mb))
     print(f"journal: control {stored(data)['control'] / 1e6:.0f} MB, content {stored(data)['content'] / 1e6:.0f} MB")
+    for index in (data / "journal").glob("index-*"):
+        index.unlink()  # So that the first cut makes the surveys of all segments, as of a journal of an older version.
     for name, choice in (
+        ("one request, no surveys", ["--last", "1"]),
         ("one request", ["--last", "1"]),
+        ("one request, tokens", ["--last", "1", "--content", "tokens"]),
+        ("two seconds", ["--window", "2s"]),
         ("everything", ["--window", "1d", "--limit-mb", "2000"]),
         ("everything, tokens", ["--window", "1d", "--limit-mb", "2000", "--content", "tokens"]),
     ):

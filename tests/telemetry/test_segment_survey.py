@@ -21,6 +21,7 @@ from gptoss.messages.envelope import Family, Origin, Record
 from gptoss.telemetry import journal_index, segment_survey
 from gptoss.telemetry.bundle_slice import Selection, Slice, cut
 from gptoss.telemetry.bundle_survey import survey
+from gptoss.telemetry.journal_care import PruneRule, prune
 from gptoss.telemetry.journal_index import INDEX_NAME
 from gptoss.telemetry.recording import JournalRecording, ListRecording, Recording
 from gptoss.telemetry.segment_file import FORMAT_VERSION, Ending, Header, SegmentScan, list_segments
@@ -198,6 +199,27 @@ def test_surveys_of_unlinked_segments_are_forgotten(log: Log, tmp_path: Path) ->
     with sqlite3.connect(tmp_path / "log" / INDEX_NAME) as db:
         assert {name for (name,) in db.execute("SELECT name FROM surveys")} == known - gone
     db.close()
+
+
+def test_what_is_pruned_leaves_the_index_too(log: Log, tmp_path: Path) -> None:
+    shutil.copytree(log.folder, tmp_path / "log")
+    known = {one.segment.path.name for one in SegmentReader(tmp_path / "log").surveys()}
+    boot = log.whole.boots()[0]
+    gone = {report.name for report in prune(tmp_path / "log", PruneRule(boot=boot), dry_run=False)} & known
+    assert gone
+    with sqlite3.connect(tmp_path / "log" / INDEX_NAME) as db:
+        assert {name for (name,) in db.execute("SELECT name FROM surveys")} == known - gone
+    db.close()
+
+
+def test_the_index_is_its_owners_alone(log: Log, tmp_path: Path) -> None:
+    shutil.copytree(log.folder, tmp_path / "log", ignore=shutil.ignore_patterns(INDEX_NAME))
+    index = tmp_path / "log" / INDEX_NAME
+    for older in (False, True):
+        if older:
+            index.chmod(0o644)
+        assert list(SegmentReader(tmp_path / "log").surveys())
+        assert index.stat().st_mode & 0o777 == 0o600
 
 
 def test_only_the_blocks_that_are_needed_are_read(log: Log, tmp_path: Path) -> None:

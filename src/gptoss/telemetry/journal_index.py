@@ -9,6 +9,7 @@ Rules:
 - It may be deleted at any time. Where it cannot be kept (a read-only folder, a locked file) it is built in memory.
 """
 
+import os
 import sqlite3
 import zlib
 from collections import defaultdict
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 INDEX_NAME = "index-v1.sqlite3"
 _BUSY_TIMEOUT_S = 5.0
+_IN_MEMORY = ":memory:"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS segments(
@@ -76,7 +78,7 @@ class JournalIndex:
         """The frames of these segments that may hold what a query by stream or correlation wants."""
         located = self._ask(lambda db: self._locate_in(db, scope, query))
         if located is None:
-            with closing(_connect(":memory:")) as db:
+            with closing(_connect(_IN_MEMORY)) as db:
                 located = self._locate_in(db, scope, query)
         return located
 
@@ -96,6 +98,11 @@ class JournalIndex:
         survey = survey_segment(segment, scan, pace)
         self._ask(lambda db: self._keep_survey(db, segment.path.name, seal, survey))
         return survey
+
+    def forget_unlinked(self) -> None:
+        """Drop what is known of segments that are gone."""
+        if (self._folder / INDEX_NAME).exists():
+            self._ask(self._forget_unlinked)
 
     def _ask(self, question: Callable[[sqlite3.Connection], T]) -> T | None:
         """What the file has to say; None when it cannot be asked. A damaged one is deleted."""
@@ -140,14 +147,25 @@ class JournalIndex:
         db.executemany("DELETE FROM surveys WHERE name = ?", [row for row in surveyed if row[0] not in present])
 
 
+def _make_private(file: Path) -> None:
+    """Surveys name requests: the file is its owner's alone, like the segments."""
+    with suppress(OSError):
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    # Not through a descriptor: closing one would drop the locks that other threads hold on the file.
+    with suppress(OSError):
+        file.chmod(0o600)
+
+
 def _connect(file: str) -> sqlite3.Connection:
-    """The index in a file, or in ``:memory:``, with its tables.
+    """The index in a file or in memory, with its tables.
 
     Raises:
         sqlite3.Error: it cannot be used.
     """
     db = sqlite3.connect(file, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
     try:
+        if file != _IN_MEMORY:
+            _make_private(Path(file))
         db.execute("PRAGMA synchronous=NORMAL")
         db.executescript(_SCHEMA)
     except BaseException:
