@@ -109,12 +109,14 @@ class SegmentReader:
         scope = self._in_scope(query)
         begin = next((at for at in range(len(scope) - 1, 0, -1) if _begins_before(scope[at][0], mono_ns)), 0)
         # An id stands in a record as its own bytes. With many of them decoding is quicker than looking for each.
-        names = [name.encode() for name in request_ids] if len(request_ids) <= NAMES_TO_LOOK_FOR else [b""]
+        names = [name.encode() for name in request_ids]
+        looks = len(names) <= NAMES_TO_LOOK_FOR
         for frame in _scanned_frames(scope[begin:], query):
-            if any(name in frame.body for name in names):
-                for stored in frame.stored():
-                    if any(name in bytes(stored.payload) for name in names):
-                        yield Record(stored.meta, decode_event(stored))
+            if looks and not any(name in frame.body for name in names):
+                continue
+            for stored in frame.stored():
+                if not looks or any(name in bytes(stored.payload) for name in names):
+                    yield Record(stored.meta, decode_event(stored))
 
     def newest(self, boot: str, types: frozenset[str]) -> Record | None:
         """The last control record of one of these types; frames that cannot hold one are not decoded.

@@ -19,6 +19,7 @@ from gptoss.messages import events as ev
 from gptoss.messages.codec import decode_event
 from gptoss.messages.envelope import Meta, Record, Stored
 from gptoss.telemetry.segment_file import Frame, Segment, SegmentScan, walk
+from gptoss.telemetry.wall_clock import wall_offset_ns
 
 SURVEY_VERSION = 1
 """Of what a kept survey holds; one of another version is made again."""
@@ -243,7 +244,7 @@ def _note_anchored(survey: SegmentSurvey, meta: Meta, record: AnyRecord) -> None
 
 
 def _note_offset(survey: SegmentSurvey, meta: Meta, record: AnyRecord) -> None:
-    survey.offsets.append((meta.pos, event_of(record).wall_ns - meta.mono_ns))
+    survey.offsets.append((meta.pos, wall_offset_ns(Record(meta, event_of(record)), 0)))
 
 
 def _note_aborted(survey: SegmentSurvey, meta: Meta, record: AnyRecord) -> None:
