@@ -222,6 +222,28 @@ def test_the_index_is_its_owners_alone(log: Log, tmp_path: Path) -> None:
         assert index.stat().st_mode & 0o777 == 0o600
 
 
+def test_an_index_that_another_process_holds_is_waited_for_once(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(log.folder, tmp_path / "log")
+    expected = [one.survey for one in SegmentReader(tmp_path / "log").surveys()]
+    (tmp_path / "log" / INDEX_NAME).unlink()
+    holder = sqlite3.connect(tmp_path / "log" / INDEX_NAME, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    connect, waits_s = sqlite3.connect, list[float]()
+
+    def counted(file: str, *, timeout: float, isolation_level: None) -> sqlite3.Connection:
+        waits_s.append(timeout)
+        return connect(file, timeout=0.01, isolation_level=isolation_level)
+
+    monkeypatch.setattr(sqlite3, "connect", counted)
+    try:
+        assert [one.survey for one in SegmentReader(tmp_path / "log").surveys()] == expected
+    finally:
+        holder.close()
+    assert len(waits_s) == 1 < len(expected)
+
+
 def test_only_the_blocks_that_are_needed_are_read(log: Log, tmp_path: Path) -> None:
     shutil.copytree(log.folder, tmp_path / "log")
     segment = next(one for one in list_segments(tmp_path / "log") if one.family == "control")

@@ -73,6 +73,7 @@ class JournalIndex:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._is_out_of_reach = False
 
     def locate(self, scope: Sequence[tuple[Segment, Header | None]], query: Query) -> Located:
         """The frames of these segments that may hold what a query by stream or correlation wants."""
@@ -85,18 +86,21 @@ class JournalIndex:
     def survey(self, segment: Segment, scan: SegmentScan, pace: Pace = iter) -> SegmentSurvey:
         """The survey of a segment: of a sealed one the kept survey, if there is one that fits.
 
+        Once the file could not be used, this object makes all further surveys itself: waiting for it happens once.
+
         Raises:
             JournalCorrupt: as ``walk`` does; a segment whose survey is kept is not read.
         """
         footer = scan.read_footer()
-        if footer is None or segment.quarantined:
+        if footer is None or segment.quarantined or self._is_out_of_reach:
             return survey_segment(segment, scan, pace)
         seal = footer_bytes(footer)
         kept = self._ask(lambda db: _kept_survey(db, segment.path.name, seal))
         if kept is not None:
             return kept
         survey = survey_segment(segment, scan, pace)
-        self._ask(lambda db: self._keep_survey(db, segment.path.name, seal, survey))
+        if not self._is_out_of_reach:
+            self._ask(lambda db: self._keep_survey(db, segment.path.name, seal, survey))
         return survey
 
     def forget_unlinked(self) -> None:
@@ -110,8 +114,9 @@ class JournalIndex:
         try:
             with closing(_connect(str(file))) as db:
                 return question(db)
-        except sqlite3.OperationalError:
-            return None  # Locked or not writable: not the file's fault.
+        except sqlite3.OperationalError:  # Locked or not writable: not the file's fault.
+            self._is_out_of_reach = True
+            return None
         except sqlite3.DatabaseError:
             with suppress(OSError):
                 file.unlink()

@@ -87,12 +87,13 @@ class SegmentReader:
         Raises:
             JournalCorrupt: bytes inside a segment that had to be read fail their checksum, or positions are missing.
         """
+        index = JournalIndex(self._folder)
         expected: tuple[int, int] | None = None
         for segment, _ in self._in_scope(Query()):
             try:
                 with SegmentScan(segment.path) as scan:
                     _refuse_gap(segment, scan, expected)
-                    survey = self._index.survey(segment, scan)
+                    survey = index.survey(segment, scan)
             except FileNotFoundError:
                 expected = None
                 continue

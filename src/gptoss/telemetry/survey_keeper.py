@@ -30,7 +30,6 @@ class SurveyKeeper:
     def __init__(self, folder: Path, *, pause_s: float = PAUSE_S) -> None:
         self._folder = folder
         self._pause_s = pause_s
-        self._index = JournalIndex(folder)
         self._has_work = threading.Event()
         self._is_stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -60,6 +59,7 @@ class SurveyKeeper:
 
     def _survey_all(self) -> None:
         """Look at all that were not looked at yet, the newest first."""
+        index = JournalIndex(self._folder)
         segments = [segment for segment in list_segments(self._folder) if segment.family == "control"]
         for segment in reversed(segments):
             if segment.path.name in self._done:
@@ -68,7 +68,7 @@ class SurveyKeeper:
                 if scan.read_footer() is None:
                     continue
                 self._done.add(segment.path.name)
-                self._index.survey(segment, scan, self._slowly)
+                index.survey(segment, scan, self._slowly)
 
     def _slowly(self, frames: Iterator[Frame]) -> Iterator[Frame]:
         for frame in frames:
