@@ -45,11 +45,16 @@ for attempt in 1 2 3; do
         exit 1
     fi
 done
-if [[ -e "$data/responses.sqlite" ]]; then
-    # A database is copied through itself, or what its log holds would be missing.
-    python3 -c 'import sqlite3, sys; sqlite3.connect(sys.argv[1]).backup(sqlite3.connect(sys.argv[2]))' \
-        "$data/responses.sqlite" "$scratch/responses.sqlite"
-fi
+# A database is copied through itself, or the copy might hold half of a change.
+copy_database() {
+    rm -f "$2" "$2"-*
+    python3 -c 'import sqlite3, sys; sqlite3.connect(sys.argv[1]).backup(sqlite3.connect(sys.argv[2]))' "$1" "$2"
+}
+if [[ -e "$data/responses.sqlite" ]]; then copy_database "$data/responses.sqlite" "$scratch/responses.sqlite"; fi
+for index in "$scratch"/journal/index-*.sqlite3; do
+    # Made again from the segments where it is missing.
+    if [[ -e "$index" ]] && ! copy_database "$data/journal/${index##*/}" "$index"; then rm -f "$index" "$index"-*; fi
+done
 
 if ! "$gptoss" journal verify --data-dir "$scratch"; then
     "$gptoss" journal repair --data-dir "$scratch"

@@ -1,8 +1,10 @@
 """The bundle of a live server: over HTTP, from its own journal, while it serves."""
 
 import asyncio
+import errno
 import io
 import json
+import os
 import sys
 import zipfile
 from asyncio.subprocess import PIPE
@@ -76,6 +78,29 @@ async def test_a_request_can_be_taken_from_a_server_that_goes_on_serving(
         assert received == ["night-4"]
         assert sum(len(row.token_ids) for event in tokens for row in event.rows) == 8
     assert await asyncio.gather(*others) == [200] * 6
+
+
+async def test_a_server_whose_disk_failed_tells_what_it_has_in_memory(
+    client: TestClient[Any, Any], serving: ServingSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    assert await ask(client, "before") == 200
+    assert serving.journal.flush()
+    monkeypatch.setattr(os, "fdatasync", failing)
+    lost = serving.submit(
+        gptoss.GenerateRequest(messages=(gptoss.ChatMessage(role="user", content="hi"),), request_id="lost")
+    )
+    lost.cancel()
+    async for _ in lost:
+        pass
+    assert serving.journal.flush() is (serving.settings.journal == "memory")
+    for name in ("before", "lost"):
+        reader, _ = await fetch(client, f"/admin/debug/bundle/{name}", tmp_path)
+        with reader:
+            assert reader.manifest.requests == (name,)
+            assert any(isinstance(record.event, ev.TERMINAL_EVENTS) for record in reader.records())
 
 
 async def test_a_window_is_of_everybody_and_of_this_moment(client: TestClient[Any, Any], tmp_path: Path) -> None:

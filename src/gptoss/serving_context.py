@@ -22,8 +22,9 @@ from gptoss.telemetry.bundle_redact import bundle_key
 from gptoss.telemetry.delays import story
 from gptoss.telemetry.event_tail import EventPage, EventQuery, EventTail
 from gptoss.telemetry.exposition import content_type_for
-from gptoss.telemetry.recording import LiveRecording
+from gptoss.telemetry.recording import JournalRecording, LiveRecording, Recording
 from gptoss.telemetry.request_records import request_records
+from gptoss.telemetry.segments import SegmentJournal
 from gptoss.telemetry.system_snapshot import system_snapshot
 
 FOLLOWERS_MAX = 16
@@ -181,7 +182,7 @@ def _make_bundle(serving: ServingSystem, order: BundleOrder) -> MadeBundle:
     try:
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - whoever gets it closes it
         try:
-            manifest = make_bundle(file, LiveRecording(serving.journal), order, maker)
+            manifest = make_bundle(file, _recorded(serving), order, maker)
             size = file.tell()
             file.seek(0)
         except BaseException:
@@ -190,3 +191,10 @@ def _make_bundle(serving: ServingSystem, order: BundleOrder) -> MadeBundle:
     except OSError as error:
         raise JournalError(f"cannot write a bundle in {folder or tempfile.gettempdir()}: {error.strerror}") from None
     return MadeBundle(file, size, file_name(manifest))
+
+
+def _recorded(serving: ServingSystem) -> Recording:
+    """All that is recorded by now: from the disk, which knows where it has what, unless it lacks something."""
+    if isinstance(serving.journal, SegmentJournal) and serving.journal.flush():
+        return JournalRecording(serving.settings.journal_path)
+    return LiveRecording(serving.journal)

@@ -16,6 +16,7 @@ from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import ChatMessage
 from gptoss.messages import events as ev
 from gptoss.messages.sampling import SamplingParams
+from gptoss.telemetry.journal_index import INDEX_NAME
 from gptoss.telemetry.segments import SegmentReader
 from gptoss.testing import FAKE_MODEL, FakeDriver, FakeRenderer
 
@@ -58,6 +59,7 @@ async def test_a_backup_of_a_running_server_has_what_was_acknowledged(tmp_path: 
         store.execute("INSERT INTO kept VALUES ('answer')")
         store.commit()
         await asyncio.to_thread(system.journal.flush)
+        assert list(SegmentReader(data / "journal").read(stream="admission"))
         done = await asyncio.to_thread(backup, data, target, command)
         assert done.returncode == 0, done.stderr
         store.close()
@@ -72,6 +74,10 @@ async def test_a_backup_of_a_running_server_has_what_was_acknowledged(tmp_path: 
     copy = sqlite3.connect(target / "responses.sqlite")
     assert copy.execute("SELECT id FROM kept").fetchall() == [("answer",)]
     copy.close()
+    index = sqlite3.connect(target / "journal" / INDEX_NAME)
+    assert index.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert index.execute("SELECT count(*) FROM frames").fetchone()[0] > 0
+    index.close()
     assert not list(tmp_path.glob("*.part"))
 
 

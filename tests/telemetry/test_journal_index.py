@@ -96,6 +96,7 @@ def test_a_lost_or_damaged_index_changes_no_answer(folder: Path, damage: Callabl
 
 def test_an_index_that_cannot_be_kept_is_built_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [scan(folder, **wanted) for wanted in FILTERS]
+    (folder / INDEX_NAME).unlink(missing_ok=True)
     connect = sqlite3.connect
 
     def refuse_files(file: str, **options: Any) -> sqlite3.Connection:

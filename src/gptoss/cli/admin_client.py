@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from gptoss.errors import GptossError, JournalError, NotReady, RequestNotFound
+from gptoss.config import Settings
+from gptoss.errors import ConfigError, GptossError, JournalError, NotReady, RequestNotFound
 from gptoss.messages.codec import EVENT_TYPES
 from gptoss.messages.envelope import Meta, Record
 
@@ -47,12 +48,13 @@ def answer_of(url: str, path: str, *, timeout_s: float = TIMEOUT_S) -> Generator
     """A running server's answer, to be read within the context.
 
     Raises:
+        ConfigError: ``url`` is none.
         RequestNotFound: the server does not know what the path names.
         NotReady: nothing answers there, or it breaks off.
         GptossError: what answers is no gptoss server, or it refuses the question.
     """
     if not url.startswith(("http://", "https://")):
-        raise GptossError(f"url is {url!r}; it must begin with http:// or https://")
+        raise ConfigError(f"--url is {url!r}; it must begin with http:// or https://")
     address = f"{url.rstrip('/')}{path}"
     # No proxy: a server under debugging is near, and an environment meant for the internet must not hide it.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -70,6 +72,25 @@ def answer_of(url: str, path: str, *, timeout_s: float = TIMEOUT_S) -> Generator
     except (OSError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         raise NotReady(f"no server answers at {url} ({cause})") from None
+
+
+def default_server(settings: Settings) -> str | None:
+    """The address of the server at the default address; None if none answers there and there is a journal to read instead.
+
+    Raises:
+        NotReady: there is neither.
+        GptossError: what answers is no gptoss server.
+    """
+    url = f"http://127.0.0.1:{settings.port}"
+    try:
+        get_json(url, "/health/live", dict[str, Any])
+    except NotReady:
+        if not settings.journal_path.is_dir():
+            raise NotReady(
+                f"no server answers at {url} and there is no journal in {settings.journal_path}; pass --url or --data-dir"
+            ) from None
+        return None
+    return url
 
 
 def record_from_json(fields: Mapping[str, Any]) -> Record:

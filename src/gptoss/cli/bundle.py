@@ -13,7 +13,7 @@ import rich_click
 from rich.console import Console
 
 from gptoss.config import load_settings
-from gptoss.errors import ConfigError, NotReady, RequestError
+from gptoss.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from gptoss.telemetry.bundle_format import Manifest
@@ -68,6 +68,7 @@ def create(
     if url is not None and data_dir is not None:
         raise ConfigError("--url and --data-dir exclude each other: choose a server or a folder")
     from gptoss.cli import bundle_source  # noqa: PLC0415 - see gptoss.cli.main
+    from gptoss.cli.admin_client import default_server  # noqa: PLC0415 - see gptoss.cli.main
     from gptoss.telemetry.bundle_order import parse_order  # noqa: PLC0415 - see gptoss.cli.main
 
     query = _query(**choice)
@@ -77,19 +78,12 @@ def create(
         raise ConfigError(f"--{(error.param or '').replace('_', '-')}: {error.message}") from None
     settings = load_settings({"data_dir": data_dir}).settings
     target = bundle_source.Created(output, force=force)
-    if data_dir is not None:
+    if url is None and data_dir is None:
+        url = default_server(settings)
+    if url is None:
         path, manifest = bundle_source.create_from_folder(settings, order, target)
     else:
-        try:
-            path, manifest = bundle_source.create_from_server(url or f"http://127.0.0.1:{settings.port}", query, target)
-        except NotReady as error:
-            if url is not None:
-                raise
-            if not settings.journal_path.is_dir():
-                raise NotReady(
-                    f"{error.message}, and there is no journal in {settings.journal_path}; pass --url or --data-dir"
-                ) from None
-            path, manifest = bundle_source.create_from_folder(settings, order, target)
+        path, manifest = bundle_source.create_from_server(url, query, target)
     _tell_created(path, manifest, as_json=as_json)
 
 

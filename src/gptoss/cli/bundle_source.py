@@ -114,8 +114,6 @@ def create_from_server(url: str, query: Mapping[str, str], output: Created) -> t
         RequestNotFound: the server has not recorded what was asked for.
         GptossError: it refuses, or is no gptoss server.
     """
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--url is {url!r}; it must begin with http:// or https://")
     path = f"/admin/debug/bundle?{urllib.parse.urlencode(query)}"
     with answer_of(url, path, timeout_s=TIMEOUT_S) as answer, output.file() as file:
         if answer.headers.get_content_type() != "application/zip":

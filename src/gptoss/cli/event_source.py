@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 import msgspec
 
-from gptoss.cli.admin_client import get_json, record_from_json
+from gptoss.cli.admin_client import default_server, get_json, record_from_json
 from gptoss.config import Settings
-from gptoss.errors import GptossError, NotReady, RequestNotFound
+from gptoss.errors import GptossError, RequestNotFound
 from gptoss.messages.envelope import Record
 from gptoss.telemetry.delays import Story, story
 from gptoss.telemetry.event_tail import SCAN_MAX, EventQuery
-from gptoss.telemetry.newest import Dated, Newest, RequestFilter, first_offset_ns, unix_s
+from gptoss.telemetry.newest import ANCHOR_WITHIN, Dated, Newest, RequestFilter, first_offset_ns, unix_s
 from gptoss.telemetry.recording import Recording
 from gptoss.telemetry.request_records import RecordingSource, RecordSource, request_records
 from gptoss.telemetry.request_view import RequestRow
@@ -71,21 +71,9 @@ def open_source(url: str | None, data_dir: str | None, settings: Settings) -> Ev
         NotReady: there is neither a server nor a journal.
         JournalError: there is no journal in ``data_dir``.
     """
-    if url is not None:
-        return ServerSource(url)
-    if data_dir is not None:
-        return JournalSource(settings.journal_path)
-    default = ServerSource(f"http://127.0.0.1:{settings.port}")
-    try:
-        default.check()
-    except NotReady:
-        if not settings.journal_path.is_dir():
-            raise NotReady(
-                f"no server answers at {default.url} and there is no journal in {settings.journal_path}; "
-                "pass --url or --data-dir"
-            ) from None
-        return JournalSource(settings.journal_path)
-    return default
+    if url is None and data_dir is None:
+        url = default_server(settings)
+    return JournalSource(settings.journal_path) if url is None else ServerSource(url)
 
 
 class _Recorded:
@@ -133,7 +121,7 @@ class JournalSource(_Recorded):
             for record in tail.look():
                 if record.meta.boot != boot:
                     boot = record.meta.boot
-                    offset_ns = first_offset_ns(self._reader.read(boot=boot, limit=100))
+                    offset_ns = first_offset_ns(self._reader.read(boot=boot, limit=ANCHOR_WITHIN))
                 if query.wants(record):
                     found.append(Dated(record, unix_s(record, offset_ns)))
             yield found
@@ -185,10 +173,6 @@ class ServerSource:
     def __init__(self, url: str) -> None:
         self.url = url
         self.name = f"the server at {url}"
-
-    def check(self) -> None:
-        """Raises ``NotReady`` if nothing answers there, ``GptossError`` if it is no gptoss server."""
-        get_json(self.url, "/health/live", dict[str, Any])
 
     def requests(self, wanted: RequestFilter, limit: int) -> list[RequestRow]:
         """See ``EventSource``; a server remembers its last thousand."""

@@ -18,6 +18,7 @@ from gptoss.telemetry.bundle_redact import Redacted
 from gptoss.telemetry.bundle_slice import cut
 from gptoss.telemetry.bundle_writer import Purpose, write_bundle
 from gptoss.telemetry.recording import Recording
+from gptoss.telemetry.timeline_phases import many
 
 
 class Maker(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,12 +92,10 @@ def redact_bundle(
     purpose = Purpose(
         created_ns=maker.created_ns,
         created_by=maker.created_by,
-        reason=f"{_count(len(before.requests))} under pseudonyms" if everybody and before.requests else before.reason,
+        reason=f"{many(len(before.requests), 'request')} under pseudonyms"
+        if everybody and before.requests
+        else before.reason,
         requests=tuple(map(redacted.name_of, before.requests)),
         redaction=policy,
     )
     return write_bundle(file, redacted, purpose, spool_folder=maker.spool_folder)
-
-
-def _count(requests: int) -> str:
-    return f"{requests} request{'' if requests == 1 else 's'}"

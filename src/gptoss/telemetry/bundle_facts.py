@@ -16,6 +16,7 @@ from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.bundle_format import BootFacts, EngineFacts, Gap
 from gptoss.telemetry.recording import Recording
+from gptoss.telemetry.wall_clock import wall_offset_ns
 
 GAPS_MAX = 1000
 """More gaps than this are counted in the last one's place."""
@@ -158,7 +159,7 @@ class BundleFacts:
     def _note_started(self, record: Record) -> None:
         event = record.event
         assert isinstance(event, ev.NodeStarted)
-        self._offsets[record.meta.boot] = event.wall_ns - record.meta.mono_ns
+        self._note_anchor(record)
         self._boots[record.meta.boot] = BootFacts(
             boot=record.meta.boot,
             node=record.meta.node,
@@ -171,8 +172,7 @@ class BundleFacts:
         )
 
     def _note_anchor(self, record: Record) -> None:
-        assert isinstance(record.event, ev.ClockAnchored)
-        self._offsets[record.meta.boot] = record.event.wall_ns - record.meta.mono_ns
+        self._offsets[record.meta.boot] = wall_offset_ns(record, 0)
 
     def _note_loaded(self, record: Record) -> None:
         event = record.event

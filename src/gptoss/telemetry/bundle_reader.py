@@ -28,6 +28,7 @@ from gptoss.messages.codec import EVENT_TYPES, decode_event
 from gptoss.messages.envelope import Event, Family, Meta, Record, Stored
 from gptoss.telemetry.bundle_format import (
     BUNDLE_BYTES_MAX,
+    FOLDERS,
     FORMAT_VERSION,
     MANIFEST_BYTES_MAX,
     MANIFEST_NAME,
@@ -228,8 +229,7 @@ class BundleReader:
             self._refuse(f"it would unpack to more than {BUNDLE_BYTES_MAX} bytes")
         for part in manifest.parts:
             self._check_entry(found[part.name])
-            folder = "events" if part.family == "control" else "content"
-            if not PART_NAME.fullmatch(part.name) or not part.name.startswith(folder):
+            if not PART_NAME.fullmatch(part.name) or not part.name.startswith(FOLDERS[part.family]):
                 self._refuse(f"an entry is called {part.name[:64]!a}; a bundle has none of that name")
             if found[part.name].file_size != part.size:
                 self._refuse(f"{part.name} has {found[part.name].file_size} bytes; its manifest says {part.size}")

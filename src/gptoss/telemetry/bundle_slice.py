@@ -10,7 +10,9 @@ Of each boot that the selection touches, ``start`` and ``end`` are its first and
 - the other streams from ``start`` to ``end``; a slice of chosen requests leaves out what is about others alone;
 - the content of the selected requests alone.
 
-A recording is read once to survey it and once more for what is taken, always in order, never held in memory.
+A recording is surveyed, and then read for what is taken, always in order, never held in memory. A journal on disk has
+surveys of its segments and blocks (``segment_survey``), so only what is taken of it is read; any other recording is read
+whole, twice. What is taken is the same.
 """
 
 from bisect import bisect_left, bisect_right
@@ -22,13 +24,19 @@ from gptoss.actors.directory import EXECUTOR_PREFIX, REQUEST_PREFIX, STANDING_DE
 from gptoss.clock import NS_PER_S
 from gptoss.errors import RequestError, RequestNotFound
 from gptoss.messages import events as ev
+from gptoss.messages.codec import decode_event
 from gptoss.messages.envelope import Event, Meta, Record
 from gptoss.telemetry.bundle_survey import BootSurvey, Life, survey
-from gptoss.telemetry.recording import Recording
+from gptoss.telemetry.recording import Recording, SurveyedRecording
+from gptoss.telemetry.segment_survey import AnyRecord, Excerpt
 
 CLOSING_RECORDS = 1000
 """What a command led to stands right behind it; other threads put at most so many records in between."""
 IDS_IN_WORDS = 3
+NEVER_NS = 2**63
+COMMAND = ev.CommandConsumed.__name__
+_LEADS = frozenset({COMMAND, ev.StepCommitted.__name__})
+"""What leads to the records behind it."""
 _ABOUT_REQUESTS = (EXECUTOR_PREFIX, f"actor/{REQUEST_PREFIX}", "actor/task/")
 
 
@@ -77,6 +85,8 @@ class Cut(msgspec.Struct, frozen=True):
     """What is taken of one boot.
 
     Attributes:
+        first: position of the first record about any of the subjects, ``start`` if that is before; ``first_mono_ns`` is
+            the monotonic time of the subjects' first.
         subjects: requests whose streams and content are in it.
         begins: stream -> position from which it is taken; streams that are not named are taken from ``start``.
         extra: positions that are taken wherever they are.
@@ -85,6 +95,8 @@ class Cut(msgspec.Struct, frozen=True):
 
     start: int
     end: int
+    first: int
+    first_mono_ns: int
     subjects: frozenset[str]
     begins: dict[str, int]
     extra: frozenset[int]
@@ -111,16 +123,30 @@ class Slice:
         """See ``Recording``."""
         for name, part in self._cuts.items():
             if boot is None or boot == name:
-                yield from _taken(self._recording.records(boot=name, stream=stream), part)
+                for record in _taken(self._candidates(name, part), part):
+                    if stream is None or record.meta.stream == stream:
+                        yield record if isinstance(record, Record) else Record(record.meta, decode_event(record))
 
     def content(self, *, boot: str | None = None) -> Iterator[Record]:
         """See ``Recording``."""
         for name, part in self._cuts.items():
             if boot is None or boot == name:
-                for record in self._recording.content(boot=name):
+                for record in self._content_candidates(name, part):
                     event = _content_of(record.event, part.subjects)
                     if event is not None:
                         yield Record(record.meta, event)
+
+    def _candidates(self, boot: str, part: Cut) -> Iterator[AnyRecord]:
+        """All that is taken of a boot, and as little else as the recording can tell apart."""
+        if not isinstance(self._recording, SurveyedRecording):
+            return self._recording.records(boot=boot)
+        excerpt = Excerpt(part.first, part.end + CLOSING_RECORDS, part.extra, part.begins)
+        return self._recording.excerpt(boot, excerpt)
+
+    def _content_candidates(self, boot: str, part: Cut) -> Iterator[Record]:
+        if not isinstance(self._recording, SurveyedRecording):
+            return self._recording.content(boot=boot)
+        return self._recording.content_since(boot, part.first_mono_ns, part.subjects)
 
 
 def cut(recording: Recording, selection: Selection) -> Slice:
@@ -218,8 +244,17 @@ def _cut(boot: BootSurvey, lives: list[Life], span: tuple[int, int], *, leaves_o
         before = bisect_right(loads, begin)
         if before:
             extra.add(loads[before - 1])
-    subjects = frozenset(life.request_id for life in lives)
-    return Cut(start, end, subjects, begins, frozenset(extra), leaves_others)
+    cut = Cut(start, end, start, NEVER_NS, frozenset(), begins, frozenset(extra), leaves_others)
+    return _with_subjects(cut, lives)
+
+
+def _with_subjects(cut: Cut, lives: list[Life]) -> Cut:
+    return msgspec.structs.replace(
+        cut,
+        first=min([cut.first, *(life.first_pos for life in lives)]),
+        first_mono_ns=min([cut.first_mono_ns, *(life.first_mono_ns for life in lives)]),
+        subjects=cut.subjects | {life.request_id for life in lives},
+    )
 
 
 def _add_ends_told_later(surveys: list[BootSurvey], chosen: list[Life], cuts: dict[str, Cut]) -> None:
@@ -228,26 +263,27 @@ def _add_ends_told_later(surveys: list[BootSurvey], chosen: list[Life], cuts: di
     names = {request_id for _, request_id in told}
     for boot in surveys:
         aborted = [pos for pos, crashed, lost in boot.aborted if any((crashed, name) in told for name in lost)]
-        ends = {life.request_id: life.last_pos for life in boot.lives.values() if not life.arrived}
-        late = frozenset(ends.keys() & names)
+        late = [life for life in boot.lives.values() if not life.arrived and life.request_id in names]
         if not aborted and not late:
             continue
-        last = max([*aborted, *(ends[name] for name in late)])
-        part = cuts.get(boot.boot) or Cut(last, last, frozenset(), {}, frozenset(boot.always), leaves_others=True)
-        cuts[boot.boot] = msgspec.structs.replace(part, end=max(part.end, last), subjects=part.subjects | late)
+        last = max([*aborted, *(life.last_pos for life in late)])
+        part = cuts.get(boot.boot) or Cut(
+            last, last, last, NEVER_NS, frozenset(), {}, frozenset(boot.always), leaves_others=True
+        )
+        cuts[boot.boot] = _with_subjects(msgspec.structs.replace(part, end=max(part.end, last)), late)
 
 
-def _taken(records: Iterator[Record], part: Cut) -> Iterator[Record]:
+def _taken(records: Iterator[AnyRecord], part: Cut) -> Iterator[AnyRecord]:
     consumed: dict[str, int] = {}
     for record in records:
         meta = record.meta
         if meta.pos > part.end:
             if meta.pos > part.end + CLOSING_RECORDS:
                 return
-            if meta.cause == consumed.get(meta.stream) and not isinstance(record.event, ev.CommandConsumed):
+            if meta.cause == consumed.get(meta.stream) and meta.type != COMMAND:
                 yield record
         elif _is_wanted(meta, part):
-            if isinstance(record.event, ev.CommandConsumed | ev.StepCommitted):
+            if meta.type in _LEADS:
                 consumed[meta.stream] = meta.pos
             yield record
 

@@ -1,22 +1,14 @@
 """A first look at a recording, before anything is cut out of it: who lived when, and where a replay may begin.
 
-Memory is a few hundred bytes a request and a few bytes a record.
+Memory is a few hundred bytes a request and a few bytes a record. A journal on disk has surveys of its segments; of any
+other recording one is made here.
 """
 
-from collections.abc import Callable
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterator
 
-from gptoss.actors.directory import REQUEST_PREFIX
-from gptoss.messages import events as ev
-from gptoss.messages.envelope import Event, Record
-from gptoss.telemetry.recording import Recording
-from gptoss.telemetry.wall_clock import wall_offset_ns
-
-MARK_EVERY = 256
-"""Wall times are known at every so many records."""
-CLIENT_REASONS = frozenset({"client", "disconnect"})
-CLIENT_FAULTS_BELOW = 429
-"""A refusal with a lower HTTP status is the client's own doing."""
+from gptoss.telemetry.recording import Recording, SurveyedRecording
+from gptoss.telemetry.segment_survey import MARK_EVERY, Lifespan, SegmentSurvey, Surveyor
 
 
 class Life:
@@ -24,7 +16,7 @@ class Life:
 
     Attributes:
         first_pos, last_pos: its first and last record, those of deciders about it included.
-        first_ns, last_ns: their wall times.
+        first_ns, last_ns: their wall times; ``first_mono_ns`` is monotonic.
         accepted: (executor's stream, position) of each acceptance.
         arrived: its arrival is in this boot; without it, only its end after a crash is.
         is_error: the server failed it, refused it, gave it up or crashed under it.
@@ -34,6 +26,7 @@ class Life:
         "accepted",
         "arrived",
         "boot",
+        "first_mono_ns",
         "first_ns",
         "first_pos",
         "is_error",
@@ -42,11 +35,12 @@ class Life:
         "request_id",
     )
 
-    def __init__(self, boot: str, request_id: str, pos: int, now_ns: int) -> None:
+    def __init__(self, boot: str, request_id: str, span: Lifespan, first_ns: int) -> None:
         self.boot = boot
         self.request_id = request_id
-        self.first_pos = self.last_pos = pos
-        self.first_ns = self.last_ns = now_ns
+        self.first_pos = self.last_pos = span.first_pos
+        self.first_ns = self.last_ns = first_ns
+        self.first_mono_ns = span.first_mono_ns
         self.accepted: list[tuple[str, int]] = []
         self.arrived = False
         self.is_error = False
@@ -76,21 +70,8 @@ class BootSurvey:
         self.mark_pos: list[int] = []
         self.first_ns = self.last_ns = 0
         self.last_pos = -1
-        self._offset_ns = 0
-        self._notes: dict[type[Event], Callable[[Record, Any], None]] = {
-            ev.NodeStarted: self._note_started,
-            ev.ClockAnchored: self._note_anchored,
-            ev.RunsAborted: self._note_aborted,
-            ev.SnapshotTaken: lambda record, _: self.snapshots.setdefault(record.meta.stream, []).append(
-                record.meta.pos
-            ),
-            ev.EngineLoaded: lambda record, _: self.loads.setdefault(record.meta.stream, []).append(record.meta.pos),
-            ev.ExecutorAccepted: self._note_accepted,
-            ev.RequestReceived: self._note_arrival,
-            ev.RequestFailed: self._note_failed,
-            ev.RequestRejected: self._note_rejected,
-            ev.RequestCancelled: self._note_cancelled,
-        }
+        self._offset_pos: list[int] = []
+        self._offset_ns: list[int] = []
 
     def oldest_in_flight(self, stream: str, at: int) -> int:
         """Where the oldest request was accepted that this executor had in flight at a position; ``at`` if it had none."""
@@ -105,74 +86,81 @@ class BootSurvey:
             default=at,
         )
 
-    def fold(self, record: Record) -> None:
-        """Take a record in."""
-        meta, event = record.meta, record.event
-        self._offset_ns = wall_offset_ns(record, self._offset_ns)
-        now_ns = meta.mono_ns + self._offset_ns
+    def add(self, part: SegmentSurvey) -> None:
+        """Take in what comes next of this boot."""
+        for pos, offset_ns in part.offsets:
+            self._offset_pos.append(pos)
+            self._offset_ns.append(offset_ns)
         if self.last_pos < 0:
-            self.first_ns = now_ns
-        if not self.mark_pos or meta.pos >= self.mark_pos[-1] + MARK_EVERY:
-            self.mark_pos.append(meta.pos)
+            self.first_ns = self._wall_ns(*part.marks[0])
+        self.last_pos = part.last_pos
+        self.last_ns = self._wall_ns(part.last_pos, part.last_mono_ns)
+        self._add_marks(part)
+        for stream, positions in part.snapshots.items():
+            self.snapshots.setdefault(stream, []).extend(positions)
+        for stream, positions in part.loads.items():
+            self.loads.setdefault(stream, []).extend(positions)
+        self.anchors += part.anchors
+        self.always += part.always
+        self.aborted += part.aborted
+        self._add_lives(part)
+
+    def _add_marks(self, part: SegmentSurvey) -> None:
+        for pos, mono_ns in part.marks:
+            if self.mark_pos and pos // MARK_EVERY <= self.mark_pos[-1] // MARK_EVERY:
+                continue
+            now_ns = self._wall_ns(pos, mono_ns)
+            self.mark_pos.append(pos)
             # The wall clock may have been set back; what is in order of position is taken to be in order of time.
             self.mark_ns.append(max(now_ns, self.mark_ns[-1]) if self.mark_ns else now_ns)
-        self.last_ns, self.last_pos = now_ns, meta.pos
-        request_id = meta.correlation or meta.stream.removeprefix(REQUEST_PREFIX)
-        if meta.correlation or request_id != meta.stream:
+
+    def _add_lives(self, part: SegmentSurvey) -> None:
+        for request_id, span in part.lifespans.items():
             life = self.lives.get(request_id)
             if life is None:
-                life = self.lives[request_id] = Life(self.boot, request_id, meta.pos, now_ns)
-            life.last_pos, life.last_ns = meta.pos, now_ns
-        note = self._notes.get(type(event))
-        if note is not None:
-            note(record, event)
+                first_ns = self._wall_ns(span.first_pos, span.first_mono_ns)
+                life = self.lives[request_id] = Life(self.boot, request_id, span, first_ns)
+            life.last_pos, life.last_ns = span.last_pos, self._wall_ns(span.last_pos, span.last_mono_ns)
+        for request_id, stream, pos in part.accepted:
+            if request_id in self.lives:
+                self.lives[request_id].accepted.append((stream, pos))
+        for request_id in part.arrived:
+            self.lives[request_id].arrived = True
+        for request_id in part.errors:
+            self.lives[request_id].is_error = True
 
-    # ---- folding
-
-    def _life_of(self, record: Record) -> Life:
-        return self.lives[record.meta.stream.removeprefix(REQUEST_PREFIX)]
-
-    def _note_started(self, record: Record, _: ev.NodeStarted) -> None:
-        self.always.append(record.meta.pos)
-
-    def _note_anchored(self, record: Record, _: ev.ClockAnchored) -> None:
-        self.anchors.append(record.meta.pos)
-
-    def _note_aborted(self, record: Record, event: ev.RunsAborted) -> None:
-        self.always.append(record.meta.pos)
-        self.aborted.append((record.meta.pos, event.boot, event.request_ids))
-
-    def _note_accepted(self, record: Record, event: ev.ExecutorAccepted) -> None:
-        life = self.lives.get(event.request_id)
-        if life is not None:
-            life.accepted.append((record.meta.stream, record.meta.pos))
-
-    def _note_arrival(self, record: Record, _: ev.RequestReceived) -> None:
-        self._life_of(record).arrived = True
-
-    def _note_failed(self, record: Record, _: ev.RequestFailed) -> None:
-        self._life_of(record).is_error = True
-
-    def _note_rejected(self, record: Record, event: ev.RequestRejected) -> None:
-        if event.status >= CLIENT_FAULTS_BELOW:
-            self._life_of(record).is_error = True
-
-    def _note_cancelled(self, record: Record, event: ev.RequestCancelled) -> None:
-        if event.reason not in CLIENT_REASONS:
-            self._life_of(record).is_error = True
+    def _wall_ns(self, pos: int, mono_ns: int) -> int:
+        known = bisect_right(self._offset_pos, pos)
+        return mono_ns + (self._offset_ns[known - 1] if known else 0)
 
 
 def survey(recording: Recording) -> list[BootSurvey]:
     """Look at a whole recording, oldest boot first."""
     boots: dict[str, BootSurvey] = {}
-    for record in recording.records():
-        boot = boots.get(record.meta.boot)
+    parts = recording.surveys() if isinstance(recording, SurveyedRecording) else _surveys_of(recording)
+    for part in parts:
+        if part.last_pos < 0:
+            continue  # A segment that was begun and has no record yet.
+        boot = boots.get(part.boot)
         if boot is None:
-            boot = boots[record.meta.boot] = BootSurvey(record.meta.boot)
-        boot.fold(record)
+            boot = boots[part.boot] = BootSurvey(part.boot)
+        boot.add(part)
     for boot in boots.values():
         for _, crashed, names in boot.aborted:
             for name in names:
                 if crashed in boots and name in boots[crashed].lives:
                     boots[crashed].lives[name].is_error = True
     return list(boots.values())
+
+
+def _surveys_of(recording: Recording) -> Iterator[SegmentSurvey]:
+    """One for each boot."""
+    surveyor: Surveyor | None = None
+    for record in recording.records():
+        if surveyor is None or record.meta.boot != surveyor.survey.boot:
+            if surveyor is not None:
+                yield surveyor.survey
+            surveyor = Surveyor(record.meta.boot)
+        surveyor.fold((record,))
+    if surveyor is not None:
+        yield surveyor.survey

@@ -5,7 +5,7 @@ Rules:
 - ``repair`` and ``prune`` take the server's lock, so a running server keeps them out.
 - ``repair`` copies all segments first. Then it does what a start does (cut torn tails that nothing whole follows, set
   damaged files aside untouched), and reads sealed segments through too, which a start believes.
-- ``prune`` unlinks whole segments: the oldest of each family first, or all of one boot.
+- ``prune`` unlinks whole segments: the oldest of each family first, or all of one boot. The index forgets them with it.
 """
 
 import os
@@ -19,6 +19,7 @@ import msgspec
 
 from gptoss.errors import JournalCorrupt, JournalError
 from gptoss.messages.envelope import Family
+from gptoss.telemetry.journal_index import JournalIndex
 from gptoss.telemetry.segment_file import Ending, Segment, SegmentScan, list_segments
 from gptoss.telemetry.segment_recovery import Quarantined, TornTail, quarantine, recover
 from gptoss.telemetry.segment_writer import sync_folder
@@ -123,6 +124,7 @@ def prune(folder: Path, rule: PruneRule, *, dry_run: bool) -> list[SegmentReport
         if not dry_run:
             for report in going:
                 (folder / report.name).unlink(missing_ok=True)
+            JournalIndex(folder).forget_unlinked()
             sync_folder(folder)
     return going
 

@@ -8,12 +8,15 @@ Rules:
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gptoss.actors.journal import Journal
-from gptoss.messages.envelope import Record
+from gptoss.messages.envelope import Record, Stored
+from gptoss.telemetry.segment_file import Segment
 from gptoss.telemetry.segment_reader import SegmentReader
+from gptoss.telemetry.segment_survey import Excerpt, Layout, SegmentSurvey, read_excerpt
 
 
 class Recording(Protocol):
@@ -40,8 +43,25 @@ class Recording(Protocol):
         ...
 
 
+@runtime_checkable
+class SurveyedRecording(Recording, Protocol):
+    """One that knows where it has what, so that a part of it costs what the part does and not the whole."""
+
+    def surveys(self) -> Iterator[SegmentSurvey]:
+        """Surveys of all its records, in order; those of one boot together are of the whole boot. Raises as ``records``."""
+        ...
+
+    def excerpt(self, boot: str, excerpt: Excerpt) -> Iterator[Stored]:
+        """The control records that an excerpt wants, in order, and maybe others between them. Raises as ``records``."""
+        ...
+
+    def content_since(self, boot: str, mono_ns: int, request_ids: frozenset[str]) -> Iterator[Record]:
+        """The content records about these requests since a monotonic time, and maybe others. Raises as ``records``."""
+        ...
+
+
 class JournalRecording:
-    """A journal's folder; the server that writes it may be running or gone.
+    """A journal's folder; the server that writes it may be running or gone. A ``SurveyedRecording``.
 
     Raises:
         JournalError: there is no such folder.
@@ -49,6 +69,7 @@ class JournalRecording:
 
     def __init__(self, folder: Path) -> None:
         self._reader = SegmentReader(folder)
+        self._layouts: dict[str, list[tuple[Segment, Layout]]] = {}
 
     def boots(self) -> list[str]:
         """See ``Recording``."""
@@ -61,6 +82,23 @@ class JournalRecording:
     def content(self, *, boot: str | None = None) -> Iterator[Record]:
         """See ``Recording``."""
         return self._reader.read(family="content", boot=boot)
+
+    def surveys(self) -> Iterator[SegmentSurvey]:
+        """See ``SurveyedRecording``. What is recorded later is no part of an excerpt."""
+        self._layouts = {}
+        for segment, survey in self._reader.surveys():
+            self._layouts.setdefault(survey.boot, []).append((segment, survey.layout))
+            yield survey
+
+    def excerpt(self, boot: str, excerpt: Excerpt) -> Iterator[Stored]:
+        """See ``SurveyedRecording``; of what ``surveys`` has gone through."""
+        for segment, layout in self._layouts.get(boot, ()):
+            with suppress(FileNotFoundError):
+                yield from read_excerpt(segment, layout, excerpt)
+
+    def content_since(self, boot: str, mono_ns: int, request_ids: frozenset[str]) -> Iterator[Record]:
+        """See ``SurveyedRecording``."""
+        return self._reader.content_since(boot, mono_ns, request_ids)
 
 
 class LiveRecording:

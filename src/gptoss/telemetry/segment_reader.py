@@ -20,6 +20,9 @@ from gptoss.messages.envelope import Family, Record, Stored
 from gptoss.telemetry.journal_base import Query
 from gptoss.telemetry.journal_index import JournalIndex
 from gptoss.telemetry.segment_file import Frame, Header, Segment, SegmentScan, list_segments, walk
+from gptoss.telemetry.segment_survey import Surveyed
+
+NAMES_TO_LOOK_FOR = 8
 
 
 class Horizon(NamedTuple):
@@ -77,6 +80,44 @@ class SegmentReader:
     def first_positions(self, boot: str) -> list[int]:
         """Where the control segments of a boot begin, ascending; a read that begins at one skips those before it."""
         return [header.first_pos for _, header in self._in_scope(Query(boot=boot)) if header is not None]
+
+    def surveys(self) -> Iterator[Surveyed]:
+        """Every control segment with its survey, in order; sealed ones that were looked at before are not read again.
+
+        Raises:
+            JournalCorrupt: bytes inside a segment that had to be read fail their checksum, or positions are missing.
+        """
+        index = JournalIndex(self._folder)
+        expected: tuple[int, int] | None = None
+        for segment, _ in self._in_scope(Query()):
+            try:
+                with SegmentScan(segment.path) as scan:
+                    _refuse_gap(segment, scan, expected)
+                    survey = index.survey(segment, scan)
+            except FileNotFoundError:
+                expected = None
+                continue
+            expected = (segment.ordinal, survey.layout.next_pos)
+            yield Surveyed(segment, survey)
+
+    def content_since(self, boot: str, mono_ns: int, request_ids: frozenset[str]) -> Iterator[Record]:
+        """Content records of a boot that may be about these requests, from about a monotonic time on.
+
+        Raises:
+            JournalCorrupt: bytes inside a segment that had to be read fail their checksum.
+        """
+        query = Query(family="content", boot=boot)
+        scope = self._in_scope(query)
+        begin = next((at for at in range(len(scope) - 1, 0, -1) if _begins_before(scope[at][0], mono_ns)), 0)
+        # An id stands in a record as its own bytes. With many of them decoding is quicker than looking for each.
+        names = [name.encode() for name in request_ids]
+        looks = len(names) <= NAMES_TO_LOOK_FOR
+        for frame in _scanned_frames(scope[begin:], query):
+            if looks and not any(name in frame.body for name in names):
+                continue
+            for stored in frame.stored():
+                if not looks or any(name in bytes(stored.payload) for name in names):
+                    yield Record(stored.meta, decode_event(stored))
 
     def newest(self, boot: str, types: frozenset[str]) -> Record | None:
         """The last control record of one of these types; frames that cannot hold one are not decoded.
@@ -160,15 +201,27 @@ def _scanned_frames(scope: list[tuple[Segment, Header | None]], query: Query) ->
             continue
         try:
             with SegmentScan(segment.path) as scan:
-                if expected is not None and expected[0] == segment.ordinal and expected[1] != scan.header.first_pos:
-                    raise JournalCorrupt(
-                        f"{segment.path}: begins at position {scan.header.first_pos}; "
-                        f"positions from {expected[1]} on are missing"
-                    )
+                _refuse_gap(segment, scan, expected)
                 yield from walk(segment, scan)
                 expected = (segment.ordinal, scan.next_pos)
         except FileNotFoundError:
             expected = None
+
+
+def _refuse_gap(segment: Segment, scan: SegmentScan, expected: tuple[int, int] | None) -> None:
+    """Raise unless a segment begins where the one before it ended: at this position, if it is of this boot."""
+    if expected is not None and expected[0] == segment.ordinal and expected[1] != scan.header.first_pos:
+        raise JournalCorrupt(
+            f"{segment.path}: begins at position {scan.header.first_pos}; positions from {expected[1]} on are missing"
+        )
+
+
+def _begins_before(segment: Segment, mono_ns: int) -> bool:
+    """Whether the first record of a segment is older than a monotonic time of its boot."""
+    with suppress(FileNotFoundError), SegmentScan(segment.path) as scan:
+        frame = next(scan.frames(), None)
+        return frame is not None and frame.stored()[0].meta.mono_ns < mono_ns
+    return False
 
 
 def _is_before(segment: Segment, following: tuple[Segment, Header | None] | None, after: int) -> bool:

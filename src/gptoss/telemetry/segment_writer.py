@@ -7,7 +7,7 @@ and the caller stops for good, because after a failed fsync the kernel may have 
 import hashlib
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -98,10 +98,12 @@ class FamilyLog:
 
     Args:
         kept: segments of earlier boots, oldest first; they count towards retention.
+        on_sealed: told of every segment that is sealed while the log goes on; must not wait.
     """
 
-    def __init__(self, place: Place, kept: Sequence[Segment]) -> None:
+    def __init__(self, place: Place, kept: Sequence[Segment], on_sealed: Callable[[], None] = lambda: None) -> None:
         self._place = place
+        self._on_sealed = on_sealed
         self._older = deque((segment.path, segment.path.stat().st_size) for segment in kept)
         self._older_bytes = sum(size for _, size in self._older)
         self._open_requests: tuple[str, ...] = ()
@@ -155,6 +157,7 @@ class FamilyLog:
         self._older_bytes += full.size
         self._active = self._begin(number=full.header.number + 1, first_pos=full.next_pos)
         self._retain()
+        self._on_sealed()
 
     def _retain(self) -> None:
         while self._older and self.stored_bytes > self._place.retention_bytes:

@@ -34,6 +34,7 @@ from gptoss.telemetry.segment_file import Segment, list_segments
 from gptoss.telemetry.segment_reader import Horizon, SegmentReader
 from gptoss.telemetry.segment_recovery import Recovery, recover
 from gptoss.telemetry.segment_writer import FamilyLog, Place
+from gptoss.telemetry.survey_keeper import SurveyKeeper
 
 __all__ = ["Recovery", "SegmentJournal", "SegmentOptions", "SegmentReader"]
 
@@ -70,7 +71,12 @@ class SegmentJournal(Store):
     """
 
     def __init__(
-        self, reader: SegmentReader, logs: dict[Family, FamilyLog], sequencer: Sequencer, options: SegmentOptions
+        self,
+        reader: SegmentReader,
+        logs: dict[Family, FamilyLog],
+        sequencer: Sequencer,
+        options: SegmentOptions,
+        keeper: SurveyKeeper,
     ) -> None:
         super().__init__(sequencer)
         self.recovery = Recovery()
@@ -78,6 +84,7 @@ class SegmentJournal(Store):
         self._logs = logs
         self._commit_began_ns: int | None = None
         self._options = options
+        self._keeper = keeper
         self._work = threading.Condition(self._lock)
         self._progress = threading.Condition(self._lock)
         self._queued: dict[Family, deque[bytes]] = {family: deque() for family in _FAMILIES}
@@ -112,15 +119,16 @@ class SegmentJournal(Store):
                 undo.callback(os.close, lock_fd)
                 recovery = recover(folder)
                 logs: dict[Family, FamilyLog] = {}
+                keeper = SurveyKeeper(folder)
                 for place, kept in _places(folder, node, boot, options):
-                    logs[place.family] = FamilyLog(place, kept)
+                    logs[place.family] = FamilyLog(place, kept, keeper.note_sealed)
                     undo.callback(logs[place.family].abandon)
             except OSError as error:
                 raise JournalError(
                     f"cannot write the journal in {folder}: {_describe(error)}; "
                     "make it writable or choose another data_dir"
                 ) from None
-            journal = cls(SegmentReader(folder), logs, Sequencer(node=node, boot=boot, clock=clock), options)
+            journal = cls(SegmentReader(folder), logs, Sequencer(node=node, boot=boot, clock=clock), options, keeper)
             journal.recovery = recovery
             journal._lock_fd = lock_fd
             journal._writer.start()
@@ -183,6 +191,7 @@ class SegmentJournal(Store):
         self._writer.join(CLOSE_TIMEOUT_S)
         if self._writer.is_alive():
             return  # The disk hangs. The folder stays locked for as long as this process may still write to it.
+        self._keeper.stop()
         with self._lock:
             lock_fd, self._lock_fd = self._lock_fd, -1
         if lock_fd != -1:
