@@ -103,7 +103,7 @@ class PromptReady(Command, frozen=True, kw_only=True):
     Attributes:
         param: the field that it came from.
         length_param: the field that bounds the length of the answer, as the client knows it.
-        prefix_hmacs: of its first ``PREFIX_TOKENS`` tokens, twice as many, four times as many and so on, with its cache salt:
+        prefix_hmacs: of its first ``PREFIX_TOKENS`` tokens, twice as many, four times as many and so on, with its tenant and salt:
             equal ones mean that an executor that served the one has the beginning of the other.
     """
 
