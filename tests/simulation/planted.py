@@ -296,6 +296,11 @@ def session_that_its_engine_keeps() -> Any:
     return patched(MemoryGuard, "tells", make)
 
 
+def session_that_nobody_counts() -> Any:
+    """The guard is not told what an engine keeps of a turn."""
+    return patched(Standing, "keep", returns(None))
+
+
 def session_that_never_ends() -> Any:
     """Nobody looks for sessions that are idle for too long."""
     return patched(MemoryGuard, "has_overdue", returns(False))
@@ -387,6 +392,7 @@ PLANTED: dict[str, tuple[Plant, str]] = {
     "a tenant that is not charged": (tenant_that_is_not_charged, "tenants_take_turns"),
     "a session given up in use": (session_given_up_in_use, "sessions_in_use_are_kept"),
     "a session that its engine keeps": (session_that_its_engine_keeps, "sessions_end"),
+    "a session that nobody counts": (session_that_nobody_counts, "sessions_end"),
     "a session that never ends": (session_that_never_ends, "sessions_end"),
     "a refusal for pressure": (refused_for_pressure, "refusals_are_for_a_reason"),
     "a restart that refuses": (refusing_restart, "restarts_refuse_nobody"),

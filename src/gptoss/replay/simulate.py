@@ -323,6 +323,15 @@ class Simulation:
         if state is not None:
             made = self.made.get(request_id, 0)
             tokens, kept = self._kept(state, made) if reason != "cancelled" else (0, 0)
+            if state.session_id and reason != "cancelled":
+                keep = cmd.KeepSession(
+                    now_ns=self.now_ns,
+                    session_id=state.session_id,
+                    executor=state.executor,
+                    tokens=tokens,
+                    kv_bytes=kept,
+                )
+                self.tell(self.now_ns, "memory", keep)
             done = cmd.EngineDone(
                 now_ns=self.now_ns,
                 attempt=state.attempt,
