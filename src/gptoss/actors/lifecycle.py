@@ -172,6 +172,8 @@ def _begin(_: RequestState, command: cmd.BeginRequest) -> list[Event]:
         check_sampling(command.sampling)
         if command.max_model_len == 0:
             raise NotReady("the model is still loading", retry_after_s=2.0)
+        if command.log_fault:
+            raise NotReady(f"the journal has stopped: {command.log_fault}", retry_after_s=30.0)
     except GptossError as error:
         return [received, rejection(error)]
     seed = command.drawn_seed if command.sampling.seed is None else command.sampling.seed

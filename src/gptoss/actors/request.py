@@ -161,6 +161,7 @@ class RequestActor(DeciderActor[RequestState]):
                 user_hmac=keyed_hash(self._services.hmac_key, request.user) if request.user else "",
                 num_metadata=len(request.metadata),
                 queue_timeout_s=self._services.queue_timeout_s,
+                log_fault="" if (health := system.journal.health).ok else health.reason,
             )
         )
 
