@@ -34,8 +34,10 @@ async def served(step_s: float = 0.01, slots: int = 4) -> AsyncGenerator[tuple[S
     ) as system:
         await system.ready(WAIT_S)
         server = await serve(make_app(system), "127.0.0.1", 0)
-        yield system, server
-        await server.close()
+        try:
+            yield system, server
+        finally:
+            await server.close()
 
 
 async def ask(server: RunningServer, name: str, **fields: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
