@@ -122,15 +122,27 @@ async def test_who_asks_is_recorded_by_hash_and_notes_by_number(client: Any, sys
     assert "canary" not in str([record.event for record in system.journal.read()])
 
 
-async def test_a_salt_reaches_the_engine(options: FakeOptions) -> None:
+async def test_the_salt_of_a_tenant_reaches_the_engine_and_tells_it_nothing(options: FakeOptions) -> None:
     driver = FakeDriver(options)
     settings = Settings(journal="memory", devices="cpu")
+    asked = [
+        {"cache_salt": "s"},
+        {"cache_salt": "s"},
+        {"cache_salt": "s", "user": "u"},
+        {"user": "u"},
+        {"user": "us"},
+        {},
+    ]
     async with ServingSystem(settings, drivers=lambda _: driver, renderer=FakeRenderer(), model=MODEL) as serving:
         await serving.ready(10.0)
         async with TestClient(TestServer(gptoss.make_app(serving))) as client:
-            await post(client, "/v1/completions", prompt="x", cache_salt="tenant-7", max_tokens=1)
+            for fields in asked:
+                await post(client, "/v1/completions", prompt="x", max_tokens=1, **fields)
     salts = [command.cache_salt for command in driver.seen if isinstance(command, Submit)]
-    assert salts == ["tenant-7"]
+    assert salts[0] == salts[1]
+    assert salts[-1] == ""
+    assert len(set(salts)) == len(asked) - 1
+    assert {len(salt) for salt in salts} == {0, 64}
 
 
 async def test_the_context_length_is_told_where_vllm_tells_it(client: Any) -> None:

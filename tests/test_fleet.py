@@ -121,11 +121,13 @@ async def test_a_prompt_goes_back_to_the_executor_that_has_its_beginning() -> No
 async def test_tenants_do_not_share_beginnings() -> None:
     long = " ".join(f"word{n}" for n in range(100))
     async with serving() as (system, _):
-        for salt in ("a", "b"):
-            await tokens(system.submit(request(long, cache_salt=salt)))
-        first, second = [each.prefix_hmacs for each in events(system, ev.RouteDecided)]
-        assert first
-        assert not set(first) & set(second)
+        asked: list[dict[str, Any]] = [{}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"user": "a"}, {"user": "b"}]
+        for whose in (*asked, asked[-1]):
+            await tokens(system.submit(request(long, **whose)))
+        hashes = [each.prefix_hmacs for each in events(system, ev.RouteDecided)]
+        assert hashes[-1] == hashes[-2]
+        different = [one for each in hashes[:-1] for one in each]
+        assert len(different) == len(set(different)) == 5
 
 
 async def test_a_long_prompt_goes_to_the_executor_over_several_devices() -> None:

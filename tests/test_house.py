@@ -2,6 +2,7 @@
 
 import ast
 import http
+import re
 import sysconfig
 from pathlib import Path
 
@@ -62,3 +63,20 @@ def test_every_module_opens_with_its_rules() -> None:
 
 def test_no_module_is_named_for_nothing_in_particular() -> None:
     assert not [str(path) for path in _modules() if BANNED_WORDS & set(path.stem.split("_"))]
+
+
+def test_every_test_that_the_page_on_reliability_names_exists() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 50
+    defined = {file: _functions(ROOT / file) for file, _ in named if (ROOT / file).exists()}
+    missing = [f"{file}::{name}" for file, name in named if name not in defined.get(file, ())]
+    assert not missing, "\n".join(missing)
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.endswith(" | Test |")]
+    unproven = [row for row in rows if "`tests/" not in row]
+    assert not unproven, "\n".join(unproven)
+
+
+def _functions(path: Path) -> set[str]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {node.name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)}

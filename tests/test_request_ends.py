@@ -1,6 +1,7 @@
 """Requests that end where the simulator once found that they did not, or that they left something behind."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ import pytest
 from gptoss.actors.generation import GenerateRequest, Generation
 from gptoss.app import ServingSystem
 from gptoss.config import Settings
+from gptoss.engine.dialect import TaggedDialect
 from gptoss.engine.model_source import PreparedModel
 from gptoss.engine.port import ChatMessage, RenderedPrompt
-from gptoss.errors import ActorError, EngineError, GptossError
+from gptoss.engine.tagged_output import TagFormat
+from gptoss.errors import ActorError, EngineError, GptossError, RequestError
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Record
 from gptoss.messages.sampling import SamplingParams
@@ -67,6 +70,41 @@ async def test_a_renderer_that_crashes_fails_the_request_at_once_and_quotes_no_p
         assert SECRET not in str([record.event for record in system.journal.read()])
         failed = [record.event for record in system.journal.read() if isinstance(record.event, ev.ActorFailed)]
         assert [event.message_type for event in failed] == ["render"]
+
+
+class Slow(FakeRenderer):
+    def render_chat(self, *args: Any, **options: Any) -> RenderedPrompt:
+        time.sleep(0.3)
+        return super().render_chat(*args, **options)
+
+
+class SlowDialect(TaggedDialect):
+    """Whose grammars take long to compile."""
+
+    def grammar(self, *args: Any, **options: Any) -> str:
+        time.sleep(0.3)
+        return super().grammar(*args, **options)
+
+
+class SlowToCompile(FakeRenderer):
+    dialect = SlowDialect(TagFormat(), {})
+
+
+@pytest.mark.parametrize("renderer", [Slow, SlowToCompile])
+async def test_what_takes_too_long_to_render_is_refused_before_admission(
+    renderer: type[FakeRenderer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(renderer()) as system:
+        await system.ready(10.0)
+        monkeypatch.setattr(system.gateway.rendering, "_timeout_s", 0.05)
+        error = await error_of(submit(system))
+        assert isinstance(error, RequestError)
+        assert (error.status, error.param) == (400, "messages")
+        await run_until_idle(system.system)
+        assert [record.meta.type for record in ends(system)] == ["RequestRejected"]
+        assert not any(isinstance(record.event, ev.MemoryEstimated) for record in system.journal.read())
+        raw = GenerateRequest(prompt="x", sampling=SamplingParams(max_tokens=1, seed=1))
+        assert await asyncio.wait_for(system.submit(raw).text(), 5.0)
 
 
 async def test_a_request_whose_actor_crashes_ends_and_gives_everything_back() -> None:

@@ -95,6 +95,7 @@ def test_the_drawn_seed_is_used_only_where_none_was_given() -> None:
         ({"sampling": SamplingParams(temperature=3.0)}, "invalid_request", "temperature"),
         ({"sampling": SamplingParams(temperature=float("nan"))}, "invalid_request", "temperature"),
         ({"max_model_len": 0}, "not_ready", ""),
+        ({"log_fault": "ENOSPC"}, "not_ready", ""),
     ],
 )
 def test_a_bad_request_is_refused_by_name(change: dict[str, Any], code: str, param: str) -> None:

@@ -56,6 +56,14 @@ def test_bounds_that_the_decoder_checks_stand_in_the_schema() -> None:
     assert schemas["ErrorDetails"]["properties"]["type"]["enum"]
 
 
+def test_every_endpoint_that_generates_takes_a_salt_and_says_what_it_parts() -> None:
+    schemas = document()["components"]["schemas"]
+    for name in ("ChatCompletionRequest", "CompletionRequest", "ResponsesRequest"):
+        salt = schemas[name]["properties"]["cache_salt"]["anyOf"][0]
+        assert (salt["type"], salt["minLength"], salt["maxLength"]) == ("string", 1, 256)
+        assert "user" in salt["description"]
+
+
 async def test_the_document_is_served(house: Any) -> None:
     async with house.session.get("/openapi.json") as response:
         assert response.content_type == "application/json"

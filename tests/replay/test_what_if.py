@@ -16,6 +16,8 @@ from gptoss.replay.policy import TRIABLE, read_policy
 from gptoss.replay.result import WhatIfResult, to_json
 from gptoss.replay.step_cost import StepCosts
 from gptoss.replay.what_if import what_if
+from gptoss.simulation.run import simulate
+from gptoss.simulation.scenario import Arrival, Fault, Scenario, Shape
 from gptoss.telemetry.bundle_reader import BundleReader
 from gptoss.telemetry.bundle_slice import Selection, cut
 from gptoss.telemetry.recording import ListRecording
@@ -81,6 +83,47 @@ def test_a_short_queue_refuses(busy: ListRecording) -> None:
     assert result.estimated is not None
     assert result.estimated.refused > 0
     assert result.estimated.accepted + result.estimated.refused == 16
+
+
+def spread(seed: int, *, faults: tuple[Fault, ...] = ()) -> ListRecording:
+    """Twelve requests within 30 ms for four places, and actors that are often put off."""
+    arrivals = tuple(Arrival(f"r{n}", 600.0 + 2.5 * n, prompt_tokens=4, max_tokens=12, seed=n) for n in range(12))
+    shape = Shape(slots=4, lag=0.6, step_ms=5.0, heeds_pressure=False)
+    verdict, journal = simulate(Scenario(seed, shape, arrivals, faults, rebuilds_views=False))
+    assert not verdict.broken, verdict.message
+    return ListRecording(journal.read())
+
+
+def ends(result: WhatIfResult) -> int:
+    figures = result.estimated
+    assert figures is not None
+    return figures.completed + figures.refused + figures.expired
+
+
+@pytest.mark.parametrize("max_queue", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_who_was_on_the_way_to_an_executor_when_the_policies_part_gets_there(seed: int, max_queue: int) -> None:
+    recording = spread(seed)
+    result = what_if(recording, {"max_queue": max_queue})
+    assert result.estimated is not None
+    assert result.estimated.refused > 0
+    assert (result.estimated.expired, ends(result)) == (0, 12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cancel_that_was_on_its_way_when_the_policies_part_arrives(seed: int) -> None:
+    cancels = tuple(Fault(0.0, "client_cancels", f"r{n}", on="ExecutorAccepted") for n in range(4))
+    result = what_if(spread(seed, faults=cancels), {"max_queue": 1})
+    assert result.estimated is not None
+    assert result.estimated.expired == 0
+    assert ends(result) == 12 - len(cancels)
+
+
+@pytest.mark.parametrize(("seed", "max_queue"), [(2, 2), (15, 1)])
+def test_an_engine_that_dies_right_after_the_policies_parted_loses_what_it_had_then(seed: int, max_queue: int) -> None:
+    result = what_if(spread(seed, faults=(Fault(618.0, "engine_dies", "cuda:0"),)), {"max_queue": max_queue})
+    assert result.estimated is not None
+    assert (result.estimated.expired, ends(result)) == (0, 12)
 
 
 def test_a_short_patience_expires(busy: ListRecording) -> None:

@@ -251,6 +251,20 @@ def forgotten_unfinished_request() -> Any:
     return patched(segment_recovery, "_unfinished", returns(()))
 
 
+def request_without_a_record() -> Any:
+    """A request is taken although the journal has stopped."""
+
+    def make(decide: Any) -> Any:
+        def wrong(self: Lifecycle, state: RequestState, command: Command) -> list[Event]:
+            if isinstance(command, cmd.BeginRequest):
+                command = msgspec.structs.replace(command, log_fault="")
+            return decide(self, state, command)
+
+        return wrong
+
+    return patched(Lifecycle, "decide", make)
+
+
 def text_in_a_failure() -> Any:
     """The text of a foreign exception, which may quote a prompt, goes into the journal."""
 
@@ -294,6 +308,11 @@ def session_that_its_engine_keeps() -> Any:
         return wrong
 
     return patched(MemoryGuard, "tells", make)
+
+
+def session_that_nobody_counts() -> Any:
+    """The guard is not told what an engine keeps of a turn."""
+    return patched(Standing, "keep", returns(None))
 
 
 def session_that_never_ends() -> Any:
@@ -384,9 +403,11 @@ PLANTED: dict[str, tuple[Plant, str]] = {
     "an impure decision": (impure_decision, "decisions_replay"),
     "a record that the live view misses": (missed_record, "projections_rebuild"),
     "an unfinished request that recovery forgets": (forgotten_unfinished_request, "log_recovers"),
+    "a request without a record": (request_without_a_record, "nobody_is_let_in_unrecorded"),
     "a tenant that is not charged": (tenant_that_is_not_charged, "tenants_take_turns"),
     "a session given up in use": (session_given_up_in_use, "sessions_in_use_are_kept"),
     "a session that its engine keeps": (session_that_its_engine_keeps, "sessions_end"),
+    "a session that nobody counts": (session_that_nobody_counts, "sessions_end"),
     "a session that never ends": (session_that_never_ends, "sessions_end"),
     "a refusal for pressure": (refused_for_pressure, "refusals_are_for_a_reason"),
     "a restart that refuses": (refusing_restart, "restarts_refuse_nobody"),

@@ -15,6 +15,7 @@ import pytest
 from gptoss.actors.generation import Generation
 from gptoss.messages.codec import encode_record
 from gptoss.simulation.campaign import pursue, verdicts
+from gptoss.simulation.faults import ANY_REQUEST
 from gptoss.simulation.generate import generate
 from gptoss.simulation.invariants import AT_REST, AT_THE_END
 from gptoss.simulation.run import Verdict, simulate
@@ -113,6 +114,19 @@ def test_a_run_leaves_no_actor_behind_even_when_its_process_dies() -> None:
     for scenario in deaths[:3]:
         assert simulate(scenario)[0].broken == ""
     assert pykka.ActorRegistry.get_all() == before
+
+
+def test_the_guard_counts_what_an_engine_keeps_although_the_request_crashes_as_it_ends() -> None:
+    shape = Shape(slots=1, lag=0.6, prefix_cache_bytes=1000, heeds_pressure=False)
+    turn = Arrival("r0", 600.0, prompt_tokens=4, max_tokens=3, seed=1, session_id="s")
+    ends: set[str] = set()
+    for number in range(60):  # the turn ends somewhere within these 45 ms
+        crash = Fault(606.0 + 0.75 * number, "actor_crashes", ANY_REQUEST)
+        verdict, _ = simulate(Scenario(number, shape, (turn,), (crash,), rebuilds_views=False))
+        assert (verdict.broken, verdict.message) == ("", ""), f"a crash at {crash.at_ms} ms"
+        ends |= verdict.types & {"RequestCompleted", "RequestFailed"}
+        ends |= {"kept by who failed"} if {"RequestFailed", "SessionKept"} <= verdict.types else set()
+    assert ends == {"RequestCompleted", "RequestFailed", "kept by who failed"}
 
 
 def test_virtual_time_costs_no_real_time() -> None:

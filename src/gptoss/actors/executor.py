@@ -58,10 +58,11 @@ class ExecutorConfig(msgspec.Struct, frozen=True, kw_only=True):
 class _InFlight:
     """A request that the engine has."""
 
-    __slots__ = ("attempt", "last_pos", "tokens_out")
+    __slots__ = ("attempt", "last_pos", "session_id", "tokens_out")
 
-    def __init__(self, attempt: int, tokens_out: int, last_pos: int) -> None:
+    def __init__(self, attempt: int, session_id: str, tokens_out: int, last_pos: int) -> None:
         self.attempt = attempt
+        self.session_id = session_id
         self.tokens_out = tokens_out
         self.last_pos = last_pos
         """Position of the last record that concerns it: what its end is a consequence of."""
@@ -183,7 +184,8 @@ class ExecutorActor(LoopActor):
             deadline_ns=submit.deadline_ns,
         )
         pos = self.record(accepted, correlation=submit.request_id).meta.pos
-        flight = self._in_flight[submit.request_id] = _InFlight(submit.attempt, len(submit.output_token_ids), pos)
+        flight = _InFlight(submit.attempt, submit.session_id, len(submit.output_token_ids), pos)
+        self._in_flight[submit.request_id] = flight
         if self._restart in ("stopping", "leaving"):
             del self._in_flight[submit.request_id]
             self._report_fault(submit.request_id, flight, EngineLost.code, "the engine is being replaced", lost=True)
@@ -232,6 +234,8 @@ class ExecutorActor(LoopActor):
                 request_id=news.request_id, executor=self._name, completion_tokens=news.completion_tokens
             )
             flight.last_pos = self.record(applied, correlation=news.request_id, cause=flight.last_pos).meta.pos
+        elif flight.session_id:
+            self._standing.keep(flight.session_id, news.session_tokens, news.session_bytes, flight.last_pos)
         name = request_name(news.request_id)
         stopped_by = news.stop_reason if isinstance(news.stop_reason, str) else ""
         if news.text or stopped_by:

@@ -38,7 +38,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
         timeout_s: bound on the request's whole life; None takes the server's setting.
         request_id: the caller's id; empty or already in use gets a fresh one.
         parent_id: the first choice of the call that this is a further choice of.
-        cache_salt: requests share cached prefixes only with those of the same salt.
+        cache_salt: requests share cached prefixes only with those of the same salt and the same ``user``.
         user: whom the caller acts for; recorded as a keyed hash.
         metadata: the caller's own notes; only their number is recorded.
         prompt_field: the field that the prompt stands in, for errors; empty is what it is called in chat or completions.

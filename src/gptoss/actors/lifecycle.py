@@ -114,7 +114,6 @@ class Lifecycle:
                 return [("router", route)]
             case ev.RequestCompleted() | ev.RequestFailed() | ev.RequestCancelled() | ev.RequestRejected():
                 return [
-                    *_keeps(state, event, now_ns),
                     ("router", cmd.ForgetRoute(now_ns=now_ns, request_id=request_id)),
                     ("admission", cmd.WithdrawRequest(now_ns=now_ns, request_id=request_id)),
                 ]
@@ -139,20 +138,6 @@ class Lifecycle:
             session_id=state.session_id,
             can_shrink=not state.is_bound,
         )
-
-
-def _keeps(state: RequestState, event: Event, now_ns: int) -> list[Told]:
-    """What the memory guard is told of a turn that the engine keeps; before the turn's own memory is released."""
-    if not (state.session_id and isinstance(event, ev.RequestCompleted)):
-        return []
-    keep = cmd.KeepSession(
-        now_ns=now_ns,
-        session_id=state.session_id,
-        executor=state.executor,
-        tokens=event.session_tokens,
-        kv_bytes=event.session_bytes,
-    )
-    return [("memory", keep)]
 
 
 # ---------------------------------------------------------------- decisions
@@ -187,6 +172,8 @@ def _begin(_: RequestState, command: cmd.BeginRequest) -> list[Event]:
         check_sampling(command.sampling)
         if command.max_model_len == 0:
             raise NotReady("the model is still loading", retry_after_s=2.0)
+        if command.log_fault:
+            raise NotReady(f"the journal has stopped: {command.log_fault}", retry_after_s=30.0)
     except GptossError as error:
         return [received, rejection(error)]
     seed = command.drawn_seed if command.sampling.seed is None else command.sampling.seed

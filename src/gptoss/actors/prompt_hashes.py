@@ -15,6 +15,11 @@ def keyed_hash(key: bytes, value: object) -> str:
     return hmac.new(key, msgspec.msgpack.encode(value), hashlib.sha256).hexdigest()
 
 
+def cache_salt(key: bytes, tenant: str, salt: str) -> str:
+    """What a request's cached prefixes begin with: only the same salt of the same tenant gives the same; empty without both."""
+    return keyed_hash(key, (tenant, salt)) if tenant or salt else ""
+
+
 def prefix_hashes(key: bytes, salt: str, token_ids: tuple[int, ...]) -> tuple[str, ...]:
     """Hashes of ever longer beginnings, see ``PromptReady``.
 

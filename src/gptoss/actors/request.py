@@ -20,7 +20,7 @@ from gptoss.actors.deliveries import CancelInEngine, TokensProduced
 from gptoss.actors.directory import Directory, executor_name
 from gptoss.actors.generation import Delta, GenerateRequest, Generation, Outcome, Usage
 from gptoss.actors.lifecycle import Lifecycle, RequestState
-from gptoss.actors.prompt_hashes import keyed_hash, prefix_hashes
+from gptoss.actors.prompt_hashes import cache_salt, keyed_hash, prefix_hashes
 from gptoss.actors.rendering import Rendering, prompt_param
 from gptoss.actors.system import Timer
 from gptoss.clock import NS_PER_S
@@ -76,6 +76,7 @@ class RequestActor(DeciderActor[RequestState]):
         self._request = request
         self._generation = generation
         self._services = services
+        self._cache_salt = cache_salt(services.hmac_key, request.user, request.cache_salt)
         self._prompt: RenderedPrompt | None = None
         self._parser: OutputParser | None = None
         self._delivered: list[int] = []
@@ -127,6 +128,7 @@ class RequestActor(DeciderActor[RequestState]):
                 user_hmac=keyed_hash(self._services.hmac_key, request.user) if request.user else "",
                 num_metadata=len(request.metadata),
                 queue_timeout_s=self._services.queue_timeout_s,
+                log_fault="" if (health := system.journal.health).ok else health.reason,
             )
         )
 
@@ -217,7 +219,7 @@ class RequestActor(DeciderActor[RequestState]):
             param=prompt_param(request),
             length_param=request.length_field,
             prompt_version=rendering.version_of(request),
-            prefix_hmacs=prefix_hashes(services.hmac_key, request.cache_salt, prompt.token_ids)
+            prefix_hmacs=prefix_hashes(services.hmac_key, self._cache_salt, prompt.token_ids)
             if services.hashes_prefixes
             else (),
         )
@@ -258,7 +260,7 @@ class RequestActor(DeciderActor[RequestState]):
             sampling=msgspec.structs.replace(event.sampling, stop=self._request.sampling.stop),
             priority=self._request.priority,
             deadline_ns=self._deadline_ns,
-            cache_salt=self._request.cache_salt,
+            cache_salt=self._cache_salt,
             grammar=self._prompt.grammar,
             session_id=self.state.session_id,
         )

@@ -1,4 +1,4 @@
-"""What the deciders are told of an executor: that it can serve, takes nobody new, is suspect, or is gone."""
+"""What the deciders are told of an executor: that it can serve, takes nobody new, is suspect, or is gone, and what it keeps."""
 
 from collections.abc import Callable
 
@@ -62,6 +62,16 @@ class Standing:
             silent_ms=silent_ms if is_suspect else 0.0,
         )
         self._directory.tell("router", rate)
+
+    def keep(self, session_id: str, tokens: int, kv_bytes: int, cause: int) -> None:
+        """The engine keeps a session's turn that has just finished, whatever becomes of the request.
+
+        To be said before the request is told of its end: then the guard hears it before the turn's own memory is released.
+        """
+        kept = cmd.KeepSession(
+            now_ns=self._now_ns(), session_id=session_id, executor=self._executor, tokens=tokens, kv_bytes=kv_bytes
+        )
+        self._directory.tell("memory", kept, cause=cause)
 
     def leave(self, reason: str, cause: int = NO_CAUSE, *, fault: bool = False, returns: bool = False) -> None:
         """Nothing can run here; with ``returns``, only until a wanted restart is over."""

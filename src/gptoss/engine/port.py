@@ -84,7 +84,7 @@ class Submit(_Wire, frozen=True, kw_only=True):
         priority: lower runs first, and may take the place of a higher one.
         deadline_ns: on this machine's monotonic clock; among equal priorities the earliest runs first. 0 is none. The
             engine does not enforce it: whoever submits cancels.
-        cache_salt: requests share cached prefixes only with those of the same salt.
+        cache_salt: requests share cached prefixes only with those of the same salt; tenants have different ones.
         session_id: what is computed is kept for the next request of this session, in place of what was kept before.
         grammar: bounds every token of the output; empty leaves it free. Checked by ``engine.grammar`` beforehand.
     """

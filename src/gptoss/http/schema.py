@@ -19,8 +19,10 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=1024)]
 ToolName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_-]{1,64}\Z")]
 Timeout = Annotated[float, Meta(gt=0, le=86_400)]
-UserName = Annotated[str, Meta(max_length=512)]
-CacheSalt = Annotated[str, Meta(min_length=1, max_length=256)]
+UserName = Annotated[str, Meta(max_length=512, description="the tenant: cached prefixes and sessions are its own")]
+CacheSalt = Annotated[
+    str, Meta(min_length=1, max_length=256, description="cached prefixes are shared only under the same salt and user")
+]
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]

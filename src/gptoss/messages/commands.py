@@ -73,6 +73,7 @@ class BeginRequest(Command, frozen=True, kw_only=True):
         parent_id: the request that this is a further choice of.
         user_hmac: keyed hash of the caller's ``user``.
         queue_timeout_s: how long it may wait for admission; 0 is what the settings said at the start.
+        log_fault: why what is recorded is not kept any more; empty while it is.
     """
 
     request_id: str
@@ -95,6 +96,7 @@ class BeginRequest(Command, frozen=True, kw_only=True):
     user_hmac: str = ""
     num_metadata: int = 0
     queue_timeout_s: float = 0.0
+    log_fault: str = ""
 
 
 class PromptReady(Command, frozen=True, kw_only=True):
@@ -103,7 +105,7 @@ class PromptReady(Command, frozen=True, kw_only=True):
     Attributes:
         param: the field that it came from.
         length_param: the field that bounds the length of the answer, as the client knows it.
-        prefix_hmacs: of its first ``PREFIX_TOKENS`` tokens, twice as many, four times as many and so on, with its cache salt:
+        prefix_hmacs: of its first ``PREFIX_TOKENS`` tokens, twice as many, four times as many and so on, with its tenant and salt:
             equal ones mean that an executor that served the one has the beginning of the other.
     """
 

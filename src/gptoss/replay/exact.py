@@ -6,6 +6,7 @@ Rules:
 - Streams that begin in the middle count once their state is known, as in ``stream``.
 """
 
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -96,13 +97,15 @@ class Divided(msgspec.Struct, frozen=True, kw_only=True):
         waiting = states["admission"].waiting.values() if "admission" in states else ()
         for ask in sorted(waiting, key=lambda ask: (ask.deadline_ns, ask.enqueued_ns)):
             simulation.tell(ask.deadline_ns, "admission", cmd.CheckDeadlines(now_ns=0))
-        running = {state.request_id for state in states.values() if getattr(state, "phase", "") == "running"}
+        running = {state.request_id: state for state in states.values() if getattr(state, "phase", "") == "running"}
         for stream, engine in self.engines.items():
-            copy = simulation.engines[stream] = engine.only(running)
+            copy = simulation.engines[stream] = engine.only(running.keys())
             if copy.capabilities is not None:
                 copy.capabilities = policy.capabilities(copy.capabilities)
             for each in (*copy.running.values(), *copy.line.values()):
                 simulation.made[each.request_id] = each.num_tokens - each.num_prompt
+        for request_id in sorted(name for name, state in running.items() if state.cancel is not None):
+            simulation.at(self.at_ns, partial(simulation.cancel, request_id))
 
 
 class _Open(msgspec.Struct):
@@ -125,13 +128,17 @@ class Exact:
         self._recorded: dict[str, Any] = {}
         self._engines = ExecutorLogs()
         self._open: _Open | None = None
+        self._held: list[Record] = []
         self._fares = Fares()
 
     def observe(self, record: Record) -> Divided | None:
         """Take the next record; says where the policies part once that is seen."""
         meta, event = record.meta, record.event
         if meta.stream.startswith(EXECUTOR_PREFIX):
-            return self._engine(record)
+            if self._open is None:
+                return self._engine(record)
+            self._held.append(record)  # if the open command is where the policies part, this has not happened yet
+            return None
         decider = self._policy.decider(meta.stream)
         if decider is None:
             return None
@@ -154,7 +161,7 @@ class Exact:
     def end(self) -> Divided | None:
         """No more records come; the last command may be cut off and says nothing."""
         self._open = None
-        return None
+        return self._release()
 
     # ---- parts
 
@@ -202,17 +209,12 @@ class Exact:
                 self._states.pop(stream)
                 self._recorded.pop(stream)
                 break
-        return None
+        return self._release()
 
-    def _take_open(self) -> None:
-        """Take what the open command leads to, although not all of it may be recorded before this place."""
-        if self._open is not None:
-            stream = self._open.record.meta.stream
-            decider = self._policy.decider(stream)
-            assert decider is not None
-            for event in self._open.decided:
-                self._states[stream] = decider.evolve(self._states[stream], event)
-                self._recorded[stream] = decider.evolve(self._recorded[stream], event)
+    def _release(self) -> Divided | None:
+        """Take what executors recorded while a command was open."""
+        held, self._held = self._held, []
+        return next((found for found in map(self._engine, held) if found), None)
 
     def _part(self, record: Record, divergence: Divergence | None) -> Divided:
         return Divided(
@@ -249,7 +251,6 @@ class Exact:
         if not parts:
             return None
         self._engines.by_stream[meta.stream] = before
-        self._take_open()
         return self._part(record, plan_divergence(record, event, parts))
 
 

@@ -119,6 +119,29 @@ class Simulation:
         self._engine(stream).capabilities = self._policy.capabilities(capabilities)
         self._wake(stream)
 
+    def accept(self, stream: str, event: ev.ExecutorAccepted) -> None:
+        """An executor gets a request that was on its way to it when the policies parted."""
+        state = self.states.get(request_name(event.request_id))
+        if state is None or (state.phase, state.attempt) != ("running", event.attempt):
+            return
+        self._engine(stream).observe(event)
+        if state.cancel is not None:
+            self.cancel(event.request_id)
+        self._wake(stream)
+
+    def cancel(self, request_id: str) -> None:
+        """An engine hears that a request was cancelled, if it has it."""
+        state = self.states.get(request_name(request_id))
+        if state is None or not state.executor:
+            return
+        stream = executor_name(state.executor)
+        engine = self._engine(stream)
+        if request_id in engine.requests():
+            made = self.made.get(request_id, 0)
+            engine.observe(ev.CancelApplied(request_id=request_id, executor=state.executor, completion_tokens=made))
+            self._done(request_id, "cancelled")
+            self._wake(stream)
+
     def lose_engine(self, stream: str, event: ev.EngineExited) -> None:
         """An engine has died: whatever it had goes back to the requests."""
         engine = self._engine(stream)
@@ -182,7 +205,7 @@ class Simulation:
             case ev.SamplingBound():
                 self._submit(request_id, state, event)
             case ev.CancelRequested() if state.phase == "running":
-                self._cancel(request_id, state)
+                self.cancel(request_id)
             case ev.RequestCompleted() | ev.RequestFailed() | ev.RequestCancelled() | ev.RequestRejected():
                 self.states.pop(stream, None)
                 self.made.pop(request_id, None)
@@ -215,15 +238,6 @@ class Simulation:
         self.made.setdefault(request_id, state.tokens_out)
         self._engine(stream).observe(accepted)
         self._wake(stream)
-
-    def _cancel(self, request_id: str, state: Any) -> None:
-        stream = executor_name(state.executor)
-        engine = self._engine(stream)
-        if request_id in engine.requests():
-            made = self.made.get(request_id, 0)
-            engine.observe(ev.CancelApplied(request_id=request_id, executor=state.executor, completion_tokens=made))
-            self._done(request_id, "cancelled")
-            self._wake(stream)
 
     def _wake(self, stream: str) -> None:
         """Begin a step, if the engine is loaded, idle and has work."""
@@ -309,6 +323,15 @@ class Simulation:
         if state is not None:
             made = self.made.get(request_id, 0)
             tokens, kept = self._kept(state, made) if reason != "cancelled" else (0, 0)
+            if state.session_id and reason != "cancelled":
+                keep = cmd.KeepSession(
+                    now_ns=self.now_ns,
+                    session_id=state.session_id,
+                    executor=state.executor,
+                    tokens=tokens,
+                    kv_bytes=kept,
+                )
+                self.tell(self.now_ns, "memory", keep)
             done = cmd.EngineDone(
                 now_ns=self.now_ns,
                 attempt=state.attempt,

@@ -146,14 +146,16 @@ class _Estimate(msgspec.Struct, frozen=True, kw_only=True):
 def _play(simulation: Simulation, record: Record, parted: int, policy: Policy) -> None:
     """What of a record happens under any policy, once they have parted at a position."""
     meta, event = record.meta, record.event
+    was_on_its_way = 0 <= meta.cause < parted or meta.pos == parted
     match event:
         case ev.EngineLoaded():
             simulation.at(meta.mono_ns, lambda: simulation.load_engine(meta.stream, event.capabilities))
         case ev.EngineExited():
             simulation.at(meta.mono_ns, lambda: simulation.lose_engine(meta.stream, event))
+        case ev.ExecutorAccepted() if was_on_its_way:
+            simulation.at(meta.mono_ns, lambda: simulation.accept(meta.stream, event))
         case ev.CommandConsumed():
             command = decode_command(event.command)
-            was_on_its_way = 0 <= meta.cause < parted or meta.pos == parted
             if was_on_its_way or _is_given(command):
                 simulation.tell(command.now_ns, meta.stream, policy.command(command, _life_end(simulation, command)))
         case _:

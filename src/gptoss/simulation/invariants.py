@@ -10,6 +10,7 @@ from gptoss.simulation.line_invariants import (
 from gptoss.simulation.log_invariants import (
     decisions_replay,
     log_recovers,
+    nobody_is_let_in_unrecorded,
     nothing_fails_unexpectedly,
     nothing_leaks_text,
     positions_are_gapless,
@@ -61,6 +62,7 @@ AT_REST: tuple[Invariant, ...] = (
     settings_reach_deciders,
     projections_rebuild,
     nothing_fails_unexpectedly,
+    nobody_is_let_in_unrecorded,
     log_recovers,
 )
 """Once all requests have ended and nothing happens any more."""

@@ -107,3 +107,18 @@ def nothing_fails_unexpectedly(observed: Observed) -> None:
 
 EXPECTED_FAILURES = {"Poison", "Question", "EngineExited", "render"}
 """What faults are made of; an executor ends with its engine."""
+
+
+def nobody_is_let_in_unrecorded(observed: Observed) -> None:
+    """Once the journal has stopped, whoever comes is refused: what cannot be recorded is not served."""
+    has_stopped = False
+    late: set[str] = set()
+    for record in observed.of_type(ev.LogDegraded, ev.RequestReceived, ev.RequestValidated):
+        if isinstance(record.event, ev.LogDegraded):
+            has_stopped = True
+        elif isinstance(record.event, ev.RequestReceived) and has_stopped:
+            late.add(record.meta.correlation)
+        elif record.meta.correlation in late:
+            raise ViolationError(
+                f"{record.meta.correlation} was let in at {record.meta.pos}, after the journal had stopped"
+            )
