@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gptoss.actors.router import PREFIXES_MAX, Router, RouterPolicy, RouterState
+from gptoss.actors.router import Router, RouterPolicy
+from gptoss.actors.router_state import PREFIXES_MAX, Route, RouterState, recorded, restored
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.commands import Command
@@ -215,3 +218,36 @@ def test_a_choice_without_hints_is_recorded_as_it_always_was() -> None:
     decided = events[-1]
     assert isinstance(decided, ev.RouteDecided)
     assert (decided.prompt_tokens, decided.session_id, decided.prefix_hmacs) == (0, "", ())
+
+
+# ---------------------------------------------------------------- its state
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdef"), st.sampled_from(["", "cpu:0", "cpu:1", "forget", "leave"])), max_size=60
+    )
+)
+def test_counts_and_order_follow_from_the_routes_whatever_happened(steps: list[tuple[str, str]]) -> None:
+    state, plain = RouterState(), dict[str, str]()
+    for number, (request_id, what) in enumerate(steps):
+        if what == "leave":
+            state = state.without_executor(ev.ExecutorLeft(executor="cpu:0", reason="x", fault_ns=number))
+            plain = {key: executor for key, executor in plain.items() if executor != "cpu:0"}
+        elif what == "forget":
+            state = state.without_route(request_id) if request_id in plain else state
+            plain.pop(request_id, None)
+        else:
+            state = state.with_route(request_id, Route(what, 10 + number))
+            plain[request_id] = what
+        assert {key: route.executor for key, route in state.routes.items()} == plain
+        assert list(state.waiting) == [key for key, executor in plain.items() if not executor]
+        for executor in ("cpu:0", "cpu:1"):
+            mine = [state.routes[key].kv_bytes for key in plain if plain[key] == executor]
+            assert state.bound_to(executor, "") == (len(mine), sum(mine))
+            for key in plain:
+                others = [state.routes[each].kv_bytes for each in plain if plain[each] == executor and each != key]
+                assert state.bound_to(executor, key) == (len(others), sum(others))
+    again = restored(recorded(state))
+    assert list(recorded(again).routes.items()) == list(recorded(state).routes.items())
+    assert list(again.waiting) == list(state.waiting)

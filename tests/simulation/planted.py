@@ -18,7 +18,8 @@ from gptoss.actors.lifecycle import Lifecycle, RequestState
 from gptoss.actors.memory_guard import MemoryGuard
 from gptoss.actors.memory_state import GuardState
 from gptoss.actors.request import RequestActor
-from gptoss.actors.router import Route, Router, RouterState
+from gptoss.actors.router import Router
+from gptoss.actors.router_state import Route, RouterState
 from gptoss.actors.sessions import SessionBook
 from gptoss.actors.standing import Standing
 from gptoss.actors.system import Timer

@@ -11,7 +11,7 @@ import pytest
 
 from gptoss.actors.admission_state import AdmissionRecord
 from gptoss.actors.memory_state import GuardRecord
-from gptoss.actors.router import RouterState
+from gptoss.actors.router_state import RouterRecord
 from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.codec import EVENT_TYPES, encode_command, encode_record
@@ -82,7 +82,7 @@ def test_every_field_that_holds_ids_is_known() -> None:
     assert named >= ID_FIELDS | NAMING_FIELDS
     keyed = {
         name
-        for state in (AdmissionRecord, GuardRecord, RouterState)
+        for state in (AdmissionRecord, GuardRecord, RouterRecord)
         for name, kind in typing.get_type_hints(state).items()
         if typing.get_origin(kind) in {dict, tuple}
         and name not in {"capacities", "pools", "executors", "lacking", "sessions", "prefixes", "faults"}

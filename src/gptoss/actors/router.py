@@ -17,8 +17,10 @@ Rules:
 
 import msgspec
 
+from gptoss.actors import router_state as states
 from gptoss.actors.decider import Told
 from gptoss.actors.directory import request_name
+from gptoss.actors.router_state import ExecutorView, Route, RouterRecord, RouterState
 from gptoss.clock import NS_PER_S
 from gptoss.messages import commands as cmd
 from gptoss.messages.commands import PREFIX_TOKENS, Command
@@ -36,12 +38,7 @@ from gptoss.messages.events import (
 PREFIX_WORTH = 0.5
 SESSION_WORTH = 0.2
 FAULT_COST = 0.25
-FAULTS_MAX = 4
 FAULT_NS = 60 * NS_PER_S
-PREFIXES_MAX = 2048
-SESSIONS_MAX = 1024
-
-replace = msgspec.structs.replace
 
 
 class RouterPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,46 +49,11 @@ class RouterPolicy(msgspec.Struct, frozen=True, kw_only=True):
     multi_pressure: float = 0.85
 
 
-class ExecutorView(msgspec.Struct, frozen=True):
-    """An executor as the router knows it."""
-
-    slots: int
-    kv_budget_bytes: int
-    multi_device: bool = False
-    health: str = ""
-
-
-class Route(msgspec.Struct, frozen=True):
-    """Where a request runs; ``executor`` is empty while it waits, and what follows is what it waits with."""
-
-    executor: str
-    kv_bytes: int
-    prompt_tokens: int = 0
-    session_id: str = ""
-    multi_device: bool = False
-    prefix_hmacs: tuple[str, ...] = ()
-
-
-class RouterState(msgspec.Struct, frozen=True):
-    """Executors by name and routes by request.
-
-    Attributes:
-        prefixes: hash of a beginning -> the executor that served it last; the least recently used comes first.
-        sessions: likewise of conversations.
-        faults: when each executor failed lately.
-    """
-
-    executors: dict[str, ExecutorView] = {}
-    routes: dict[str, Route] = {}
-    prefixes: dict[str, str] = {}
-    sessions: dict[str, str] = {}
-    faults: dict[str, tuple[int, ...]] = {}
-
-
 class Router:
     """The router's decisions."""
 
     name = "router"
+    record_type = RouterRecord
 
     def __init__(self, policy: RouterPolicy | None = None) -> None:
         self.policy = policy or RouterPolicy()
@@ -99,6 +61,14 @@ class Router:
     def initial(self) -> RouterState:
         """No executors, no routes."""
         return RouterState()
+
+    def recorded(self, state: RouterState) -> RouterRecord:
+        """See ``decider.KeepsRecord``."""
+        return states.recorded(state)
+
+    def restored(self, record: RouterRecord) -> RouterState:
+        """See ``decider.KeepsRecord``."""
+        return states.restored(record)
 
     def decide(self, state: RouterState, command: Command) -> list[Event]:
         """See the module's rules."""
@@ -115,7 +85,7 @@ class Router:
                 fault_ns = command.now_ns if command.fault else 0
                 return [ExecutorLeft(executor=command.executor, reason=command.reason, fault_ns=fault_ns)]
             case cmd.DrainExecutor() if command.executor in state.executors:
-                running = sum(route.executor == command.executor for route in state.routes.values())
+                running, _ = state.bound_to(command.executor, "")
                 return [ExecutorDrained(executor=command.executor, running=running)]
             case cmd.RateExecutor() if command.executor in state.executors:
                 return self._rate(state, command)
@@ -130,21 +100,20 @@ class Router:
 
     def evolve(self, state: RouterState, event: Event) -> RouterState:
         """Keep executors, routes, and who has what."""
-        executors, routes = state.executors, state.routes
         match event:
             case ExecutorJoined():
                 view = ExecutorView(event.slots, event.kv_budget_bytes, event.multi_device)
-                return replace(state, executors={**executors, event.executor: view})
+                return state.with_executor(event.executor, view)
             case ExecutorLeft():
-                return _without(state, event)
+                return state.without_executor(event)
             case ExecutorDrained() | ExecutorRated():
                 health = "draining" if isinstance(event, ExecutorDrained) else "suspect" if event.suspect else ""
-                view = replace(executors[event.executor], health=health)
-                return replace(state, executors={**executors, event.executor: view})
+                view = msgspec.structs.replace(state.executors[event.executor], health=health)
+                return state.with_executor(event.executor, view)
             case RouteDecided():
-                return _learn(state, event)
+                return state.decided(event)
             case RouteForgotten():
-                return replace(state, routes={k: r for k, r in routes.items() if k != event.request_id})
+                return state.without_route(event.request_id)
             case _:
                 return state
 
@@ -171,19 +140,15 @@ class Router:
         """``first``, and a choice for each who waits and can go now."""
         events = [first]
         state = self.evolve(state, first)
-        for request_id, route in state.routes.items():
-            if not route.executor:
-                decided = self._choose(state, request_id, route, now_ns)
-                if decided.executor:
-                    events.append(decided)
-                    state = self.evolve(state, decided)
+        for request_id in state.waiting:
+            decided = self._choose(state, request_id, state.routes[request_id], now_ns)
+            if decided.executor:
+                events.append(decided)
+                state = self.evolve(state, decided)
         return events
 
     def _choose(self, state: RouterState, request_id: str, route: Route, now_ns: int) -> RouteDecided:
-        bound = _bound(state, request_id)
-        candidates = tuple(
-            _candidate(state, name, bound.get(name, (0, 0)), route, now_ns) for name in sorted(state.executors)
-        )
+        candidates = tuple(_candidate(state, name, request_id, route, now_ns) for name in sorted(state.executors))
         wish = self._wish(candidates, route)
         executor, reason = _best(candidates, route, wish)
         return RouteDecided(
@@ -254,19 +219,9 @@ def _reason(best: RouteCandidate, wish: str, *, is_only: bool) -> str:
     return "only_one" if is_only else "least_loaded"
 
 
-def _bound(state: RouterState, request_id: str) -> dict[str, tuple[int, int]]:
-    """By executor, how many requests other than this one run there, and their KV bytes."""
-    found: dict[str, tuple[int, int]] = {}
-    for other, route in state.routes.items():
-        if other != request_id:
-            running, kv_bytes = found.get(route.executor, (0, 0))
-            found[route.executor] = (running + 1, kv_bytes + route.kv_bytes)
-    return found
-
-
-def _candidate(state: RouterState, name: str, bound: tuple[int, int], route: Route, now_ns: int) -> RouteCandidate:
+def _candidate(state: RouterState, name: str, request_id: str, route: Route, now_ns: int) -> RouteCandidate:
     view = state.executors[name]
-    running, kv_bound = bound
+    running, kv_bound = state.bound_to(name, request_id)
     kv_share = kv_bound / view.kv_budget_bytes if view.kv_budget_bytes else 1.0
     cached = _cached_tokens(state, name, route)
     session = bool(route.session_id) and state.sessions.get(route.session_id) == name
@@ -293,46 +248,3 @@ def _cached_tokens(state: RouterState, name: str, route: Route) -> int:
         if state.prefixes.get(route.prefix_hmacs[index]) == name:
             return PREFIX_TOKENS << index
     return 0
-
-
-def _learn(state: RouterState, event: RouteDecided) -> RouterState:
-    """Where a request runs or waits, and with that who will have its beginning."""
-    route = Route(
-        event.executor,
-        event.kv_bytes,
-        event.prompt_tokens,
-        event.session_id,
-        event.multi_device,
-        event.prefix_hmacs,
-    )
-    prefixes, sessions = state.prefixes, state.sessions
-    if event.executor and event.prefix_hmacs:
-        prefixes = _noted(prefixes, event.prefix_hmacs, event.executor, PREFIXES_MAX)
-    if event.executor and event.session_id:
-        sessions = _noted(sessions, (event.session_id,), event.executor, SESSIONS_MAX)
-    routes = {**state.routes, event.request_id: route}
-    return replace(state, routes=routes, prefixes=prefixes, sessions=sessions)
-
-
-def _noted(known: dict[str, str], keys: tuple[str, ...], executor: str, most: int) -> dict[str, str]:
-    """``known`` with ``keys`` as the most recently used, without the least recently used beyond ``most``."""
-    noted = {key: name for key, name in known.items() if key not in keys}
-    noted |= dict.fromkeys(keys, executor)
-    for key in list(noted)[: max(0, len(noted) - most)]:
-        del noted[key]
-    return noted
-
-
-def _without(state: RouterState, event: ExecutorLeft) -> RouterState:
-    """An executor is gone: its routes are forgotten, and what its cache had is lost."""
-    name = event.executor
-    faults = state.faults
-    if event.fault_ns:
-        faults = {**faults, name: (*faults.get(name, ()), event.fault_ns)[-FAULTS_MAX:]}
-    return RouterState(
-        {other: view for other, view in state.executors.items() if other != name},
-        {key: route for key, route in state.routes.items() if route.executor != name},
-        {key: other for key, other in state.prefixes.items() if other != name},
-        {key: other for key, other in state.sessions.items() if other != name},
-        faults,
-    )

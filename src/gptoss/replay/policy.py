@@ -15,7 +15,7 @@ from gptoss.actors.admission_state import AdmissionState
 from gptoss.actors.decider import Decider, keeper_of
 from gptoss.actors.deciders import Deciders, decider_with, deciders_of
 from gptoss.actors.memory_state import GuardState
-from gptoss.actors.router import RouterState
+from gptoss.actors.router_state import RouterState
 from gptoss.clock import NS_PER_S
 from gptoss.config import BYTES_PER_MB, Settings
 from gptoss.engine.scheduler import SchedulerState
