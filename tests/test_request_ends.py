@@ -1,6 +1,7 @@
 """Requests that end where the simulator once found that they did not, or that they left something behind."""
 
 import asyncio
+import gc
 import time
 from typing import Any
 
@@ -135,3 +136,31 @@ async def test_the_end_of_a_request_that_is_cancelled_before_it_runs_carries_its
         assert [(record.meta.type, record.meta.correlation) for record in ends(system)] == [
             ("RequestCancelled", generation.request_id)
         ]
+
+
+async def test_a_request_that_is_over_leaves_nothing_to_the_garbage_collector() -> None:
+    async with serving(step_s=0.002) as system:
+        await system.ready(10.0)
+
+        async def some() -> None:
+            assert len((await submit(system, 3).text()).split()) == 3
+            cancelled = submit(system)
+            await cancelled.admitted()
+            cancelled.cancel()
+            await cancelled.text()
+            await system.caught_up()
+            await run_until_idle(system.system)
+
+        await some()
+        gc.collect()
+        gc.disable()
+        try:
+            await some()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            found = {type(each).__name__ for each in gc.garbage}
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert not found & {"RequestActor", "Generation", "Cell", "Inbox", "Ref", "Letter"}, found

@@ -6,10 +6,12 @@ what can change while the server runs does, the rest is named in the log.
 """
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
 import sys
+from collections.abc import Generator
 from typing import Literal
 
 from rich.console import Console
@@ -49,12 +51,12 @@ async def _serve(layered: Layered) -> int:
         server = await serve(make_app(serving), settings.host, settings.port, auto_port=settings.auto_port)
         if not await _until_ready(serving, stop):
             return 0
-        calm_collector()
-        serving.system.on_escalated(lambda _: stop.set())
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_settings, serving, layered)
-        _welcome(settings, server.port, serving.gateway.served_model)
-        await stop.wait()
-        await serving.drain(serving.settings.drain_timeout_s)
+        with calm_collector():
+            serving.system.on_escalated(lambda _: stop.set())
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_settings, serving, layered)
+            _welcome(settings, server.port, serving.gateway.served_model)
+            await stop.wait()
+            await serving.drain(serving.settings.drain_timeout_s)
     finally:
         if server is not None:
             await server.close()
@@ -81,15 +83,21 @@ async def _until_ready(serving: ServingSystem, stop: asyncio.Event) -> bool:
         stopped.cancel()
 
 
-def calm_collector() -> None:
-    """Have the garbage collector look at what requests leave behind, and rarely.
+@contextlib.contextmanager
+def calm_collector() -> Generator[None]:
+    """Have the garbage collector look rarely, and not at what was imported and loaded by now.
 
-    What was imported and loaded by now stays for good. The records of requests are no part of any cycle, so only their actors
-    wait for it, some tens of objects each. By default it would look at them after every few requests.
+    A request leaves no cycles behind, so there is nothing for it to find; by default it would look after every few requests.
     """
+    usual = gc.get_threshold()
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
 
 
 def _watch_signals(stop: asyncio.Event) -> None:

@@ -52,12 +52,9 @@ async def recorded(decider: Counting) -> tuple[list[Record], list[tuple[int, int
     seen: list[tuple[int, int]] = []
 
     class Watched(DeciderActor[int]):
-        def on_start(self) -> None:
-            super().on_start()
-            self.reactions = dict.fromkeys((ev.ReservationBound, ev.RouteForgotten), self._react)
-
-        def _react(self, _: Event) -> None:
-            seen.append((self.event_pos, self.state))
+        def react(self, event: Event) -> None:
+            if isinstance(event, ev.ReservationBound | ev.RouteForgotten):
+                seen.append((self.event_pos, self.state))
 
     clock = SystemClock()
     journal = MemoryJournal(node="n", boot="b", clock=clock)

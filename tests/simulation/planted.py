@@ -134,18 +134,19 @@ def lost_wake_up() -> Any:
 def token_twice_after_a_retry() -> Any:
     """A resumed attempt goes on one token too early."""
 
-    def make(submit: Any) -> Any:
-        def wrong(self: RequestActor, event: ev.SamplingBound) -> None:
+    def make(react: Any) -> Any:
+        def wrong(self: RequestActor, event: Event) -> None:
             delivered = self._delivered
-            self._delivered = delivered[:-1]
+            if isinstance(event, ev.SamplingBound):
+                self._delivered = delivered[:-1]
             try:
-                submit(self, event)
+                react(self, event)
             finally:
                 self._delivered = delivered
 
         return wrong
 
-    return patched(RequestActor, "_submit", make)
+    return patched(RequestActor, "react", make)
 
 
 def deadline_that_never_fires() -> Any:

@@ -6,7 +6,7 @@ it is consumed and the events it led to, and only then acts on them. Replay feed
 two functions and compares.
 
 What other deciders are told because of an event is pure as well (``tells``). So a simulated system needs no actors: it
-delivers what the deciders tell each other. What is left to an actor's ``reactions`` has to do with the outside.
+delivers what the deciders tell each other. What is left to an actor's ``react`` has to do with the outside.
 
 A restarted decider rebuilds its state by folding its own stream, so a crash loses no reservation and no queue place.
 
@@ -89,7 +89,7 @@ class KeepsRecord(Protocol[S]):
 
 
 class DeciderActor(LoopActor, Generic[S]):
-    """Runs one decider. Subclasses say in ``reactions`` what an event leads to beside what the decider tells others.
+    """Runs one decider. Subclasses say in ``react`` what an event leads to beside what the decider tells others.
 
     Attributes:
         TAKES_SNAPSHOTS: whether it lives long enough for ``SnapshotTaken``.
@@ -108,7 +108,6 @@ class DeciderActor(LoopActor, Generic[S]):
         self.directory = directory
         self.state = decider.initial()
         self.about = ""
-        self.reactions: dict[type[Event], Callable[[Any], None]] = {}
         self.event_pos = NO_CAUSE
         self._commands_to_snapshot = SNAPSHOT_COMMANDS_MIN
 
@@ -164,6 +163,9 @@ class DeciderActor(LoopActor, Generic[S]):
         )
         return context.system.journal.append_decision(consumed, origin, led_to)
 
+    def react(self, event: Event) -> None:
+        """What an event leads to outside of the deciders; nothing by itself."""
+
     def _take_settings(self, settings: dict[str, SettingValue]) -> None:
         if self._remake is not None:
             self.decider = self._remake(settings)
@@ -175,9 +177,7 @@ class DeciderActor(LoopActor, Generic[S]):
         self.event_pos = decided.meta.pos
         for name, command in self.decider.tells(self.state, event, now_ns):
             self.directory.tell(name, command, cause=self.event_pos)
-        reaction = self.reactions.get(type(event))
-        if reaction is not None:
-            reaction(event)
+        self.react(event)
 
     def _count_to_snapshot(self) -> None:
         self._commands_to_snapshot -= 1

@@ -12,6 +12,7 @@ decider: their journal entry is the executor's ``StepCommitted``.
 """
 
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -32,6 +33,7 @@ from gptoss.messages import commands as cmd
 from gptoss.messages import events as ev
 from gptoss.messages.answer import Part, joined
 from gptoss.messages.commands import Command
+from gptoss.messages.envelope import Event
 from gptoss.messages.sampling import SamplingParams
 
 
@@ -84,17 +86,6 @@ class RequestActor(DeciderActor[RequestState]):
         self._stopped_by = ""
         self._deadline: Timer | None = None
         self._deadline_ns = 0
-        self.reactions = {
-            ev.RequestValidated: self._render,
-            ev.PromptRendered: self._keep_prompt,
-            ev.RequestAdmitted: self._tell_admitted,
-            ev.SamplingBound: self._submit,
-            ev.CancelRequested: self._cancel,
-            ev.RequestCompleted: self._completed,
-            ev.RequestFailed: self._failed,
-            ev.RequestCancelled: self._cancelled,
-            ev.RequestRejected: self._rejected,
-        }
 
     def on_start(self) -> None:
         """Begin at once, before any letter: a cancellation that is there already must find a request that has begun."""
@@ -163,6 +154,12 @@ class RequestActor(DeciderActor[RequestState]):
         )
         super().on_receive(failed)
         self.on_stop()
+
+    def react(self, event: Event) -> None:
+        """Carry out what an event asks for."""
+        reaction = self._REACTIONS.get(type(event))
+        if reaction is not None:
+            reaction(self, event)
 
     # ---- reactions, in the order of a request's life
 
@@ -363,6 +360,19 @@ class RequestActor(DeciderActor[RequestState]):
 
     def _now(self) -> int:
         return self.context.system.now_ns()
+
+    # Of the class: an actor that held its own methods would be a cycle and wait for the garbage collector.
+    _REACTIONS: ClassVar[dict[type[Event], Callable[["RequestActor", Any], None]]] = {
+        ev.RequestValidated: _render,
+        ev.PromptRendered: _keep_prompt,
+        ev.RequestAdmitted: _tell_admitted,
+        ev.SamplingBound: _submit,
+        ev.CancelRequested: _cancel,
+        ev.RequestCompleted: _completed,
+        ev.RequestFailed: _failed,
+        ev.RequestCancelled: _cancelled,
+        ev.RequestRejected: _rejected,
+    }
 
 
 CANCEL_ERRORS: dict[str, tuple[str, str]] = {

@@ -196,8 +196,9 @@ class System:
         self._cells[name] = cell
         if supervisor is not None:
             supervisor.adopt(cell)
+        ref = cell.ref
         cell.start()
-        return cell.ref
+        return ref
 
     def supervisor(self, name: str, supervision: Supervision) -> Supervisor:
         """A further supervisor, to be passed to ``spawn``."""

@@ -20,10 +20,10 @@ async def main(shape: FakeShape) -> None:
     """Serve until standard input ends."""
     async with fake_system(shape) as (serving, _):
         server = await serve(make_app(serving), "127.0.0.1", 0)
-        calm_collector()
-        sys.stdout.write(f"{server.port}\n")
-        sys.stdout.flush()
-        await asyncio.to_thread(sys.stdin.read)
+        with calm_collector():
+            sys.stdout.write(f"{server.port}\n")
+            sys.stdout.flush()
+            await asyncio.to_thread(sys.stdin.read)
         await server.close()
 
 

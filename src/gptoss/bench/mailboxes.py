@@ -2,7 +2,8 @@
 
 Rules:
 - The system under load is the live one (``ServingSystem``): gateway, a request's actor, memory guard, admission, router,
-  executors, the journal on disk, telemetry. Only the engines are fakes, in a process of their own.
+  executors, the journal on disk, telemetry, the garbage collector set as a server sets it. Only the engines are fakes, in a
+  process of their own.
 - What is measured is what was recorded: each stage is the time from a request's submission to the record of an event.
 - ``late`` is how long after its due time a request was submitted, because the event loop was busy; ``end, since due`` has
   it in. The other stages leave it out.
@@ -28,6 +29,7 @@ from gptoss.engine.port import ChatMessage
 from gptoss.messages import events as ev
 from gptoss.messages.envelope import Event, Record
 from gptoss.messages.sampling import SamplingParams
+from gptoss.server import calm_collector
 
 SAMPLE_S = 0.02
 """How often mailbox depths are read; also how the event loop's lag is measured."""
@@ -182,7 +184,8 @@ async def load_mailboxes(
         GptossError: the system cannot start.
     """
     async with fake_system(shape) as (serving, fleet):
-        return await _Test(serving, fleet, load, shape).run(stop, show)
+        with calm_collector():
+            return await _Test(serving, fleet, load, shape).run(stop, show)
 
 
 class _Test:
