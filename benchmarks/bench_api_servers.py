@@ -38,6 +38,8 @@ from gptoss.engine.prompt import load_tokenizer
 
 SLOTS = 256
 MAX_MODEL_LEN = 4096
+MAX_QUEUE = 100_000
+"""vLLM knows no bound; where the machine is busy, neither is to refuse what the other keeps waiting."""
 SETTLE_S = 0.5
 """What a server does after its last answer is part of its work."""
 WARM_UP = Load(requests=32, in_flight=16, prompt=Span(8, 8), output=Span(8, 8))
@@ -65,7 +67,7 @@ class Endpoint:
 @contextlib.contextmanager
 def gptoss_server(model: str, step_ms: float) -> Iterator[Endpoint]:
     """The server of ``gptoss bench http``, with a real tokenizer."""
-    with own_server(FakeShape(slots=SLOTS, step_ms=step_ms, model=model)) as server:
+    with own_server(FakeShape(slots=SLOTS, step_ms=step_ms, model=model, max_queue=MAX_QUEUE)) as server:
         process = psutil.Process(server.pid)
         name = wait_ready("gptoss", process, server.url, model, Path(os.devnull))
         yield Endpoint(server.url, name, process, detokenizer_us(model))
