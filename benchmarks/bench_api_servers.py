@@ -53,12 +53,19 @@ Figures = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """A server that serves: its ``/v1``, its model's name, its process; ``texts_us`` a token it leaves to its engine."""
+    """A server that serves.
+
+    Attributes:
+        url: its ``/v1``; ``model`` is its model's name there.
+        texts_us: what a token's text takes, where that is left to the engine.
+        chunk_field: of a request, where one can ask for so many tokens in a chunk.
+    """
 
     url: str
     model: str
     process: psutil.Process
     texts_us: float = 0.0
+    chunk_field: str = ""
 
 
 # ---------------------------------------------------------------- servers
@@ -86,7 +93,8 @@ def vllm_server(program: str, model: str, step_ms: float) -> Iterator[Endpoint]:
     }
     with running("vllm", command, log, **variables) as process:
         url = f"http://127.0.0.1:{port}/v1"
-        yield Endpoint(url, wait_ready("vllm", process, url, model, log), process)
+        name = wait_ready("vllm", process, url, model, log)
+        yield Endpoint(url, name, process, chunk_field="stream_interval")
 
 
 def detokenizer_us(model: str) -> float:
@@ -109,14 +117,22 @@ def processor_us(process: psutil.Process) -> tuple[float, float]:
     return used[0], sum(used)
 
 
-def load_server(endpoint: Endpoint, load: Load) -> tuple[HttpReport, float, float]:
+def load_server(endpoint: Endpoint, load: Load, chunk: int = 0) -> tuple[HttpReport, float, float]:
     """Load a server: what came of it, and the processor time that it took, alone and with its engine's.
+
+    Args:
+        endpoint: the server.
+        load: what to feed.
+        chunk: tokens of a chunk, where one can ask for that; 0 leaves it to the server.
 
     Raises:
         RuntimeError: an answer did not come whole.
     """
     before = processor_us(endpoint.process)
-    options = HttpOptions(url=endpoint.url, fields={"model": endpoint.model})
+    fields: dict[str, object] = {"model": endpoint.model}
+    if chunk and endpoint.chunk_field:
+        fields[endpoint.chunk_field] = chunk
+    options = HttpOptions(url=endpoint.url, fields=fields)
     report = asyncio.run(load_http(load, options, asyncio.Event(), lambda _: None))
     time.sleep(SETTLE_S)
     after = processor_us(endpoint.process)
@@ -128,9 +144,9 @@ def load_server(endpoint: Endpoint, load: Load) -> tuple[HttpReport, float, floa
 # ---------------------------------------------------------------- parts
 
 
-def tokens_of(name: str, endpoint: Endpoint, load: Load) -> Figures:
+def tokens_of(name: str, endpoint: Endpoint, load: Load, chunk: int) -> Figures:
     """Streams of many tokens."""
-    report, alone_us, with_engine_us = load_server(endpoint, load)
+    report, alone_us, with_engine_us = load_server(endpoint, load, chunk)
     each_us = alone_us / report.tokens
     return {
         f"{name}: us a token": each_us,
@@ -142,7 +158,7 @@ def tokens_of(name: str, endpoint: Endpoint, load: Load) -> Figures:
     }
 
 
-def requests_of(name: str, endpoint: Endpoint, load: Load) -> Figures:
+def requests_of(name: str, endpoint: Endpoint, load: Load, _: int) -> Figures:
     """Requests of one token."""
     report, alone_us, with_engine_us = load_server(endpoint, load)
     return {
@@ -156,11 +172,12 @@ def requests_of(name: str, endpoint: Endpoint, load: Load) -> Figures:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is measured: with which load, of what, and how long a step of the engine takes."""
+    """What is measured: with which load, of what, how long a step of the engine takes, and how many tokens a chunk is to have."""
 
     load: Callable[[argparse.Namespace], Load]
-    figures: Callable[[str, Endpoint, Load], Figures]
+    figures: Callable[[str, Endpoint, Load, int], Figures]
     step_ms: float = 0.0
+    chunk: int = 0
 
 
 def flood(options: argparse.Namespace) -> Load:
@@ -184,11 +201,13 @@ def full(options: argparse.Namespace) -> Load:
 
 PARTS = {
     "flood": Part(flood, tokens_of),
+    "chunks": Part(flood, tokens_of, chunk=64),
     "calm": Part(calm, requests_of),
     "full": Part(full, requests_of),
     "paced": Part(paced, tokens_of, step_ms=30.0),
 }
-"""Tokens as fast as they can; 200 requests/s; requests as fast as they can; a token for each stream every 30 ms."""
+"""Tokens as fast as they can; the same in chunks of 64, where one can ask for that; 200 requests/s; requests as fast as they can;
+a token for each stream every 30 ms."""
 Start = Callable[[str, float], contextlib.AbstractContextManager[Endpoint]]
 
 
@@ -200,7 +219,7 @@ def measure(start: Start, model: str, names: list[str], options: argparse.Namesp
             load_server(endpoint, WARM_UP)
             for name in names:
                 if (part := PARTS[name]).step_ms == step_ms:
-                    found |= part.figures(name, endpoint, part.load(options))
+                    found |= part.figures(name, endpoint, part.load(options), part.chunk)
     return found
 
 

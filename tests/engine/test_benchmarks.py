@@ -233,7 +233,7 @@ def test_the_api_server_benchmark_refuses_what_it_does_not_have() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "no such part: other; there are flood, calm, full, paced" in done.stderr
+    assert "no such part: other; there are flood, chunks, calm, full, paced" in done.stderr
 
 
 def test_the_executor_for_vllm_gives_a_token_to_each_request_whose_prompt_is_done(
