@@ -6,9 +6,9 @@ All streams are greedy. Times are medians of the steps within a second or so; ot
 """
 
 import argparse
+import asyncio
 import contextlib
 import itertools
-import queue
 import statistics
 import time
 from collections import defaultdict
@@ -25,7 +25,7 @@ from gptoss.engine.attention import Chunk, PackedRows
 from gptoss.engine.load import LoadedModel
 from gptoss.engine.packed_experts import PackedExperts
 from gptoss.engine.packed_linear import PackedLinear
-from gptoss.engine.port import EngineEvent, Finished, Load, Loaded, LoadFailed, StepDone
+from gptoss.engine.port import EngineEvent, EngineExited, Finished, Load, Loaded, LoadFailed, StepDone
 from gptoss.engine.process import ProcessDriver
 from gptoss.engine.runner import PackedRunner
 
@@ -179,11 +179,20 @@ def step_parts(model: LoadedModel, count: int) -> dict[str, float]:
 
 def boundary_ms(options: Load, count: int) -> float:
     """Median milliseconds between two steps of an engine process: packing, the socket, taking commands."""
-    heard: queue.Queue[EngineEvent] = queue.Queue()
+    steps = asyncio.run(process_steps(options, count))
+    full = [step for step in steps if len(step.rows) == count and all(row.num_tokens == 1 for row in step.rows)]
+    pairs = [(a, b) for a, b in itertools.pairwise(full) if b.step == a.step + 1]
+    return 1e-6 * statistics.median(b.started_ns - a.started_ns - a.duration_ns for a, b in pairs)
+
+
+async def process_steps(options: Load, count: int) -> list[StepDone]:
+    """The steps of an engine process that answers ``count`` requests at once."""
+    heard: asyncio.Queue[EngineEvent] = asyncio.Queue()
     driver = ProcessDriver()
-    driver.start(options, heard.put)
+    driver.start(options, heard.put_nowait)
+    event: EngineEvent | None = None
     try:
-        while not isinstance(event := heard.get(timeout=WAIT_S), Loaded):
+        while not isinstance(event := await asyncio.wait_for(heard.get(), WAIT_S), Loaded):
             if isinstance(event, LoadFailed):
                 raise RuntimeError(event.message)
         for number in range(count):
@@ -191,16 +200,15 @@ def boundary_ms(options: Load, count: int) -> float:
         steps: list[StepDone] = []
         left = count
         while left:
-            news = heard.get(timeout=WAIT_S)
-            left -= isinstance(news, Finished)
-            if isinstance(news, StepDone):
-                steps.append(news)
+            event = await asyncio.wait_for(heard.get(), WAIT_S)
+            left -= isinstance(event, Finished)
+            if isinstance(event, StepDone):
+                steps.append(event)
+        return steps
     finally:
         driver.kill()
-        driver.join(WAIT_S)
-    full = [step for step in steps if len(step.rows) == count and all(row.num_tokens == 1 for row in step.rows)]
-    pairs = [(a, b) for a, b in itertools.pairwise(full) if b.step == a.step + 1]
-    return 1e-6 * statistics.median(b.started_ns - a.started_ns - a.duration_ns for a, b in pairs)
+        while not isinstance(event, EngineExited):
+            event = await asyncio.wait_for(heard.get(), WAIT_S)
 
 
 def measure_parts(model: LoadedModel, options: Load, counts: Sequence[int]) -> str:

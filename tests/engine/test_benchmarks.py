@@ -1,9 +1,13 @@
 """The engine's benchmarks run and say what they are for; their figures are of no interest here."""
 
+import json
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +98,7 @@ def measure(name, *_):
 bench_serving.measure = measure
 arguments = argparse.Namespace(model="DIR", rounds=2, workloads="1")
 results = bench_serving._rounds({"gptoss": "a", "broken": "b", "other": "c"}, arguments)
-print(bench_serving._table(results))
+print(bench_serving.table(results))
 """
 
 
@@ -139,3 +143,133 @@ def test_the_grammar_benchmark_walks_answers_of_every_form(tiny_folder: Folders)
     found = {row[0]: row[1:] for row in rows(text)}
     assert {"any object", "small schema", "schema of 60 fields", "regex"} <= found.keys()
     assert 0 < int(found["regex"][0]) <= 40
+
+
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@pytest.fixture
+def talking_folder(tiny_folder: Folders, tmp_path: Path) -> str:
+    """A folder with a chat template, for servers whose engines pretend."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return str(folder)
+
+
+FEW = ("--rounds", "1", "--streams", "2", "--tokens", "20", "--repeats", "1", "--paced-tokens", "3", "--requests", "5")
+
+
+def test_the_api_server_benchmark_measures_our_server_where_there_is_no_vllm(
+    talking_folder: str, tmp_path: Path
+) -> None:
+    figures = tmp_path / "figures.json"
+    text = run(
+        "bench_api_servers.py",
+        *("--model", talking_folder, *FEW, "--parts", "flood,full", "--json", str(figures)),
+        PEERS_HOME=str(tmp_path),
+        PATH="",
+    )
+    head, *measured = rows(text)
+    assert head == ["gptoss"]
+    found = {row[0]: float(row[1]) for row in measured}
+    assert {name.partition(":")[0] for name in found} == {"flood", "full"}
+    assert 1.0 <= found["flood: tokens a chunk"] <= 20.0
+    assert found["flood: us a token, with texts"] > found["flood: us a token"] >= 0
+    assert 0 < found["full: ms to the end, p50"] <= found["full: ms to the end, p99"]
+    (kept,) = json.loads(figures.read_text())["gptoss"]
+    assert kept.keys() == found.keys()
+
+
+STAND_IN = """#!{python}
+import asyncio, importlib.util, json, sys
+sys.path[:0] = {path!r}
+assert importlib.util.find_spec("vllm_fake_engine"), "its executor cannot be imported"
+from gptoss.bench.fake_system import FakeShape, fake_system
+from gptoss.http.server import serve
+from gptoss.serving_context import make_app
+
+verb, model, *rest = sys.argv[1:]
+given = dict(zip(rest[::2], rest[1::2], strict=True))
+assert (verb, given["--distributed-executor-backend"]) == ("serve", "vllm_fake_engine.FakeExecutor")
+
+async def main():
+    shape = FakeShape(model=model, journal="memory", **json.loads(given["--additional-config"]))
+    async with fake_system(shape) as (serving, _):
+        await serve(make_app(serving), given["--host"], int(given["--port"]))
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_the_api_server_benchmark_starts_vllm_with_an_executor_that_pretends_and_shows_ratios(
+    talking_folder: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "vllm"
+    program.write_text(STAND_IN.format(python=sys.executable, path=sys.path))
+    program.chmod(0o755)
+    text = run(
+        "bench_api_servers.py",
+        *("--model", talking_folder, *FEW, "--parts", "paced", "--vllm", str(program)),
+        TMPDIR=str(tmp_path),
+    )
+    head, *measured = rows(text)
+    assert head == ["gptoss", "vllm", "gptoss / vllm"]
+    found = {row[0]: row[1:] for row in measured}
+    assert found["paced: tokens a chunk"] == ["1.0", "1.0", "1.00"]
+    for cells in (found["paced: ms between chunks, p50"], found["paced: ms between chunks, p99"]):
+        own, other, ratio = map(float, cells)
+        assert ratio == pytest.approx(own / other, rel=0.1)
+    assert float(found["paced: ms between chunks, p50"][1]) > 15  # the stand-in was told how long a step takes
+
+
+def test_the_api_server_benchmark_refuses_what_it_does_not_have() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "bench_api_servers.py"), "--parts", "flood,other"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "no such part: other; there are flood, chunks, calm, full, paced" in done.stderr
+
+
+def test_the_executor_for_vllm_gives_a_token_to_each_request_whose_prompt_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = {
+        "vllm.v1.core.sched.output": ["SchedulerOutput"],
+        "vllm.v1.executor.abstract": ["Executor"],
+        "vllm.v1.kv_cache_interface": ["FullAttentionSpec"],
+        "vllm.v1.outputs": ["ModelRunnerOutput"],
+        "vllm.v1.worker.worker_base": ["CompilationTimes"],
+    }
+    for name, classes in parts.items():  # vLLM itself is not among the packages of the tests
+        module = types.ModuleType(name)
+        for each in classes:
+            setattr(module, each, type(each, (types.SimpleNamespace,), {}))
+        monkeypatch.setitem(sys.modules, name, module)
+    found = runpy.run_path(str(BENCHMARKS / "vllm_fake_engine.py"))
+    executor = found["FakeExecutor"](vllm_config=types.SimpleNamespace(additional_config={}))
+    executor._init_executor()
+
+    def step(new: dict[str, int], running: dict[str, int], planned: dict[str, int]) -> dict[str, list[int]]:
+        output = executor.execute_model(
+            types.SimpleNamespace(
+                finished_req_ids=set(),
+                scheduled_new_reqs=[
+                    types.SimpleNamespace(req_id=name, prompt_token_ids=[1] * length, num_computed_tokens=0)
+                    for name, length in new.items()
+                ],
+                scheduled_cached_reqs=types.SimpleNamespace(
+                    req_ids=list(running), num_computed_tokens=list(running.values())
+                ),
+                num_scheduled_tokens=planned,
+            )
+        )
+        return dict(zip(output.req_ids, output.sampled_token_ids, strict=True))
+
+    assert step({"a": 5, "b": 8}, {}, {"a": 5, "b": 3}) == {"a": [1000], "b": []}
+    assert step({}, {"a": 5, "b": 3}, {"a": 1, "b": 5}) == {"a": [1007], "b": [1000]}

@@ -135,6 +135,45 @@ async def test_an_error_after_the_first_byte_is_the_last_frame(house: Any) -> No
     )
 
 
+async def http_chunks(house: Any) -> list[bytes]:
+    """The body of a stream as the server cut it."""
+    body = {"stream": True, "messages": [{"role": "user", "content": "Hi"}]}
+    found = [b""]
+    async with house.session.post("/v1/chat/completions", json=body) as response:
+        async for data, is_end in response.content.iter_chunks():
+            found[-1] += data
+            if is_end:
+                found.append(b"")
+    return [chunk for chunk in found if chunk]
+
+
+async def test_what_is_there_at_once_leaves_in_one_piece(house: Any) -> None:
+    async def says_all_at_once(generation: Generation) -> None:
+        generation.put_admitted(4)
+        await asyncio.sleep(0.05)
+        generation.put(Delta(text="Hello", token_ids=(1,)))
+        generation.end(Outcome(finish_reason="stop"))
+
+    house.gateway.script = says_all_at_once
+    opened, rest = await http_chunks(house)
+    assert opened == HEAD + ROLE + b"}\n\n"
+    assert rest == HEAD + text(b"Hello") + b"}\n\n" + HEAD + LAST + b"}\n\n" + DONE
+
+
+async def test_what_was_said_before_an_error_comes_before_it(house: Any) -> None:
+    async def fails_with_its_last_words(generation: Generation) -> None:
+        generation.put_admitted(4)
+        await asyncio.sleep(0.05)
+        generation.put(Delta(text="Half", token_ids=(1,)))
+        generation.end(Outcome(error=EngineLost("the engine process died")))
+
+    house.gateway.script = fails_with_its_last_words
+    _, rest = await http_chunks(house)
+    half, error = frames(rest)
+    assert half["choices"][0]["delta"] == {"content": "Half"}
+    assert error["error"]["code"] == "engine_lost"
+
+
 async def test_an_error_of_a_whole_answer_has_its_status(house: Any) -> None:
     house.gateway.script = fails_late
     status, answer = await house.chat()

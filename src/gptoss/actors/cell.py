@@ -166,9 +166,8 @@ class Cell:
         self.is_alive = False
         self._reason = reason
         self._factory = None
-        del (
-            self.ref
-        )  # who wants to reach this place has it; a cell that has it too would wait for the garbage collector
+        # Who wants to reach this place has it; a cell that had it too would be a cycle and wait for the garbage collector.
+        del self.ref
         left = self.inbox.close()
         for letter in left:
             self.kernel.bury(letter, self.name, "dead")

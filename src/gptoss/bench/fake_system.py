@@ -29,6 +29,7 @@ class FakeShape(msgspec.Struct, frozen=True, kw_only=True):
         max_queue: requests that may wait for admission.
         journal: ``segments`` on disk or ``memory``.
         data_dir: where the journal is kept; empty takes a temporary folder that is gone afterwards.
+        model: a folder whose tokenizer and chat template render the prompts; empty makes a token of each word.
         client_stall_s: as in ``Settings``.
     """
 
@@ -39,6 +40,7 @@ class FakeShape(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: int = 512
     journal: str = "segments"
     data_dir: str = ""
+    model: str = ""
     client_stall_s: float = 30.0
 
 
@@ -64,7 +66,11 @@ async def fake_system(shape: FakeShape) -> AsyncGenerator[tuple[ServingSystem, F
             client_stall_s=shape.client_stall_s,
         )
         serving = ServingSystem(
-            settings, drivers=fleet.driver, renderer=FakeRenderer(), model=_MODEL, log=LogWriter(sink, "json")
+            settings,
+            drivers=fleet.driver,
+            renderer=None if shape.model else FakeRenderer(),
+            model=msgspec.structs.replace(_MODEL, folder=shape.model),
+            log=LogWriter(sink, "json"),
         )
         async with serving:
             await serving.ready(READY_TIMEOUT_S)

@@ -166,18 +166,20 @@ async def _answer_as_it_comes(
     await stream.send(answer.opened())
     for generation in choices.generations:
         generation.first_byte_sent()
+    frames: list[bytes] = []  # what is there at once leaves in one piece
     try:
         while (news := await choices.next(stream.idle)) is not None:
             index, found = news
             is_end = isinstance(found, Outcome)
-            if frames := answer.ended(index, found) if is_end else answer.delta(index, found):
-                await stream.send(frames)
-        last = answer.closed()
+            frames.append(answer.ended(index, found) if is_end else answer.delta(index, found))
+            if not choices.has_news:
+                await stream.send(b"".join(frames))
+                frames.clear()
+        frames.append(answer.closed())
     except GptossError as error:
         choices.cancel("sibling_failed")
-        last = answer.failed(error)
-    await stream.send(last)
-    await stream.close()
+        frames.append(answer.failed(error))
+    await stream.close(b"".join(frames))
     return stream.response
 
 

@@ -1,12 +1,15 @@
 """Request bodies: bytes off the wire, bounded in size and time, before anyone parses them."""
 
 import asyncio
+from typing import TypeVar
 
 from aiohttp import web
 
 from gptoss.errors import BodyTimeout, BodyTooLarge, RequestError, UnsupportedMedia
 
 MIB = 1 << 20
+
+Body = TypeVar("Body", bytes, bytearray)
 
 
 async def read_json_body(request: web.Request, *, limit_bytes: int, timeout_s: float) -> bytes:
@@ -26,6 +29,8 @@ async def read_json_body(request: web.Request, *, limit_bytes: int, timeout_s: f
     if (request.content_length or 0) > limit_bytes:
         raise _too_large(limit_bytes)
     try:
+        if request.content.is_eof():  # as nearly always: a short body comes with the headers
+            return _bounded(request.content.read_nowait(), limit_bytes)
         async with asyncio.timeout(timeout_s):
             return await _read(request, limit_bytes)
     except TimeoutError:
@@ -38,9 +43,14 @@ async def _read(request: web.Request, limit_bytes: int) -> bytes:
     body = bytearray()
     while chunk := await request.content.readany():
         body += chunk
-        if len(body) > limit_bytes:
-            raise _too_large(limit_bytes)
+        _bounded(body, limit_bytes)
     return bytes(body)
+
+
+def _bounded(body: Body, limit_bytes: int) -> Body:
+    if len(body) > limit_bytes:
+        raise _too_large(limit_bytes)
+    return body
 
 
 def _too_large(limit_bytes: int) -> BodyTooLarge:

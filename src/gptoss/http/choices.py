@@ -72,6 +72,11 @@ class Choices:
             for generation in self.generations:
                 _raise_failure(generation.outcome)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether ``next`` answers without waiting."""
+        return bool(self._ready) or not self._open
+
     async def next(self, look: Look) -> tuple[int, Delta | Outcome] | None:
         """What a choice has next, with its index: a delta, or once how it ended. None after the last.
 

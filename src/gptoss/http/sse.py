@@ -93,10 +93,15 @@ class ClientConnection:
             self._sent_bytes += len(part)
             await response.write(part)
 
-    async def finish(self, response: web.StreamResponse) -> None:
-        """End ``response`` once everything before its end is on its way. Raises as ``check`` does."""
+    async def finish(self, response: web.StreamResponse, last: bytes) -> None:
+        """End ``response`` with ``last``, in one piece where there is room, and see it on its way. Raises as ``check``."""
+        if len(last) > _BACKLOG_BYTES:
+            await self.write(response, last)
+            last = b""
+        await self._wait_below(_BACKLOG_BYTES)
+        self._sent_bytes += len(last)
+        await response.write_eof(last)
         await self._wait_below(0)
-        await response.write_eof()
 
     def _backlog_bytes(self) -> int:
         transport = self._request.transport
@@ -148,7 +153,9 @@ class SseStream:
         await self.response.prepare(self._request)
 
     async def send(self, frames: bytes) -> None:
-        """Send whole frames. Raises as ``ClientConnection.check`` does."""
+        """Send whole frames, if there are any. Raises as ``ClientConnection.check`` does."""
+        if not frames:
+            return
         await self._client.write(self.response, frames)
         self._written_ns = self._clock.monotonic_ns()
 
@@ -162,6 +169,6 @@ class SseStream:
         if self._clock.monotonic_ns() - self._written_ns >= self._keepalive_ns:
             await self.send(KEEPALIVE)
 
-    async def close(self) -> None:
-        """End the stream in order. Raises as ``ClientConnection.check`` does."""
-        await self._client.finish(self.response)
+    async def close(self, frames: bytes) -> None:
+        """End the stream in order, with its last frames. Raises as ``ClientConnection.check`` does."""
+        await self._client.finish(self.response, frames)
