@@ -27,6 +27,10 @@ class Clock(Protocol):
         """Nanoseconds since the Unix epoch; may jump. Only for showing to people and for clients' ``created``."""
         ...
 
+    def thread_ns(self) -> int:
+        """Nanoseconds of work of the calling thread: what it waited for, the interpreter's lock included, is not in them."""
+        ...
+
 
 class IdSource(Protocol):
     """Where identifiers come from."""
@@ -53,6 +57,7 @@ class SystemClock:
 
     monotonic_ns = staticmethod(time.monotonic_ns)
     wall_ns = staticmethod(time.time_ns)
+    thread_ns = staticmethod(time.thread_time_ns)
 
 
 class SystemIds:

@@ -53,6 +53,10 @@ class ManualClock:
         """See ``gptoss.clock.Clock``."""
         return self._monotonic_ns + self._wall_offset_ns
 
+    def thread_ns(self) -> int:
+        """See ``gptoss.clock.Clock``: all time is work."""
+        return self._monotonic_ns
+
     def advance_ns(self, duration_ns: int) -> None:
         """Let time pass; it never goes back."""
         if duration_ns < 0:

@@ -11,7 +11,7 @@ from gptoss.actors.system import System
 from gptoss.clock import SeededIds, SeededRng
 from gptoss.engine.port import ChatMessage, RenderedPrompt
 from gptoss.errors import RequestError
-from gptoss.messages.answer import AnswerShape
+from gptoss.messages.answer import AnswerFormat, AnswerShape, ToolChoice
 from gptoss.telemetry.memory_journal import MemoryJournal
 from gptoss.testing import FakeRenderer, ManualClock
 
@@ -85,12 +85,13 @@ async def test_a_slow_one_sends_the_next_ones_back_to_threads(clock: ManualClock
         said(*["x"] * (QUICK_MESSAGES + 1)),
         said("x", tools=({"type": "function", "function": {"name": "f"}},)),
         said("x", shape=AnswerShape(tool_choice="required")),
+        said("x", shape=AnswerShape(format=AnswerFormat(kind="json", text="{}"))),
         GenerateRequest(messages=(ChatMessage(role="assistant", tool_calls=({"id": "c"},)),)),
         GenerateRequest(messages=(ChatMessage(role="assistant", reasoning="x" * (QUICK_CHARS + 1)),)),
         GenerateRequest(prompt="x" * (QUICK_CHARS + 1)),
         GenerateRequest(prompt=(1,) * (QUICK_CHARS + 1)),
     ],
-    ids=["long", "long together", "many", "tools", "grammar", "calls", "thoughts", "text", "tokens"],
+    ids=["long", "long together", "many", "tools", "must call", "grammar", "calls", "thoughts", "text", "tokens"],
 )
 async def test_what_may_be_much_work_is_never_rendered_on_the_loop(
     clock: ManualClock, request_: GenerateRequest
@@ -100,6 +101,27 @@ async def test_what_may_be_much_work_is_never_rendered_on_the_loop(
         await rendering.prompt(SHORT, date=DATE)
         assert rendering.is_quick(SHORT)
         assert not rendering.is_quick(request_)
+
+
+@pytest.mark.parametrize("choice", ["none", "auto"])
+async def test_what_chat_completions_ask_for_without_tools_is_rendered_on_the_loop(
+    clock: ManualClock, choice: ToolChoice
+) -> None:
+    system, rendering = rendering_of(clock, FakeRenderer())
+    async with system:
+        await rendering.prompt(SHORT, date=DATE)
+        assert rendering.is_quick(said("x", shape=AnswerShape(tool_choice=choice)))
+
+
+async def test_waiting_is_no_work(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of a busy server waits for the interpreter longer than it renders."""
+    renderer = Paced(clock)
+    renderer.takes_ns = 10 * QUICK_NS
+    system, rendering = rendering_of(clock, renderer)
+    monkeypatch.setattr(clock, "thread_ns", lambda: 0)
+    async with system:
+        await rendering.prompt(SHORT, date=DATE)
+        assert rendering.is_quick(SHORT)
 
 
 async def test_it_can_be_switched_off(clock: ManualClock) -> None:

@@ -5,7 +5,7 @@ thread of a rendering that runs into it goes on until a bound of its own ends it
 
 Rendering happens on a thread, since a long prompt or a bad template would hold up everybody's tokens. A short prompt without tools
 or a grammar is rendered on the event loop (``is_quick``): there and back costs more than the work. Whether this model's
-template is fit for that is found out: the first is rendered on a thread, and whenever one took longer than ``QUICK_NS``, the
+template is fit for that is found out: the first is rendered on a thread, and whenever one was more work than ``QUICK_NS``, the
 next ``SLOW_PENALTY`` are again.
 
 Prompt versions say what is done to a conversation before the model's template or library renders it:
@@ -30,7 +30,6 @@ from gptoss.config import PromptVersion
 from gptoss.engine.answer_port import OutputParser
 from gptoss.engine.port import ChatMessage, RenderedPrompt, Renderer
 from gptoss.errors import RequestError
-from gptoss.messages.answer import AnswerShape
 from gptoss.messages.sampling import check_bound_sampling
 
 RENDER_TIMEOUT_S = 10.0
@@ -39,8 +38,6 @@ QUICK_MESSAGES = 20
 QUICK_NS = 5_000_000
 SLOW_PENALTY = 100
 SYSTEM_V2 = "You are a careful assistant. Answer what was asked, plainly and in order, and say so when you do not know."
-
-PLAIN = AnswerShape()
 
 T = TypeVar("T")
 
@@ -106,11 +103,11 @@ class Rendering:
 
     def render(self, request: GenerateRequest, *, date: str, add_generation_prompt: bool = True) -> RenderedPrompt:
         """The prompt of ``request``, made on this thread. Raises as ``prompt``, but for the time limit."""
-        began_ns = self._system.now_ns()
+        began_ns = self._system.clock.thread_ns()
         versioned = with_version(request, self.version_of(request))
         prompt = _render(self._renderer, versioned, date, add_generation_prompt=add_generation_prompt)
         if _is_short(request):
-            is_slow = self._system.now_ns() - began_ns > QUICK_NS
+            is_slow = self._system.clock.thread_ns() - began_ns > QUICK_NS
             self._to_prove = SLOW_PENALTY if is_slow else max(0, self._to_prove - 1)
         return prompt
 
@@ -146,7 +143,8 @@ class Rendering:
 
 def _is_short(request: GenerateRequest) -> bool:
     """Whether making its prompt is little work, for all that is known of it."""
-    if request.tools or request.shape != PLAIN:
+    shape = request.shape
+    if request.tools or shape.format is not None or shape.tool_choice not in ("auto", "none"):
         return False
     prompt = request.prompt
     if prompt is not None:
