@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gptoss.actors.generation import GenerateRequest, Generation
+from gptoss.actors.rendering import Rendering
 from gptoss.actors.request import RequestActor
 from gptoss.app import ServingSystem
 from gptoss.config import Settings
@@ -125,6 +126,20 @@ async def test_a_request_whose_actor_crashes_ends_and_gives_everything_back() ->
         async with asyncio.timeout(5.0):
             while not any(isinstance(record.event, ev.CancelApplied) for record in system.journal.read()):
                 await asyncio.sleep(0.005)
+
+
+async def test_a_request_whose_actor_crashes_as_it_begins_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bool:
+        raise ValueError("planted")
+
+    async with serving() as system:
+        await system.ready(10.0)
+        monkeypatch.setattr(Rendering, "is_quick", broken)
+        assert isinstance(await error_of(submit(system)), ActorError)
+        await run_until_idle(system.system)
+        assert [record.meta.type for record in ends(system)] == ["RequestFailed"]
+        monkeypatch.undo()
+        assert await submit(system, 3).text()
 
 
 async def test_the_end_of_a_request_that_is_cancelled_before_it_runs_carries_its_id() -> None:

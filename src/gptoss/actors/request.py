@@ -89,6 +89,13 @@ class RequestActor(DeciderActor[RequestState]):
 
     def on_start(self) -> None:
         """Begin at once, before any letter: a cancellation that is there already must find a request that has begun."""
+        try:
+            self._begin()
+        except Exception:
+            self.on_failure()  # an actor that could not start has no such end of its own
+            raise
+
+    def _begin(self) -> None:
         system, request = self.context.system, self._request
         now_ns = system.now_ns()
         timeout_s = request.timeout_s if request.timeout_s is not None else self._services.request_timeout_s
