@@ -30,6 +30,13 @@ from gptoss.telemetry.bundle_order import LAST_MAX, LIMIT_MB, LIMIT_MB_MAX
 TITLE = "gptoss"
 _PATH_PARAMETER = re.compile(r"\{(\w+)\}")
 
+SERVER_SENT_EVENT: dict[str, Any] = {
+    "type": "object",
+    "description": "One event of the stream.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string", "description": "JSON, or [DONE]."}},
+    "required": ["data"],
+}
+
 
 class ErrorDetails(msgspec.Struct, frozen=True):
     """What went wrong; ``param`` names the field at fault, ``admission`` the numbers of a refusal by admission."""
@@ -351,5 +358,5 @@ def _content(op: Operation, schema_of: dict[Any, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"type": "object"} if isinstance(op.answer, str) else schema_of[op.answer]
     content = {"application/json": {"schema": answer}}
     if op.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": SERVER_SENT_EVENT}
     return content
