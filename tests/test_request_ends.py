@@ -174,7 +174,9 @@ async def test_a_request_that_is_over_leaves_nothing_to_the_garbage_collector() 
             await some()
             gc.set_debug(gc.DEBUG_SAVEALL)
             gc.collect()
-            found = [each for each in gc.garbage if isinstance(each, RequestActor) and each.context.system is system.system]
+            found = [
+                each for each in gc.garbage if isinstance(each, RequestActor) and each.context.system is system.system
+            ]
         finally:
             gc.set_debug(0)
             gc.garbage.clear()
