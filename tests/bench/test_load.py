@@ -68,6 +68,20 @@ async def test_a_closed_loop_has_so_many_open_and_no_more() -> None:
     assert (feeder.began, feeder.over, max(open_now)) == (40, 40, 3)
 
 
+async def test_the_place_of_who_was_told_to_come_later_rests_until_then() -> None:
+    clock, at_ns = SystemClock(), list[int]()
+
+    def begin(_: Arrival, __: int) -> None:
+        at_ns.append(clock.monotonic_ns())
+        feeder.rest(0.05)
+        feeder.one_ended()
+
+    feeder = Feeder(Load(requests=6, in_flight=2), clock, begin, asyncio.Event())
+    assert await feeder.run() == "all requests"
+    assert at_ns[4] - at_ns[0] >= 2 * 0.05 * NS_PER_S
+    assert feeder.ended_ns - at_ns[-1] < 0.05 * NS_PER_S  # resting is no part of what was measured
+
+
 async def test_an_open_loop_begins_what_is_due_though_nothing_is_answered() -> None:
     begun: list[int] = []
     stop = asyncio.Event()

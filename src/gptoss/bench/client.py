@@ -28,6 +28,7 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         error: code of what went wrong; empty for an answer that came whole.
         status: 0 when there was no answer at all.
+        retry_after_s: when a refusal said that it is worth to come again; 0 if it did not.
         ttft_s: until the first text; None when none came.
         tokens: of the output, by the server's own count where it gave one.
         gaps_s: between chunks of text.
@@ -36,6 +37,7 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
 
     error: str = ""
     status: int = 0
+    retry_after_s: float = 0.0
     ttft_s: float | None = None
     total_s: float = 0.0
     tokens: int = 0
@@ -113,6 +115,7 @@ class ChatClient:
                     await reading.read(answer.content.iter_any())
                 else:
                     reading.error = _refusal(status, await answer.read())
+                    reading.retry_after_s = _seconds(answer.headers.get("Retry-After", ""))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             status, reading.error = 0, "timeout" if isinstance(error, TimeoutError) else "connection"
         return reading.timed(begun_ns, status)
@@ -123,6 +126,7 @@ class _Reading:
 
     def __init__(self, clock: Clock) -> None:
         self.error = ""
+        self.retry_after_s = 0.0
         self._clock = clock
         self._arrivals: list[int] = []
         self._texts: list[str] = []
@@ -169,6 +173,7 @@ class _Reading:
         return Timed(
             error=self.error,
             status=status,
+            retry_after_s=self.retry_after_s,
             ttft_s=(times[0] - begun_ns) / NS_PER_S if times else None,
             total_s=(self._clock.monotonic_ns() - begun_ns) / NS_PER_S,
             tokens=self._tokens or len(times),
@@ -183,6 +188,11 @@ def _refusal(status: int, body: bytes) -> str:
     except (msgspec.MsgspecError, KeyError, TypeError):
         code = ""
     return f"{status} {code}".strip()
+
+
+def _seconds(retry_after: str) -> float:
+    """A ``Retry-After`` in seconds; 0 for none and for a date."""
+    return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
 def _code_of(error: Any) -> str:

@@ -3,7 +3,8 @@
 Rules:
 - An open loop never waits for an answer. When the event loop is too busy to begin a request in time, it begins late, and
   whoever measures from its due time sees that.
-- A closed loop waits for a free place.
+- A closed loop waits for a free place. The place of a request that was told to come again later rests until then, as its
+  client would: else a server that refuses at once is asked for nothing but refusals.
 - Whatever happens it ends: after the last request, at the end of the load's time, or when it is told to stop. Requests
   that are open then have ``GRACE_S`` to end, or none when it was told to stop.
 """
@@ -17,6 +18,7 @@ from gptoss.bench.load import Arrival, Load, arrivals
 from gptoss.clock import NS_PER_S, Clock
 
 GRACE_S = 30.0
+REST_S_MAX = 10.0
 TURN_REQUESTS = 32
 """Requests that begin in a row before others get their turn on the event loop."""
 _LOOK_S = 0.1
@@ -42,6 +44,7 @@ class Feeder:
         self.over = 0
         self.started_ns = 0
         self.ended_ns = 0
+        self._resting = 0
 
     @property
     def open(self) -> int:
@@ -52,6 +55,15 @@ class Feeder:
         """A request has ended. On the event loop."""
         self.over += 1
         self.ended_ns = self._clock.monotonic_ns()
+        self._news.set()
+
+    def rest(self, seconds: float) -> None:
+        """Leave a place of a closed loop free for so long, but no longer than ``REST_S_MAX``."""
+        self._resting += 1
+        asyncio.get_running_loop().call_later(min(seconds, REST_S_MAX), self._rested)
+
+    def _rested(self) -> None:
+        self._resting -= 1
         self._news.set()
 
     async def run(self) -> Ended:
@@ -74,7 +86,7 @@ class Feeder:
         if self.began % TURN_REQUESTS == 0:
             await asyncio.sleep(0)
         if not self._load.rate:
-            has_place = await self._until(lambda: self.open < self._load.in_flight, last_ns)
+            has_place = await self._until(lambda: self.open + self._resting < self._load.in_flight, last_ns)
             return self._clock.monotonic_ns() if has_place else None
         due_ns = self.started_ns + arrival.due_ns
         if due_ns > last_ns:

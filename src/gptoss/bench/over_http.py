@@ -177,6 +177,8 @@ class _Test:
         self.tally.late.add_ns(late_ns)
         timed = await self._client.ask(chat_body([message], arrival.output_tokens, fields))
         self.tally.add(timed, late_ns)
+        if timed.retry_after_s:
+            self.feeder.rest(timed.retry_after_s)
         self.feeder.one_ended()
         elapsed_s = (self.feeder.ended_ns - self.feeder.started_ns) / NS_PER_S
         self._show(HttpProgress(self.feeder.over, self.tally.errors.total(), self.tally.tokens / elapsed_s))
