@@ -138,7 +138,7 @@ def stream_clients(url: str, streams: int, tokens: int) -> tuple[int, list[str]]
 
 async def streams(options: argparse.Namespace) -> bool:
     tokens = int(options.seconds * 1000 / STEP_MS)
-    shape = FakeShape(slots=STREAMS, step_ms=STEP_MS, max_queue=STREAMS)
+    shape = FakeShape(slots=STREAMS, step_ms=STEP_MS, max_queue=STREAMS, request_timeout_s=2 * options.seconds + 60)
     async with served(shape) as (system, url):
         await in_child(stream_clients, url, STREAMS, 20)  # warm
         await wait_until(lambda: not system.gateway.running)

@@ -11,6 +11,7 @@ What the memory guard, admission and the router are told stands in ``Lifecycle.t
 decider: their journal entry is the executor's ``StepCommitted``.
 """
 
+from array import array
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -81,7 +82,7 @@ class RequestActor(DeciderActor[RequestState]):
         self._cache_salt = cache_salt(services.hmac_key, request.user, request.cache_salt)
         self._prompt: RenderedPrompt | None = None
         self._parser: OutputParser | None = None
-        self._delivered: list[int] = []
+        self._delivered = array("i")  # 4 bytes a token for as long as it runs, where a list of numbers has 36
         self._text: list[str] = []
         self._stopped_by = ""
         self._deadline: Timer | None = None

@@ -30,7 +30,7 @@ class FakeShape(msgspec.Struct, frozen=True, kw_only=True):
         journal: ``segments`` on disk or ``memory``.
         data_dir: where the journal is kept; empty takes a temporary folder that is gone afterwards.
         model: a folder whose tokenizer and chat template render the prompts; empty makes a token of each word.
-        client_stall_s: as in ``Settings``.
+        client_stall_s, request_timeout_s: as in ``Settings``.
     """
 
     executors: int = 1
@@ -42,6 +42,7 @@ class FakeShape(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: str = ""
     model: str = ""
     client_stall_s: float = 30.0
+    request_timeout_s: float = 600.0
 
 
 @contextlib.asynccontextmanager
@@ -64,6 +65,7 @@ async def fake_system(shape: FakeShape) -> AsyncGenerator[tuple[ServingSystem, F
             max_batch_size=shape.slots,
             max_queue=shape.max_queue,
             client_stall_s=shape.client_stall_s,
+            request_timeout_s=shape.request_timeout_s,
         )
         serving = ServingSystem(
             settings,
