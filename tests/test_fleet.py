@@ -383,6 +383,19 @@ async def test_settings_read_anew_change_what_can_and_name_the_rest() -> None:
 # ---------------------------------------------------------------- over HTTP
 
 
+async def test_who_has_had_an_answer_finds_it_in_every_view() -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    async with serving(devices="cpu") as (system, _), TestClient(TestServer(gptoss.make_app(system))) as client:
+        for number in range(1, 6):
+            answer = await client.post("/v1/chat/completions", json=body, headers={"X-Request-ID": f"r{number}"})
+            assert answer.status == 200
+            listed = await (await client.get("/admin/requests?limit=1")).json()
+            assert [(row["request_id"], row["state"]) for row in listed["data"]] == [(f"r{number}", "completed")]
+            assert (await (await client.get("/stats")).json())["requests"]["completed"] == number
+            live = await (await client.get("/admin/live")).json()
+            assert live["stats"]["requests"]["completed"] == number
+
+
 async def test_operators_restart_and_tune_over_http() -> None:
     async with serving() as (system, _), TestClient(TestServer(gptoss.make_app(system))) as client:
         answer = await client.post("/admin/executors/cpu:1/restart")

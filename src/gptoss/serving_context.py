@@ -1,6 +1,7 @@
 """The live system as the HTTP surface sees it: queries of the projections, each brought up to date first."""
 
 import asyncio
+import contextlib
 import tempfile
 from typing import Any
 
@@ -10,7 +11,7 @@ from aiohttp import web
 from gptoss.app import ServingSystem
 from gptoss.clock import NS_PER_S
 from gptoss.config import PROFILES, live_settings
-from gptoss.errors import JournalError, Overloaded, RequestNotFound
+from gptoss.errors import ActorError, JournalError, Overloaded, RequestNotFound
 from gptoss.http.context import EventAsk, HttpContext, MadeBundle
 from gptoss.http.routes import make_app as make_http_app
 from gptoss.messages.codec import as_json
@@ -124,6 +125,10 @@ def http_context(serving: ServingSystem) -> HttpContext:
             return None
         return msgspec.to_builtins(found)
 
+    async def caught_up() -> None:
+        with contextlib.suppress(ActorError):  # under overload what is known now is better than nothing
+            await serving.caught_up()
+
     async def snapshot() -> dict[str, Any]:
         await serving.caught_up()
         return system_snapshot(
@@ -144,6 +149,7 @@ def http_context(serving: ServingSystem) -> HttpContext:
 
     return HttpContext(
         gateway=serving.gateway,
+        caught_up=caught_up,
         settings=serving.settings,
         clock=serving.clock,
         health=lambda: projection.health(system.now_ns(), journal.health),

@@ -33,14 +33,18 @@ async def cancel(request: web.Request) -> web.StreamResponse:
 async def recent_requests(request: web.Request) -> web.StreamResponse:
     """``GET /admin/requests?limit=N``: the newest requests, open ones first."""
     limit = _number(request, "limit", 1, RECENT_MAX, RECENT_DEFAULT)
-    return json_response({"object": "list", "data": request.app[CONTEXT].recent_requests(limit)})
+    context = request.app[CONTEXT]
+    await context.caught_up()
+    return json_response({"object": "list", "data": context.recent_requests(limit)})
 
 
 async def live(request: web.Request) -> web.StreamResponse:
     """``GET /admin/live?after=SECOND&limit=N``: what a live view shows; ``now`` is the ``after`` of the next call."""
     after = _number(request, "after", 0, POSITION_MAX)
     limit = _number(request, "limit", 0, RECENT_MAX, LIVE_DEFAULT)
-    return json_response(request.app[CONTEXT].live(after, limit))
+    context = request.app[CONTEXT]
+    await context.caught_up()
+    return json_response(context.live(after, limit))
 
 
 async def request_events(request: web.Request) -> web.StreamResponse:

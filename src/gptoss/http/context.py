@@ -112,11 +112,17 @@ class EventAsk(msgspec.Struct, frozen=True, kw_only=True):
     stream: str = ""
 
 
+async def _nothing_to_wait_for() -> None:
+    """Of queries that always know everything."""
+
+
 class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     """The system as handlers see it.
 
     Attributes:
         default_temperature: for requests that name none.
+        caught_up: waits, for a little at most, until the queries below know all that has been recorded: who has had an answer
+            finds it there.
         health, readiness, stats, memory_stats: queries of the live projection; readiness is (ready, reason).
         metrics: ``Accept`` header -> (exposition, content type).
         recent_requests: limit -> newest requests.
@@ -155,6 +161,7 @@ class HttpContext(msgspec.Struct, frozen=True, kw_only=True):
     open_batches: Callable[[BatchWork], Awaitable[BatchDesk]]
     data_folder: Path | None = None
     ids: IdSource = SystemIds()
+    caught_up: Callable[[], Awaitable[None]] = _nothing_to_wait_for
     restart_executor: Callable[[str], bool] = lambda _: False
     change_settings: Callable[[dict[str, Any]], tuple[str, ...]] = lambda _: ()
     live_settings: Callable[[], dict[str, Any]] = dict[str, Any]

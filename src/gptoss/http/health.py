@@ -28,12 +28,16 @@ async def ready(request: web.Request) -> web.StreamResponse:
 
 async def stats(request: web.Request) -> web.StreamResponse:
     """``GET /stats``."""
-    return json_response(request.app[CONTEXT].stats())
+    context = request.app[CONTEXT]
+    await context.caught_up()
+    return json_response(context.stats())
 
 
 async def memory_stats(request: web.Request) -> web.StreamResponse:
     """``GET /memory_stats``."""
-    return json_response(request.app[CONTEXT].memory_stats())
+    context = request.app[CONTEXT]
+    await context.caught_up()
+    return json_response(context.memory_stats())
 
 
 async def metrics(request: web.Request) -> web.StreamResponse:
