@@ -85,17 +85,20 @@ class SystemActor(pykka.Actor):
             correlation: the request concerned; None takes the current letter's.
             cause: position of the record that led to it; None takes the current letter's.
         """
-        context, letter = self.context, self.letter
-        origin = Origin(
+        return self.context.system.journal.append(event, self.origin(stream, correlation, cause))
+
+    def origin(self, stream: str | None = None, correlation: str | None = None, cause: int | None = None) -> Origin:
+        """Where an event of this actor comes from; the arguments are those of ``record``."""
+        context, letter, trace = self.context, self.letter, self.trace
+        return Origin(
             stream=context.name if stream is None else stream,
             cause=letter.cause if cause is None else cause,
             correlation=letter.correlation if correlation is None else correlation,
-            trace_id=self.trace.trace_id,
-            span_id=self.trace.span_id,
+            trace_id=trace.trace_id,
+            span_id=trace.span_id,
             actor=context.name,
             incarnation=context.incarnation,
         )
-        return context.system.journal.append(event, origin)
 
     def defer(self) -> ReplyFuture[Any] | None:
         """Take over the reply of the current letter; what the handler returns is not sent.

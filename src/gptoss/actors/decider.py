@@ -28,7 +28,7 @@ from gptoss.actors.actor import LoopActor
 from gptoss.actors.directory import Directory
 from gptoss.messages.codec import encode_command
 from gptoss.messages.commands import ChangeSettings, Command, SettingValue
-from gptoss.messages.envelope import NO_CAUSE, Event, Origin, Record
+from gptoss.messages.envelope import NO_CAUSE, Event, Record
 from gptoss.messages.events import CommandConsumed, ConfigChanged, SnapshotTaken
 
 SNAPSHOT_COMMANDS_MIN = 500
@@ -151,17 +151,7 @@ class DeciderActor(LoopActor, Generic[S]):
     def _record_decision(
         self, consumed: CommandConsumed, correlation: str, led_to: Sequence[tuple[Event, str]]
     ) -> list[Record]:
-        context, letter, trace = self.context, self.letter, self.trace
-        origin = Origin(
-            stream=context.name,
-            cause=letter.cause,
-            correlation=correlation,
-            trace_id=trace.trace_id,
-            span_id=trace.span_id,
-            actor=context.name,
-            incarnation=context.incarnation,
-        )
-        return context.system.journal.append_decision(consumed, origin, led_to)
+        return self.context.system.journal.append_decision(consumed, self.origin(correlation=correlation), led_to)
 
     def react(self, event: Event) -> None:
         """What an event leads to outside of the deciders; nothing by itself."""

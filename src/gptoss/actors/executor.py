@@ -140,7 +140,7 @@ class ExecutorActor(LoopActor):
         self._handlers[type(message)](message)
 
     def _hear(self, news: port.EngineEvent) -> None:
-        # On the driver's thread. What a dismissed engine still says concerns nobody.
+        # On the loop, or on a thread of the driver's. What a dismissed engine still says concerns nobody.
         if not self._is_deaf:
             self.context.ref.tell(news)
 
@@ -302,9 +302,10 @@ class ExecutorActor(LoopActor):
         self._directory.tell("memory", observe)
 
     def _engine_exited(self, news: port.EngineExited) -> None:
-        if self._leaver is not None:
+        if self._restart == "leaving":
             self._lose_all(EngineLost.code, "the engine was shut down")
-            self._leaver.resolve(None)
+            if self._leaver is not None:
+                self._leaver.resolve(None)
             return
         in_flight = len(self._in_flight)
         is_planned = self._restart == "stopping"

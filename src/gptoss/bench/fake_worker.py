@@ -16,13 +16,7 @@ import time
 
 from gptoss.clock import Clock, SystemClock
 from gptoss.engine.loop import COMMANDS_MAX, run
-from gptoss.engine.port import (
-    CoreCommand,
-    EngineCommand,
-    EngineEvent,
-    Load,
-    Shutdown,
-)
+from gptoss.engine.port import CoreCommand, EngineCommand, EngineEvent, Load, Shutdown
 from gptoss.engine.wire import FrameReader, write_frames
 from gptoss.fake_engine import FakeEngine, FakeOptions
 

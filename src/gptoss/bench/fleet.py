@@ -1,8 +1,8 @@
 """Fake engines for load tests, all in one process of their own.
 
 Rules:
-- As with a real engine, steps are computed elsewhere: here remain the sockets' frames and their threads, which are part
-  of what the control plane costs. One process for all of them, for 64 would be more than the machine has room for.
+- As with a real engine, steps are computed elsewhere: here remain the sockets and their frames, which are part of what the
+  control plane costs. One process for all of them, for 64 would be more than the machine has room for.
 - ``EngineExited`` comes once and last, as ``engine.port`` asks. Engines cannot be killed one by one.
 """
 
